@@ -1,0 +1,85 @@
+# `make` lists the targets. To choose on the command line:
+#   QSAM_VENV  the environment (default .venv); made if absent, and kept in step with pyproject.toml and constraints.txt
+#   PYTHON     what makes it (default python3)
+#   TASK       the task of `make glue` (default stsb)
+#   ARGS       appended to the arguments of the recipe, or of pytest
+PYTHON ?= python3
+QSAM_VENV ?= .venv
+TASK ?= stsb
+ARGS ?=
+
+# The oldest supported torch has a small CPU build; torchvision, which only the tests need, goes with one torch.
+TORCH_GLUE := torch==2.13.0
+TORCH_TEST := torch==2.14.1 torchvision==0.29.1
+
+RUN := "$(QSAM_VENV)/bin/python" -m
+PIP := $(RUN) pip install --disable-pip-version-check -c constraints.txt
+HAS_TORCH := "$(QSAM_VENV)/bin/python" -c 'from importlib.metadata import version; \
+	raise SystemExit(tuple(map(int, version("torch").split(".")[:2])) < (2, 13))' 2>/dev/null
+
+# A stamp in the environment says what was installed there; its name escapes the spaces of a path.
+EMPTY :=
+SPACE := $(EMPTY) $(EMPTY)
+ENV := $(subst $(SPACE),\$(SPACE),$(QSAM_VENV))
+STAMP_GLUE := $(ENV)/qsam-glue.stamp
+STAMP_TEST := $(ENV)/qsam-test.stamp
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: help glue check format test test-all clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+
+glue: $(STAMP_GLUE) ## train the small GLUE demo: make glue TASK=stsb ARGS="..."
+	$(RUN) recipes.bert_glue --demo --task $(TASK) $(ARGS)
+
+check: $(STAMP_TEST) ## formatting, lint and types; changes nothing
+	$(RUN) ruff format --check .
+	$(RUN) ruff check .
+	$(RUN) mypy
+
+format: $(STAMP_TEST) ## format, and fix what lint can fix
+	$(RUN) ruff check --fix-only .
+	$(RUN) ruff format .
+
+test: check ## check, then every test but the long ones: make test ARGS="-k lsq -n 2"
+	$(RUN) pytest -m "not long" $(ARGS)
+
+test-all: check ## check, then every test; writes docs/test-all.txt
+	@mkdir -p docs
+	@log="$(QSAM_VENV)/test-all.log"; code="$(QSAM_VENV)/test-all.code"; \
+	{ $(RUN) pytest -m "" --color=no --durations=25 $(ARGS); echo $$? >"$$code"; } | tee "$$log"; \
+	{ \
+		echo 'Written by `make test-all`.'; \
+		echo "date: $$(date -u +%Y-%m-%d)"; \
+		echo "commit: $$(git describe --always --dirty 2>/dev/null || echo unknown)"; \
+		echo "command:" 'pytest -m "" $(ARGS)'; \
+		"$(QSAM_VENV)/bin/python" -c 'import os, platform as p; \
+			print("python", p.python_version(), "on", p.system(), p.machine(), "with", os.cpu_count(), "cores")'; \
+		$(RUN) pip list --format=freeze | grep -E '^(qsam|torch|torchvision|numpy|transformers|timm|hypothesis|pytest)=='; \
+		echo "result:$$(tail -n 1 "$$log" | tr -d =)"; \
+		sed -n '/ slowest .*durations /,$$p' "$$log"; \
+	} >docs/test-all.txt; \
+	exit "$$(cat "$$code")"
+
+clean: ## remove caches and build output; the environment and runs/ stay
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path '*/site-packages/*' -not -path '*/lib/python*' -prune -exec rm -rf {} +
+
+$(ENV)/bin/pip:
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "qsam needs Python 3.11 or newer, but $(PYTHON) is: $$("$(PYTHON)" --version 2>&1)." >&2; \
+		echo "Name another one: make PYTHON=python3.12" >&2; exit 1; }
+	"$(PYTHON)" -m venv "$(QSAM_VENV)"
+
+# A torch that will do stays: after `make test`, torchvision needs the one that is there.
+$(STAMP_GLUE): pyproject.toml constraints.txt | $(ENV)/bin/pip
+	$(HAS_TORCH) || $(PIP) $(TORCH_GLUE)
+	$(PIP) -e '.[glue]'
+	@touch "$@"
+
+$(STAMP_TEST): pyproject.toml constraints.txt | $(ENV)/bin/pip
+	$(PIP) $(TORCH_TEST) -e '.[test]'
+	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$@"

@@ -1,0 +1,32 @@
+"""qsam: a quantization-aware optimizer plug-in for any PyTorch model.
+
+    optimizer = qsam.SQuAT(model, AdamW, lr=2e-5, rho=0.1)
+    loss = optimizer.step(closure)
+
+The optimizer owns the full-precision weights; the model always holds the weights it will be deployed with.
+"""
+
+from qsam import presets
+from qsam.attach import calibrate, dequantize_, quantize_, write_
+from qsam.coverage import Coverage
+from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
+from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "QAT",
+    "SAM",
+    "SAQ",
+    "Coverage",
+    "JointSAM",
+    "Quantizer",
+    "SQuAT",
+    "calibrate",
+    "dequantize_",
+    "list_quantizers",
+    "presets",
+    "quantize_",
+    "register_quantizer",
+    "write_",
+]

@@ -1,0 +1,200 @@
+"""The maths of fake quantization, as pure functions of tensors.
+
+    v = x / s,    codes = round(clip(v, Qn, Qp)),    Q(x; s) = s * codes
+
+Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x``, and by true division:
+a multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit arithmetic gives wrong codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+SCALE_FLOOR = float(torch.finfo(torch.float32).tiny)
+"""The smallest scale that is ever divided by: the smallest normal fp32 number."""
+
+
+def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
+    """Return the integer limits ``(Qn, Qp)`` of a ``bits``-bit grid.
+
+    Signed: ``Qn = -2^(bits-1)``, ``Qp = 2^(bits-1) - 1``. Unsigned: ``Qn = 0``, ``Qp = 2^bits - 1``.
+
+    Args:
+        bits: Width of the integers, in [2, 8].
+        signed: Whether the grid holds negative values.
+
+    Returns:
+        The lowest and the highest integer.
+
+    Raises:
+        TypeError: ``bits`` is not an integer.
+        ValueError: ``bits`` lies outside [2, 8].
+
+    Example:
+        >>> integer_limits(2, signed=True), integer_limits(4, signed=False)
+        ((-2, 1), (0, 15))
+
+    References:
+        Esser et al., Learned Step Size Quantization, ICLR 2020, section 2.
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int):
+        raise TypeError(f"`bits` must be an integer in [2, 8], got {bits!r} of type {type(bits).__name__}.")
+    if not 2 <= bits <= 8:
+        raise ValueError(f"`bits` must be an integer in [2, 8], got {bits}. To keep a tensor in float, give None.")
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which a tensor of ``dtype`` is quantized: fp32, or fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def positive(scale: Tensor) -> Tensor:
+    """Return ``max(|scale|, SCALE_FLOOR)``: the step size that is in force, whatever an optimizer did to ``scale``."""
+    return scale.abs().clamp_min(SCALE_FLOOR)
+
+
+def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Return the integer codes ``round(clip(x / s, Qn, Qp))``, ties to even, as fp32 (fp64) numbers.
+
+    Args:
+        x: Any shape, any floating dtype.
+        scale: Step size s, broadcastable against ``x``; used as ``positive(scale)``.
+        quant_min: Qn.
+        quant_max: Qp.
+
+    Returns:
+        Integers of the shape of ``x``, in ``wide_dtype(x.dtype)``.
+
+    Example:
+        >>> quantize(torch.tensor([-9.0, -0.5, 0.5, 1.5, 9.0]), torch.ones(1), -2, 1)
+        tensor([-2., -0.,  0.,  1.,  1.])
+    """
+    wide = wide_dtype(x.dtype)
+    return torch.round(torch.clamp(x.to(wide) / positive(scale).to(wide), quant_min, quant_max))
+
+
+class _FakeQuantize(torch.autograd.Function):
+    """Q(x; s) with the straight-through gradient of LSQ. Saves x and s, nothing else."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Tensor:
+        """Return ``s * round(clip(x / s, Qn, Qp))`` in the dtype of ``x``."""
+        codes = quantize(x, scale, quant_min, quant_max)
+        return (codes * positive(scale).to(codes.dtype)).to(x.dtype)
+
+    @staticmethod
+    def setup_context(
+        ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor
+    ) -> None:
+        """Keep what the backward needs."""
+        x, scale, *ctx.limits = inputs  # type: ignore[attr-defined]
+        ctx.save_for_backward(x, scale)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+        """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
+        x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        quant_min, quant_max, grad_scale = ctx.limits  # type: ignore[attr-defined]
+        wide = wide_dtype(x.dtype)
+        v = x.to(wide) / positive(scale).to(wide)
+        below, above = v <= quant_min, v >= quant_max
+        grad_x = grad_s = None
+        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
+            grad_x = grad.masked_fill(below | above, 0)
+        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            slope = (torch.round(v) - v).masked_fill(below, quant_min).masked_fill(above, quant_max)
+            grad_s = (grad.to(wide) * slope).sum_to_size(scale.shape) * grad_scale
+            # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
+            grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)
+        return grad_x, grad_s, None, None, None
+
+
+def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float = 1.0) -> Tensor:
+    r"""Return ``Q(x; s) = s * round(clip(x / s, Qn, Qp))`` with LSQ's straight-through gradient.
+
+    With ``v = x / s`` and ``M = 1[Qn < v < Qp]``, both decided on ``v`` and not on ``round(v)``::
+
+        dQ/dx = M
+        dQ/ds = round(v) - v  where M,   Qn where v <= Qn,   Qp where v >= Qp
+
+    and the gradient of ``s`` is the sum over the entries that share it, times ``grad_scale``. The gradient is
+    scaled and never the value: the usual detach trick moves ``s`` by up to 1e-3 in fp16.
+
+    Args:
+        x: Any shape, any floating dtype; the result has the same shape and dtype.
+        scale: Step size s, fp32, broadcastable against ``x``. ``max(|s|, tiny)`` is in force; the gradient passes
+            through that guard with the sign of ``s``, so a scale at the bound is not dead.
+        quant_min: Qn <= 0.
+        quant_max: Qp > 0.
+        grad_scale: LSQ's ``gs = 1 / sqrt(N * Qp)``; see :func:`lsq_grad_scale`.
+
+    Returns:
+        The quantized tensor, differentiable in ``x`` and ``scale``.
+
+    Example:
+        >>> x = torch.tensor([0.3, 7.2]).requires_grad_()
+        >>> s = torch.ones(1).requires_grad_()
+        >>> fake_quantize(x, s, -8, 7).sum().backward()
+        >>> x.grad, s.grad          # (0 - .3) + 7: the entry at 7.2 is clipped although it rounds to 7
+        (tensor([1., 0.]), tensor([6.7000]))
+
+    References:
+        Esser et al., ICLR 2020, Eq 1-3 and section 2.2.
+    """
+    return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def lsq_grad_scale(count: int, quant_max: int) -> float:
+    """Return LSQ's gradient scale ``gs = 1 / sqrt(N * Qp)``.
+
+    Args:
+        count: N, how many entries of ONE sample share the step size: the weights of the tensor, channel or group;
+            for activations the features of one sample.
+        quant_max: Qp.
+
+    Returns:
+        The factor of the step size's gradient.
+
+    Example:
+        >>> lsq_grad_scale(100, 1)
+        0.1
+
+    References:
+        Esser et al., ICLR 2020, section 2.2.
+    """
+    return float((max(count, 1) * quant_max) ** -0.5)
+
+
+def to_groups(x: Tensor, axis: int, group_size: int) -> Tensor:
+    """View ``x`` as ``(C, G, group_size)``: channels first, then groups of consecutive flattened entries.
+
+    Args:
+        x: Two or more dimensions, with C channels along ``axis``.
+        axis: The channel dimension.
+        group_size: Entries a group; divides ``x.numel() / C``.
+
+    Returns:
+        A view or copy of shape ``(C, G, group_size)``.
+
+    Raises:
+        ValueError: ``group_size`` does not divide the entries of a channel.
+    """
+    channels = x.shape[axis]
+    per_channel = x.numel() // max(channels, 1)
+    if group_size < 1 or per_channel % group_size:
+        raise ValueError(
+            f"`group_size` must divide the {per_channel} entries of each channel of a tensor of shape "
+            f"{tuple(x.shape)} (channel axis {axis}), got {group_size}."
+        )
+    return x.movedim(axis, 0).reshape(channels, -1, group_size)
+
+
+def from_groups(groups: Tensor, shape: torch.Size, axis: int) -> Tensor:
+    """Undo :func:`to_groups`: return a tensor of ``shape`` from ``(C, G, group_size)``."""
+    moved = torch.Size([shape[axis], *shape[:axis], *shape[axis + 1 :]])
+    return groups.reshape(moved).movedim(0, axis)

@@ -1,0 +1,311 @@
+"""The four verbs on latent weights: write, perturb, pull back, and the guard that nobody else wrote.
+
+    write      p <- Q(w)
+    perturb    p <- Q(w) + c * d
+    pull back  (dw, ds) = VJP of Q at (w, s) applied to a gradient of the loss with respect to Q(w)
+
+A quantized Parameter p of the model holds Q(w); w, the latent, lives here. A weight is a slot (module, attribute) and
+is looked up at each verb, because Accelerate and FSDP replace Parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qsam.attach import coverage_of, quantize_
+from qsam.coverage import Coverage, owner_of, set_owner
+from qsam.functional import wide_dtype
+from qsam.policy import unwrap_model
+from qsam.quantizers import Identity, Quantizer
+
+_log = logging.getLogger("qsam")
+_BLOCK = "_qsam_block"
+"""Attribute of the root module: the name of the open block in which p is not Q(w)."""
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """One quantized weight: where it lives, and its latent.
+
+    Attributes:
+        path: "encoder.layer.0.query.weight".
+        module: The owner of the Parameter.
+        attr: Its name there.
+        latent: w, fp32 or the Parameter's dtype if that is wider.
+    """
+
+    path: str
+    module: nn.Module
+    attr: str
+    latent: nn.Parameter
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The model's Parameter p, as it is now."""
+        return getattr(self.module, self.attr)  # type: ignore[no-any-return]
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Q."""
+        return getattr(self.module, f"{self.attr}_quantizer")  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def quantized(self) -> Tensor:
+        """Return Q(w) in the dtype of p."""
+        return self.quantizer(self.latent).to(self.parameter.dtype)  # type: ignore[no-any-return]
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Return what changes when somebody writes p or a tensor of its quantizer."""
+        p = self.parameter
+        own = (t._version for t in self.quantizer.state_dict(keep_vars=True).values())
+        return (id(p), p._version, p.data_ptr(), p.dtype, *own)
+
+
+class Latents:
+    """The latent weights of one model.
+
+    Args:
+        model: A quantized model, or None slots for a method without quantizers.
+        owner: The optimizer; a model's latents have one owner.
+        coverage: The model's coverage; None for a float model, which has no slots.
+
+    Raises:
+        RuntimeError: another optimizer owns this model's weights.
+    """
+
+    def __init__(self, model: nn.Module, owner: Any, coverage: Coverage | None) -> None:
+        self.root = unwrap_model(model)
+        self.coverage = coverage
+        self.slots: list[Slot] = []
+        self._seen: list[tuple[Any, ...]] = []
+        self._suspects: list[Tensor] = []
+        if coverage is None:
+            return
+        if owner_of(coverage) is not None:
+            raise RuntimeError(
+                "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
+            )
+        self.slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
+        self.claim(owner)
+        self._say_if_on_grid()
+        self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
+        self.write()
+
+    def claim(self, owner: Any) -> None:
+        """Note ``owner`` as the one optimizer of these weights."""
+        if self.coverage is not None:
+            set_owner(self.coverage, owner)
+
+    def release(self) -> None:
+        """Put the latents into the model and give up ownership."""
+        self.put_latents()
+        for key, hook in list(self.root._state_dict_pre_hooks.items()):
+            if hook is _refuse_state_dict:
+                del self.root._state_dict_pre_hooks[key]
+        if self.coverage is not None:
+            set_owner(self.coverage, None)
+        self.slots = []
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write ``p <- Q(w)``, in place, and remember how p looks now."""
+        for slot in self.slots:
+            slot.parameter.copy_(slot.quantized())
+        self._seen = [slot.fingerprint() for slot in self.slots]
+        # Autocast caches 16-bit copies of weights by tensor, not by version.
+        torch.clear_autocast_cache()
+        vars(self.root).pop(_BLOCK, None)
+
+    @torch.no_grad()
+    def put_latents(self) -> None:
+        """Write ``p <- w``, in place."""
+        for slot in self.slots:
+            slot.parameter.copy_(slot.latent)
+        torch.clear_autocast_cache()
+
+    @torch.no_grad()
+    def take_present_weights(self) -> None:
+        """Set ``w <- p`` from what the model holds now, and write Q(w)."""
+        for slot in self.slots:
+            slot.latent.copy_(slot.parameter)
+        self._suspects.clear()
+        self.write()
+
+    def open_block(self, name: str) -> None:
+        """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
+        vars(self.root)[_BLOCK] = name
+
+    def check(self) -> None:
+        """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`.
+
+        A changed fingerprint with equal values is no alarm (DDP broadcasts at construction).
+
+        Raises:
+            RuntimeError: the model's weights are not the Q(w) that were left there.
+        """
+        late = [bool(flag) for flag in self._suspects]
+        self._suspects.clear()
+        changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
+        foreign = [slot.path for slot in changed if not _same(slot.parameter, slot.quantized())]
+        if foreign or any(late):
+            where = f"{foreign[0]!r} and {len(foreign) - 1} more" if len(foreign) > 1 else repr(foreign[0] if foreign else "a weight")
+            raise RuntimeError(
+                f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
+                "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
+            )
+        self._seen = [slot.fingerprint() for slot in self.slots] if changed else self._seen
+
+    def pull_back(self, slot: Slot, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the VJP of Q at (w, parameters) applied to ``grad``.
+
+        Args:
+            slot: The weight; p holds Q(w).
+            grad: dL/dQ, of the shape of p.
+
+        Returns:
+            dw in the latent's dtype, and the gradient of each Parameter of the quantizer by name.
+
+        Raises:
+            TypeError: a sparse gradient.
+        """
+        if grad.is_sparse:
+            raise TypeError(f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False.")
+        w = slot.latent.detach().requires_grad_()
+        leaves = {name: p.detach().requires_grad_() for name, p in slot.quantizer.named_parameters()}
+        with torch.enable_grad():
+            out = functional_call(slot.quantizer, leaves, (w,))
+        grads = torch.autograd.grad(out, [w, *leaves.values()], grad.to(out.dtype), materialize_grads=True)
+        self._note_value(slot, out.detach())
+        return grads[0], dict(zip(leaves, grads[1:], strict=True))
+
+    def _note_value(self, slot: Slot, out: Tensor) -> None:
+        """Compare p with the Q(w) just computed; the verdict is read at the next check, without a device sync now.
+
+        It catches writes through ``.data``, which leave no trace in the fingerprint.
+        """
+        p = slot.parameter.detach()
+        same = out.to(p.dtype) == p
+        self._suspects.append((~same & ~torch.isnan(p)).any())
+
+    def _say_if_on_grid(self) -> None:
+        rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity) and bool(slot.latent.any())]
+        if rows and all(_on_grid(slot) for slot in rows):
+            warnings.warn(
+                "the model's weights are on the quantization grid already: training starts from rounded weights. The "
+                "full-precision weights live in the optimizer only: load its state_dict to go on from them.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
+    """Return the model's coverage, quantizing a plain model with the defaults if a method wants it.
+
+    Args:
+        model: The model.
+        wanted: Whether the method uses quantizers.
+
+    Raises:
+        RuntimeError: a method without quantizers was given a quantized model.
+    """
+    coverage = coverage_of(unwrap_model(model))
+    if not wanted:
+        if coverage is not None:
+            raise RuntimeError("SAM trains a float model, and this one is quantized: use JointSAM or SAQ, or dequantize_ it.")
+        return None
+    if coverage is None:
+        coverage = quantize_(model)
+        _log.info("qsam quantized the model with its defaults:\n%s", coverage)
+    return coverage
+
+
+@torch.no_grad()
+def perturb_(targets: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
+    """Add ``c * d`` to each target in place, without a temporary: ``(target, d, c)`` with c a scalar tensor.
+
+    A 16-bit target is added to in fp32 and then rounded.
+    """
+    for target, direction, coefficient in targets:
+        if wide_dtype(target.dtype) == target.dtype:
+            target.addcmul_(direction.to(target.dtype), coefficient.to(target.dtype))
+        else:
+            wide = wide_dtype(target.dtype)
+            target.copy_(target.to(wide).addcmul_(direction.to(wide), coefficient.to(wide)))
+
+
+def scale_tensors(coverage: Coverage | None) -> tuple[list[ScaleSlot], list[ScaleSlot]]:
+    """Return the trainable parameters of all quantizers: of the weights', and of the inputs'."""
+    if coverage is None:
+        return [], []
+    weights = list(_scale_slots((row.name + "_quantizer", row.quantizer) for row in coverage.quantized))
+    inputs = list(_scale_slots((f"{row.name}.input_quantizer".lstrip("."), row.quantizer) for row in coverage.inputs))
+    return weights, inputs
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class ScaleSlot:
+    """One trainable parameter of a quantizer.
+
+    Attributes:
+        path: "encoder.layer.0.query.weight_quantizer.scale".
+        quantizer: Its owner.
+        attr: Its name there.
+    """
+
+    path: str
+    quantizer: Quantizer
+    attr: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter, as it is now."""
+        return getattr(self.quantizer, self.attr)  # type: ignore[no-any-return]
+
+
+def input_signs(coverage: Coverage | None) -> dict[str, bool | None]:
+    """Return which inputs are quantized on a signed grid (None: not decided yet), by module path."""
+    rows = coverage.inputs if coverage is not None else ()
+    return {row.name: row.quantizer.signed for row in rows if row.quantizer is not None}
+
+
+def set_input_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
+    """Set what :func:`input_signs` returned; an input whose sign is decided counts as calibrated."""
+    for row in coverage.inputs if coverage is not None else ():
+        if row.quantizer is not None and row.name in signs:
+            row.quantizer.signed = signs[row.name]
+            row.quantizer.calibrated = signs[row.name] is not None
+
+
+def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> Iterator[ScaleSlot]:
+    for path, quantizer in named:
+        if quantizer is not None:
+            for attr, _ in quantizer.named_parameters():
+                yield ScaleSlot(f"{path}.{attr}", quantizer, attr)
+
+
+def _slot(path: str, module: nn.Module, attr: str) -> Slot:
+    p = getattr(module, attr)
+    return Slot(path, module, attr, nn.Parameter(p.detach().to(wide_dtype(p.dtype), copy=True)))
+
+
+def _on_grid(slot: Slot) -> bool:
+    gap = (slot.quantizer(slot.latent.detach()) - slot.latent.detach()).abs().max()
+    return bool(gap <= 1e-3 * slot.latent.detach().abs().max())
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
+
+
+def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
+    block = vars(module).get(_BLOCK)
+    if block is not None:
+        raise RuntimeError(f"model.state_dict() inside {block}() would save weights that are not Q(w): save outside the block.")

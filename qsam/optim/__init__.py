@@ -1,0 +1,23 @@
+"""The methods, one file each; importing this package registers them."""
+
+from qsam.optim.base import OPTIMIZERS, QuantizedOptimizer, register_optimizer
+from qsam.optim.directions import DIRECTIONS, Direction, register_direction
+from qsam.optim.joint import JointSAM
+from qsam.optim.qat import QAT
+from qsam.optim.sam import SAM
+from qsam.optim.saq import SAQ
+from qsam.optim.squat import SQuAT
+
+__all__ = [
+    "DIRECTIONS",
+    "OPTIMIZERS",
+    "QAT",
+    "SAM",
+    "SAQ",
+    "Direction",
+    "JointSAM",
+    "QuantizedOptimizer",
+    "SQuAT",
+    "register_direction",
+    "register_optimizer",
+]

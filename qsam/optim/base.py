@@ -1,0 +1,476 @@
+"""The optimizer round an optimizer: its passes, its step, and what a torch Optimizer must be able to do.
+
+The base optimizer steps the latents; the scales have an optimizer of their own; the model holds Q(w) outside the blocks.
+A method says in its own file how passes and updates follow each other.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from qsam.latent import Latents, ScaleSlot, coverage_for, input_signs, scale_tensors, set_input_signs
+from qsam.optim import state as packing
+from qsam.optim.groups import Base, build_base, pointed_at_latents
+from qsam.optim.passes import Passes
+from qsam.optim.perturbation import Perturbation
+from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
+from qsam.registry import Registry
+
+Closure = Callable[[], Any]
+
+
+class QuantizedOptimizer(Passes, Optimizer):
+    """Base class of the methods: see the classes in ``qsam/optim/``.
+
+    Args:
+        model: The model; a plain one is quantized with the defaults of :func:`qsam.quantize_`.
+        base: A torch Optimizer class with its ``arguments``, or an instance.
+        perturbation: What is added in the second pass; None for a method of one pass.
+        rho: Radius, kept in every base group as ``qsam_rho``; a schedule may change it there.
+        ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw is the gradient of Q(w) itself.
+        rng: ``"shared"``: all passes of a step draw the same random numbers; ``"independent"``: each its own.
+        max_grad_norm: Clip the pulled-back gradients of everything the base steps to this global norm.
+        params: Parameters or groups for the base class; all trainable ones by default.
+        scale_lr: The scales' rate; see :mod:`qsam.optim.scale_rates`.
+        scale_optimizer: The scales' optimizer class.
+        arguments: The base's own keywords.
+    """
+
+    quantizes = True
+    """Whether the method has quantizers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Base,
+        *,
+        perturbation: Perturbation | None,
+        rho: float,
+        ste: str,
+        rng: str,
+        max_grad_norm: float | None,
+        params: Iterable[Any] | None,
+        scale_lr: ScaleRate,
+        scale_optimizer: type[Optimizer],
+        arguments: dict[str, Any],
+        ours: set[str],
+    ) -> None:
+        _check_options(model, ste, rng, max_grad_norm)
+        coverage = coverage_for(model, self.quantizes)
+        self.latents_of = Latents(model, self, coverage)
+        try:
+            self.base = build_base(type(self).__name__, base, self.latents_of, params, arguments, ours)
+            weights, inputs = scale_tensors(coverage)
+            self.scale_slots: list[ScaleSlot] = [*weights, *inputs]
+            slots = self.latents_of.slots
+            self.scale_base = build_scale_optimizer(weights, inputs, scale_lr, scale_optimizer, self.base, slots)
+        except BaseException:
+            self.latents_of.release()
+            raise
+        self.perturbation = perturbation
+        self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
+        self.__setstate__({"defaults": self.base.defaults, "param_groups": []})
+        self.param_groups[:] = self.base.param_groups
+        for group in self.param_groups:
+            group["qsam_rho"] = group.pop("rho", rho) if perturbation is not None else rho
+        if self.scale_base is not None:
+            self.param_groups += [self._public_group(group) for group in self.scale_base.param_groups]
+        self.param_groups[0].update(qsam_step=0, qsam_phase=0, qsam_quantizers=self._describe_quantizers())
+        self._start_passes()
+        self.scales = ScaleFacade(self)
+
+    # --- the step -----------------------------------------------------------------------------------------------
+
+    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+        """Take one step.
+
+        Args:
+            closure: torch's closure: clears gradients, runs forward and backward, returns the loss. It is called as
+                often as the method has passes. Without it, the gradients of the passes made by hand are used.
+
+        Returns:
+            What the closure returned in the first pass; None without a closure.
+
+        Raises:
+            RuntimeError: called inside a block, without new gradients, or after somebody else wrote the weights.
+        """
+        self._refuse_inside_block("step")
+        if closure is not None:
+            self._clear_gradients()
+            with torch.enable_grad():
+                return self._run(closure)
+        if not self._passes_made and packing.all_lr_zero(self.param_groups) and packing.no_gradient_but_zeros(self.param_groups):
+            return self._create_state()
+        if not self._has_gradients():
+            raise RuntimeError("step() found no gradient: run a new backward before each step.")
+        if self.perturbation is not None and not self._perturbed and self.perturbation.due(self.steps):
+            self._say_once(
+                f"{type(self).__name__}.step() without first_pass() and perturbed() is a plain QAT step. A framework that "
+                "does not hand its closure on (Lightning with 16-mixed, AcceleratedOptimizer) does this."
+            )
+        self._finish_step()
+        return None
+
+    def _run(self, closure: Closure) -> Any:
+        """Make the passes of one step by calling ``closure``, and step."""
+        raise NotImplementedError
+
+    def _finish_step(self) -> None:
+        """Update from the gradients in place: w and s together, in a method that does not alternate."""
+        self._update(weights=True, scales=True)
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the weights so far."""
+        return int(self.param_groups[0]["qsam_step"])
+
+    @torch.no_grad()
+    def _update(self, *, weights: bool, scales: bool) -> None:
+        """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
+        latents = self.latents_of
+        latents.check()
+        scale_grads = self._pull_back()
+        try:
+            if weights:
+                self._step_base()
+            if scales:
+                self._step_scales(scale_grads)
+        finally:
+            for slot in latents.slots:
+                slot.latent.grad = None
+            latents.write()
+            self._clear_gradients()
+        if weights:
+            self._move_state()
+            self.param_groups[0]["qsam_step"] += 1
+
+    def _pull_back(self, keep: bool = False) -> dict[int, Tensor]:
+        """Put dw on the latents and return the scales' gradients by the id of the scale."""
+        grads: dict[int, Tensor] = {}
+        for slot in self.latents_of.slots:
+            p = slot.parameter
+            if p.grad is None:
+                continue
+            dw, ds = self.latents_of.pull_back(slot, p.grad)
+            slot.latent.grad = dw if self.ste == "clipped" else p.grad.to(dw.dtype)
+            for name, gradient in ds.items():
+                grads[id(getattr(slot.quantizer, name))] = gradient
+            if not keep:
+                p.grad = None
+        for scale in self.scale_slots:
+            if scale.parameter.grad is not None:
+                grads[id(scale.parameter)] = scale.parameter.grad
+        return grads
+
+    def _step_base(self) -> None:
+        """Step the base optimizer on the latents; after an exception they are what they were before."""
+        copies = [self._backup(slot) for slot in self.latents_of.slots]
+        with pointed_at_latents(self.base, self.latents_of):
+            if self.max_grad_norm is not None:
+                torch.nn.utils.clip_grad_norm_(
+                    [p for group in self.base.param_groups for p in group["params"]], self.max_grad_norm
+                )
+            try:
+                self.base.step()
+            except BaseException:
+                for slot, copy in zip(self.latents_of.slots, copies, strict=True):
+                    slot.latent.copy_(copy)
+                raise
+
+    def _backup(self, slot: Any) -> Tensor:
+        """Return a copy of w. A Parameter of w's dtype serves as its place: it is rewritten after the step anyway."""
+        p = slot.parameter
+        if p.dtype == slot.latent.dtype:
+            p.copy_(slot.latent)
+            return p.detach()
+        return slot.latent.detach().clone()
+
+    def _step_scales(self, grads: Mapping[int, Tensor]) -> None:
+        """Step the scales' optimizer with these gradients, at the rates of the public groups."""
+        if self.scale_base is None:
+            return
+        self._sync_scale_groups()
+        for scale in self.scale_slots:
+            scale.parameter.grad = grads.get(id(scale.parameter))
+        sign = -1.0 if self._maximizes() else 1.0
+        for group in self.scale_base.param_groups:
+            for s in group["params"]:
+                if s.grad is not None and sign < 0:
+                    s.grad = -s.grad
+        self.scale_base.step()
+        for scale in self.scale_slots:
+            scale.parameter.grad = None
+
+    def _move_state(self) -> None:
+        for slot in self.latents_of.slots:
+            slot.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
+            slot.quantizer.update(slot.latent.detach())
+
+    def _create_state(self) -> None:
+        """Create the base's state and nothing else: torch.distributed.checkpoint asks for it with every lr at 0."""
+        for slot in self.latents_of.slots:
+            slot.latent.grad = torch.zeros_like(slot.latent)
+        with pointed_at_latents(self.base, self.latents_of):
+            self.base.step()
+        for slot in self.latents_of.slots:
+            slot.latent.grad = None
+
+    # --- what users read and do ---------------------------------------------------------------------------------
+
+    @property
+    def coverage(self) -> Any:
+        """What is quantized, what is not and why; None for a method without quantizers."""
+        return self.latents_of.coverage
+
+    @contextlib.contextmanager
+    def latents(self) -> Iterator[None]:
+        """Within this context the model holds the full-precision w: average them (EMA, SWA) or save them here."""
+        self._refuse_inside_block("latents")
+        self.latents_of.check()
+        self._block = "latents"
+        self.latents_of.put_latents()
+        try:
+            yield
+        finally:
+            self.latents_of.write()
+            self._block = None
+
+    def sync_latents(self) -> None:
+        """Take the model's present weights as latents, and write Q(w): after a merge, a load, a pruning."""
+        self._refuse_inside_block("sync_latents")
+        self.latents_of.take_present_weights()
+
+    def diagnostics(self) -> dict[str, float]:
+        """Return figures of the last step.
+
+        Returns:
+            ``loss`` and ``loss_perturbed`` of ``step(closure)`` and their difference ``rise``; ``gradient_norm``,
+            the norm of the ascent direction, and ``perturbation_norm``; ``quantization_noise_norm``, ||Q(w) - w||;
+            ``clipped_share``, the share of quantized weights that lie outside the grid. What the last step did not
+            have is left out.
+        """
+        found = {name: float(value) for name, value in self._losses.items()}
+        if len(found) == 2:
+            found["rise"] = found["loss_perturbed"] - found["loss"]
+        if self.perturbation is not None and self.perturbation.norm is not None:
+            found["gradient_norm"] = float(self.perturbation.norm)
+            usable = 0.0 < found["gradient_norm"] < float("inf")
+            found["perturbation_norm"] = float(self.param_groups[0]["qsam_rho"]) if usable else 0.0
+        return found | _noise(self.latents_of)
+
+    # --- a torch Optimizer --------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
+        merged: defaultdict[Tensor, Any] = defaultdict(dict)
+        if self.base.state:
+            for group in self.param_groups:
+                for p in group["params"]:
+                    if entry := self._entry(p):
+                        merged[p] = entry
+        return merged
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Refuse silently what torch's own ``__setstate__`` assigns: the state lives in the two optimizers."""
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`."""
+        rho = param_group.get("rho", self.param_groups[0]["qsam_rho"])
+        self.base.add_param_group({k: v for k, v in param_group.items() if k != "rho"})
+        self.base.param_groups[-1]["qsam_rho"] = rho
+        self.param_groups.append(self.base.param_groups[-1])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return latents, scales, counters and both optimizers' state: tensors and plain Python types only.
+
+        Raises:
+            RuntimeError: called inside a block.
+        """
+        self._refuse_inside_block("state_dict")
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self.param_groups[0]["qsam_input_signs"] = input_signs(self.coverage)
+        packed = packing.pack(self.param_groups, self._entry)
+        with pointed_at_latents(self.base, self.latents_of):
+            own = self.base.state_dict()
+        if set(own) != {"state", "param_groups"}:
+            packed["qsam_base"] = own
+        for hook in self._optimizer_state_dict_post_hooks.values():
+            packed = hook(self, packed) or packed
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+        """Load what :meth:`state_dict` returned, or a bare base optimizer's. Load the model first, then this.
+
+        The latents win over the model's weights and are written. A bare checkpoint has none: they start from the
+        model's present weights, which is said once.
+
+        Raises:
+            ValueError: it does not fit; nothing has been changed then.
+            RuntimeError: called inside a block.
+        """
+        self._refuse_inside_block("load_state_dict")
+        state_dict = dict(state_dict)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = hook(self, state_dict) or state_dict  # type: ignore[func-returns-value]
+        if packing.is_plain(state_dict):
+            self._load_plain(state_dict)
+        else:
+            self._load(state_dict)
+        self._start_passes()
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _load(self, state_dict: dict[str, Any]) -> None:
+        packing.check(state_dict, self.param_groups)
+        found = packing.entries(state_dict, self.param_groups, "qsam_latent")
+        scales = packing.entries(state_dict, self.param_groups, "qsam_scale")
+        ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
+        theirs = [i for i, group in enumerate(self.param_groups) if "qsam_scales" in group]
+        self._load_base(state_dict.get("qsam_base") or packing.part(state_dict, ours), ours)
+        if self.scale_base is not None:
+            self.scale_base.load_state_dict(packing.part(state_dict, theirs))
+            for i, group in zip(theirs, self.scale_base.param_groups, strict=True):
+                self.param_groups[i].update({k: v for k, v in state_dict["param_groups"][i].items() if k != "params"})
+                group["params"] = self.param_groups[i]["params"]
+        by_parameter = {id(slot.parameter): slot for slot in self.latents_of.slots}
+        for p, value in found:
+            by_parameter[id(p)].latent.copy_(value)
+        for s, value in scales:
+            s.copy_(value)
+        set_input_signs(self.coverage, self.param_groups[0].get("qsam_input_signs", {}))
+        self.latents_of.write()
+
+    def _load_plain(self, state_dict: dict[str, Any]) -> None:
+        ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
+        first = {k: v for k, v in self.param_groups[0].items() if k.startswith("qsam_")}
+        packing.check(state_dict, [self.param_groups[i] for i in ours])
+        self._load_base(state_dict, ours)
+        for i in ours:
+            self.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
+        self.param_groups[0].update(first)
+        self.latents_of.take_present_weights()
+        warnings.warn(
+            "this is a checkpoint of the bare base optimizer: the latents start from the model's present weights.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+    def _load_base(self, state_dict: dict[str, Any], positions: list[int]) -> None:
+        with pointed_at_latents(self.base, self.latents_of):
+            self.base.load_state_dict(state_dict)
+        for i, group in zip(positions, self.base.param_groups, strict=True):
+            self.param_groups[i] = group
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep everything, but for the wrapper that a scheduler put round ``step``."""
+        return {k: v for k, v in self.__dict__.items() if k not in {"step", "_opt_called"}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore, and own the latents of the restored model."""
+        super().__setstate__(state)
+        self.latents_of.claim(self)
+
+    def _release(self) -> None:
+        """Put the latents into the model for good."""
+        self._refuse_inside_block("dequantize_")
+        self.latents_of.release()
+
+    def _entry(self, p: Tensor) -> dict[str, Any]:
+        slot = next((slot for slot in self.latents_of.slots if slot.parameter is p), None)
+        if slot is not None:
+            return {**self.base.state.get(slot.latent, {}), "qsam_latent": slot.latent.detach()}
+        if any(scale.parameter is p for scale in self.scale_slots):
+            own = self.scale_base.state.get(p, {}) if self.scale_base is not None else {}
+            return {**own, "qsam_scale": p.detach()}
+        return dict(self.base.state.get(p, {}))
+
+    def _public_group(self, group: dict[str, Any]) -> dict[str, Any]:
+        """Return the group that schedulers see: the scales', with the keys of the base's that they may write."""
+        return {**{k: v for k, v in self.base.defaults.items() if k not in group}, **group}
+
+    def _sync_scale_groups(self) -> None:
+        """Give the scale optimizer the rates that schedulers wrote into the public groups; nothing else is theirs."""
+        assert self.scale_base is not None
+        public = [group for group in self.param_groups if "qsam_scales" in group]
+        for mine, seen in zip(self.scale_base.param_groups, public, strict=True):
+            mine["lr"], mine["params"] = seen["lr"], seen["params"]
+
+    def _maximizes(self) -> bool:
+        return bool(self.base.param_groups[0].get("maximize", False))
+
+    def _describe_quantizers(self) -> dict[str, str]:
+        return {
+            slot.path: f"{type(slot.quantizer).__name__}({slot.quantizer.extra_repr()})" for slot in self.latents_of.slots
+        }
+
+
+class ScaleFacade(Optimizer):
+    """``optimizer.scales``: what ``GradScaler`` needs to unscale and step the scales by themselves.
+
+    Its one group holds the quantized weights and the inputs' scales, whose gradients the scales' step consumes; its
+    ``step`` is ``step_scales``.
+    """
+
+    def __init__(self, owner: QuantizedOptimizer) -> None:
+        self.owner = owner
+        self.__setstate__({"defaults": {}, "state": defaultdict(dict)})
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """The tensors whose gradients the scales' step reads."""
+        weights = [slot.parameter for slot in self.owner.latents_of.slots]
+        inputs = [scale.parameter for scale in self.owner.scale_slots if scale.parameter.requires_grad]
+        return [{"params": [*weights, *inputs], "lr": 0.0}]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step the scales."""
+        self.owner.step_scales()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the owner."""
+        return {"owner": self.owner, "defaults": {}, "state": self.state}
+
+
+def _check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: the model comes first, then the optimizer.")
+    if ste not in ("clipped", "identity"):
+        raise ValueError(f"`ste` must be 'clipped' or 'identity', got {ste!r}.")
+    if rng not in ("shared", "independent"):
+        raise ValueError(f"`rng` must be 'shared' or 'independent', got {rng!r}.")
+    if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float)):
+        raise TypeError(f"`max_grad_norm` must be None or a number > 0, got {max_grad_norm!r}.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"`max_grad_norm` must be > 0, got {max_grad_norm}.")
+
+
+@torch.no_grad()
+def _noise(latents: Latents) -> dict[str, float]:
+    """Return the norm of Q(w) - w and the share of weights whose gradient the quantizer masks."""
+    if not latents.slots:
+        return {}
+    square, clipped, count = 0.0, 0, 0
+    for slot in latents.slots:
+        square += float((slot.quantized().to(slot.latent.dtype) - slot.latent).square().sum())
+        passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent))
+        clipped += int((passed == 0).sum())
+        count += passed.numel()
+    return {"quantization_noise_norm": square**0.5, "clipped_share": clipped / max(count, 1)}
+
+
+OPTIMIZERS: Registry[QuantizedOptimizer] = Registry("optimizer")
+"""All methods by name: "qat", "sam", "joint", "saq", "squat"."""
+
+register_optimizer = OPTIMIZERS.register

@@ -1,0 +1,125 @@
+"""The parameter groups of a base optimizer: built, stripped of scales, and pointed at the latents while it works."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from qsam.latent import Latents
+from qsam.registry import nearest
+
+Base = Optimizer | Callable[..., Optimizer]
+
+
+def build_base(
+    method: str, base: Base, latents: Latents, params: Iterable[Any] | None, arguments: dict[str, Any], ours: set[str]
+) -> Optimizer:
+    """Return the base optimizer, its groups holding the model's Parameters without any scale.
+
+    Args:
+        method: The method's name, for messages.
+        base: An optimizer class (or any factory ``(params, **arguments)``), or an instance.
+        latents: The model's latents.
+        params: Parameters or groups for a class; None for all trainable ones.
+        arguments: Keywords for the class.
+        ours: Names of the method's own keywords, for messages.
+
+    Raises:
+        TypeError: an unknown keyword; keywords or params together with an instance; not an optimizer.
+        RuntimeError: a trainable quantized weight that is in no group.
+    """
+    scales = {id(p) for p in _quantizer_parameters(latents.root)}
+    if isinstance(base, Optimizer):
+        if arguments or params is not None:
+            given = sorted(arguments) + (["params"] if params is not None else [])
+            raise TypeError(f"{method} was given an optimizer instance, which has its own groups and settings: drop {given}.")
+        _strip_scales(base, scales)
+    else:
+        _check_arguments(method, base, arguments, ours)
+        if params is None:
+            params = [p for p in latents.root.parameters() if p.requires_grad and id(p) not in scales]
+        base = base(params, **arguments)
+        if not isinstance(base, Optimizer):
+            raise TypeError(f"`base` must build a torch Optimizer, got {type(base).__name__}.")
+        _strip_scales(base, scales)
+    _check_owned(base, latents, scales)
+    return base
+
+
+@contextlib.contextmanager
+def pointed_at_latents(base: Optimizer, latents: Latents) -> Iterator[None]:
+    """Within this context the base's groups hold the latents in place of their Parameters.
+
+    The base's state is keyed by the latents, always: it is only ever touched inside this context.
+    """
+    forth = {id(slot.parameter): slot.latent for slot in latents.slots}
+    back = {id(slot.latent): slot.parameter for slot in latents.slots}
+    _exchange(base, forth)
+    try:
+        yield
+    finally:
+        _exchange(base, back)
+
+
+def _exchange(base: Optimizer, table: dict[int, nn.Parameter]) -> None:
+    for group in base.param_groups:
+        group["params"][:] = [table.get(id(p), p) for p in group["params"]]
+
+
+def _quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    for name, p in root.named_parameters():
+        if "_quantizer." in name:
+            yield p
+
+
+def _strip_scales(base: Optimizer, scales: set[int]) -> None:
+    found = 0
+    for group in base.param_groups:
+        kept = [p for p in group["params"] if id(p) not in scales]
+        found += len(group["params"]) - len(kept)
+        group["params"] = kept
+    if found:
+        warnings.warn(
+            f"{found} scales were in the base optimizer's groups and are moved to the scale optimizer: they step with "
+            "`scale_lr`.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def _check_owned(base: Optimizer, latents: Latents, scales: set[int]) -> None:
+    owned = {id(p) for group in base.param_groups for p in group["params"]}
+    for slot in latents.slots:
+        if slot.parameter.requires_grad and id(slot.parameter) not in owned:
+            raise RuntimeError(
+                f"the quantized weight {slot.path!r} is in no parameter group of the base optimizer: add it, or freeze it "
+                "with requires_grad_(False)."
+            )
+    missing = [
+        name for name, p in latents.root.named_parameters() if p.requires_grad and id(p) not in owned and id(p) not in scales
+    ]
+    if missing:
+        warnings.warn(
+            f"{len(missing)} trainable parameters are in no group of the base optimizer and will not move: {missing[:8]}.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
+def _check_arguments(method: str, base: Callable[..., Optimizer], arguments: dict[str, Any], ours: set[str]) -> None:
+    if not callable(base):
+        raise TypeError(f"`base` must be an optimizer class or instance, got {base!r}.")
+    parameters = inspect.signature(base).parameters
+    if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+        return
+    for name in arguments:
+        if name not in parameters:
+            known = sorted(ours | set(parameters) - {"params", "self"})
+            base_name = getattr(base, "__name__", repr(base))
+            raise TypeError(f"neither {method} nor {base_name} has an argument {name!r}.{nearest(name, known)}")

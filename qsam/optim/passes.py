@@ -1,0 +1,184 @@
+"""The passes of a step by hand: first pass, perturbed pass, scale phase; and the order they may come in."""
+
+from __future__ import annotations
+
+import contextlib
+import warnings
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from qsam.inputs import frozen
+from qsam.optim.perturbation import Perturbation
+from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
+
+if TYPE_CHECKING:
+    from qsam.latent import Latents
+
+
+class Passes:
+    """The blocks of an optimizer, and what has to be remembered between them."""
+
+    latents_of: Latents
+    perturbation: Perturbation | None
+    param_groups: list[dict[str, Any]]
+    rng: str
+
+    def _start_passes(self) -> None:
+        self._block: str | None = None
+        self._ascent_ready = False
+        self._perturbed = False
+        self._passes_made = 0
+        self._aside: list[tuple[nn.Parameter, Tensor | None]] = []
+        self._random_starts: list[RandomState] = []
+        self._losses: dict[str, Tensor | float] = {}
+        self._said: set[str] = getattr(self, "_said", set())
+
+    @contextlib.contextmanager
+    def first_pass(self) -> Iterator[None]:
+        """The unperturbed pass, at Q(w): run forward and backward inside.
+
+        Gradients accumulated so far are set aside, by reference, until :meth:`perturbed` puts them back.
+
+        Raises:
+            RuntimeError: inside another block, or after somebody else wrote the weights.
+        """
+        self._refuse_inside_block("first_pass")
+        self.latents_of.check()
+        if not self._passes_made:
+            self._random_starts.clear()
+        self._set_aside()
+        self._random_starts.append(RandomState.now())
+        self._block, self._ascent_ready = "first_pass", False
+        try:
+            yield
+            self._ascent_ready = self._has_gradients()
+        except BaseException:
+            self._put_back()
+            raise
+        finally:
+            self._block = None
+        self._passes_made += 1
+
+    @contextlib.contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """The perturbed pass, at Q(w) + e: run forward and backward inside. Outside the model holds Q(w) again.
+
+        The backward must run inside too: torch does not notice a checkpointed forward whose backward comes later.
+
+        Raises:
+            RuntimeError: inside another block, or without gradients of a first pass.
+        """
+        if self.perturbation is None:
+            raise RuntimeError(f"{type(self).__name__} has no perturbed pass: run one backward, then step().")
+        self._refuse_inside_block("perturbed")
+        if not self._ascent_ready:
+            raise RuntimeError("perturbed() needs gradients of a first pass: run backward inside `with optimizer.first_pass():` before.")
+        self._before_perturbation()
+        self._block, self._ascent_ready = "perturbed", False
+        try:
+            with self._later_pass(self._random_starts[-1]), frozen():
+                self.latents_of.open_block("perturbed")
+                self.perturbation.apply(self.perturbation.gather(self.latents_of), self._rho_of(), self._ascent_sign())
+                self._put_back()
+                yield
+        except BaseException:
+            self._clear_gradients()
+            raise
+        finally:
+            self.perturbation.restore_floats()
+            self.latents_of.write()
+            self._block = None
+        self._perturbed = True
+
+    @contextlib.contextmanager
+    def scale_phase(self) -> Iterator[None]:
+        """The pass of the scales, at Q(w) unperturbed: run forward and backward inside, then ``step_scales()``.
+
+        Raises:
+            RuntimeError: inside another block, in a method that does not alternate, or after somebody else wrote the
+                weights.
+        """
+        self._refuse_inside_block("scale_phase")
+        self._check_alternates("scale_phase")
+        self.latents_of.check()
+        start = self._random_starts.pop(0) if self._random_starts else None
+        self._block = "scale_phase"
+        try:
+            if start is None:  # a batch of its own: this is the first pass that sees it
+                yield
+            else:
+                with self._later_pass(start):
+                    yield
+        except BaseException:
+            self._clear_gradients()
+            raise
+        finally:
+            self._block = None
+        self._passes_made += 1
+
+    def step_scales(self) -> None:
+        """Step the scales with the gradients of :meth:`scale_phase` (of the first pass, where the schedule is fused).
+
+        Raises:
+            RuntimeError: in a method that does not alternate, or without new gradients.
+        """
+        self._check_alternates("step_scales")
+        raise NotImplementedError
+
+    def _check_alternates(self, verb: str) -> None:
+        raise RuntimeError(f"{type(self).__name__} steps weights and scales together: {verb}() belongs to SQuAT.")
+
+    def _before_perturbation(self) -> None:
+        """What a method does between the first pass and the perturbation."""
+
+    @contextlib.contextmanager
+    def _later_pass(self, start: RandomState) -> Iterator[None]:
+        """A pass that leaves buffers as they were, and random generators too if they are shared."""
+        with buffers_kept(self.latents_of.root), same_random_numbers(start if self.rng == "shared" else None):
+            yield
+
+    def _parameters(self) -> Iterator[nn.Parameter]:
+        for group in self.param_groups:
+            yield from group["params"]
+
+    def _set_aside(self) -> None:
+        self._aside = [(p, p.grad) for p in self._parameters()]
+        self._clear_gradients()
+
+    def _put_back(self) -> None:
+        for p, grad in self._aside:
+            p.grad = grad
+        self._aside = []
+
+    def _clear_gradients(self) -> None:
+        for p in self._parameters():
+            p.grad = None
+        self._perturbed = self._ascent_ready = False
+
+    def _has_gradients(self) -> bool:
+        return any(p.grad is not None for p in self._parameters())
+
+    def _rho_of(self) -> Callable[[nn.Parameter], float]:
+        radii = {id(p): float(group.get("qsam_rho", 0.0)) for group in self.param_groups for p in group["params"]}
+        fallback = float(self.param_groups[0]["qsam_rho"])
+        return lambda p: radii.get(id(p), fallback)
+
+    def _ascent_sign(self) -> float:
+        return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
+
+    def _refuse_inside_block(self, verb: str) -> None:
+        if self._block is not None:
+            raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            warnings.warn(text, UserWarning, stacklevel=4)
+
+    def _note_loss(self, name: str, loss: Any) -> None:
+        if isinstance(loss, Tensor) and loss.numel() == 1:
+            self._losses[name] = loss.detach()
+        elif isinstance(loss, int | float):
+            self._losses[name] = float(loss)

@@ -1,0 +1,78 @@
+"""QAT: quantization-aware training, one pass a step.
+
+    g = dL/dQ at Q(w);   (dw, ds) = VJP of Q;   w and s step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from qsam.optim.base import Closure, QuantizedOptimizer, register_optimizer
+from qsam.optim.groups import Base
+from qsam.optim.scale_rates import ScaleRate
+
+_SAM_ONLY = {"rho", "direction", "perturb", "every", "start", "perturbation_scope"}
+
+
+@register_optimizer("qat")
+class QAT(QuantizedOptimizer):
+    """Plain quantization-aware training round any torch optimizer; with the quantizer ``lsq`` this is LSQ.
+
+    Args:
+        model: The model; a plain one is quantized with the defaults of :func:`qsam.quantize_`.
+        base: A torch Optimizer class, given ``arguments``, or an instance.
+        ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
+        rng: Of no effect with one pass; here so that methods are exchanged by name.
+        max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
+        params: Parameters or groups for a base class; all trainable ones by default.
+        scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
+            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
+        scale_optimizer: The scales' optimizer class.
+        arguments: The base's own keywords.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
+        >>> optimizer = QAT(model, torch.optim.AdamW, lr=1e-3)
+        >>> x = torch.randn(16, 4)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = model(x).square().mean()
+        ...     loss.backward()
+        ...     return loss
+        >>> loss = optimizer.step(closure)
+
+    References:
+        Esser et al., Learned Step Size Quantization, ICLR 2020.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Base,
+        *,
+        ste: str = "clipped",
+        rng: str = "shared",
+        max_grad_norm: float | None = None,
+        params: Iterable[Any] | None = None,
+        scale_lr: ScaleRate = None,
+        scale_optimizer: type[Optimizer] = SGD,
+        **arguments: Any,
+    ) -> None:
+        if taken := sorted(_SAM_ONLY & set(arguments)):
+            raise TypeError(f"QAT has no perturbation and takes no {taken}: use SAQ or SQuAT, or drop them.")
+        super().__init__(
+            model, base, perturbation=None, rho=0.0, ste=ste, rng=rng, max_grad_norm=max_grad_norm, params=params,
+            scale_lr=scale_lr, scale_optimizer=scale_optimizer, arguments=arguments,
+            ours={"ste", "rng", "max_grad_norm", "params", "scale_lr", "scale_optimizer"},
+        )  # fmt: skip
+
+    def _run(self, closure: Closure) -> Any:
+        loss = closure()
+        self._note_loss("loss", loss)
+        self._finish_step()
+        return loss

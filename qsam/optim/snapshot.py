@@ -1,0 +1,71 @@
+"""What a pass of a step leaves behind besides gradients: buffers and random states, kept and put back.
+
+Of all passes of a step only the first may move BatchNorm statistics, counters and random number generators. BatchNorm's
+``momentum`` is never touched: that would recompile the model and miss ``num_batches_tracked``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclasses.dataclass(frozen=True)
+class RandomState:
+    """The states of Python's, torch's CPU and all CUDA generators."""
+
+    python: Any
+    cpu: Tensor
+    cuda: list[Tensor]
+
+    @staticmethod
+    def now() -> RandomState:
+        """Return the present states."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        return RandomState(random.getstate(), torch.get_rng_state(), cuda)
+
+    def restore(self) -> None:
+        """Set the generators back to these states."""
+        random.setstate(self.python)
+        torch.set_rng_state(self.cpu)
+        if self.cuda:
+            torch.cuda.set_rng_state_all(self.cuda)
+
+
+@contextlib.contextmanager
+def same_random_numbers(start: RandomState | None) -> Iterator[None]:
+    """Draw the numbers that followed ``start`` again, and leave the generators as they were; None: draw new ones."""
+    if start is None:
+        yield
+        return
+    after = RandomState.now()
+    start.restore()
+    try:
+        yield
+    finally:
+        after.restore()
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Put every buffer of the model back at the end: identity, and values where they were written."""
+    kept = [
+        (module, name, buffer, buffer._version, buffer.clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, version, values in kept:
+                if buffer._version != version:
+                    buffer.copy_(values)
+                module._buffers[name] = buffer

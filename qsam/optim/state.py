@@ -1,0 +1,114 @@
+"""An optimizer's state as plain tensors and Python types: packed for a checkpoint, checked and unpacked again.
+
+The format is torch's own (``state`` by index, ``param_groups``). Beside the base's entries a quantized weight has
+``qsam_latent`` and a scale has ``qsam_scale``; what belongs to the whole run rides in the first group as ``qsam_...``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+
+def pack(groups: Sequence[Group], entry: Callable[[Tensor], Mapping[str, Any]]) -> dict[str, Any]:
+    """Return ``{"state": ..., "param_groups": ...}`` with parameters replaced by indices in order.
+
+    Args:
+        groups: Live groups.
+        entry: Returns a parameter's state.
+    """
+    state: dict[int, Mapping[str, Any]] = {}
+    packed = []
+    index = 0
+    for group in groups:
+        indices = list(range(index, index + len(group["params"])))
+        packed.append({**{k: v for k, v in group.items() if k != "params"}, "params": indices})
+        for i, p in zip(indices, group["params"], strict=True):
+            if found := dict(entry(p)):
+                state[i] = found
+        index += len(indices)
+    return {"state": state, "param_groups": packed}
+
+
+def is_plain(state_dict: Mapping[str, Any]) -> bool:
+    """Whether this is a checkpoint of a bare base optimizer, not one of qsam's."""
+    groups = state_dict.get("param_groups") or [{}]
+    return "qsam_step" not in groups[0]
+
+
+def check(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> None:
+    """Refuse a checkpoint that does not fit, before anything is changed.
+
+    Raises:
+        ValueError: other groups, other parameters, other quantizers; names the first that differs.
+    """
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the checkpoint has no {key!r}: it is not an optimizer's state_dict.")
+    saved = state_dict["param_groups"]
+    if len(saved) != len(groups):
+        raise ValueError(f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}: build it as it was built then.")
+    for i, (ours, theirs) in enumerate(zip(groups, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            raise ValueError(
+                f"group {i} has {len(theirs['params'])} parameters in the checkpoint and {len(ours['params'])} here: it is "
+                "of another model, or other parameters are trainable."
+            )
+    _check_quantizers(saved[0].get("qsam_quantizers", {}), groups[0].get("qsam_quantizers", {}))
+
+
+def _check_quantizers(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    for path in [*ours, *theirs]:
+        if theirs.get(path) != ours.get(path):
+            raise ValueError(
+                f"{path!r} is {ours.get(path, 'float')} here and {theirs.get(path, 'float')} in the checkpoint: call "
+                "quantize_ as it was called then, or with `spec`."
+            )
+
+
+def entries(state_dict: Mapping[str, Any], groups: Sequence[Group], name: str) -> list[tuple[Tensor, Tensor]]:
+    """Return ``(parameter, saved tensor)`` for every parameter whose state holds ``name``.
+
+    Raises:
+        ValueError: a tensor of another shape.
+    """
+    found = []
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        for p, i in zip(group["params"], saved["params"], strict=True):
+            value = state_dict["state"].get(i, {}).get(name)
+            if value is not None:
+                if value.shape != p.shape:
+                    raise ValueError(f"a saved {name} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}: another model.")
+                found.append((p, value))
+    return found
+
+
+def part(state_dict: Mapping[str, Any], picked: Sequence[int]) -> dict[str, Any]:
+    """Return the state_dict of one underlying optimizer: some of the groups, without qsam's own entries.
+
+    A parameter that its optimizer has not stepped yet has no entry there (Adam refuses an empty one).
+    """
+    groups = [state_dict["param_groups"][i] for i in picked]
+    indices = {i for group in groups for i in group["params"]}
+    state = {}
+    for i, entry in state_dict["state"].items():
+        own = {k: v for k, v in entry.items() if not str(k).startswith("qsam_")}
+        if i in indices and own:
+            state[i] = own
+    return {"state": state, "param_groups": groups}
+
+
+def all_lr_zero(groups: Sequence[Group]) -> bool:
+    """Whether every group's learning rate is 0: how torch.distributed.checkpoint creates an optimizer's state."""
+    return all("lr" in group and float(group["lr"]) == 0.0 for group in groups)
+
+
+def no_gradient_but_zeros(groups: Sequence[Group]) -> bool:
+    """Whether the gradients are all exactly zero (and there are some)."""
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(torch.count_nonzero(g)) for g in grads)

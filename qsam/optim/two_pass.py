@@ -1,0 +1,98 @@
+"""What the methods with a perturbed pass share: their arguments, and the order of their two passes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.optim import SGD, Optimizer
+
+from qsam.optim.base import Closure, QuantizedOptimizer
+from qsam.optim.groups import Base
+from qsam.optim.perturbation import Perturbation, Selection, checked_rho
+from qsam.optim.scale_rates import ScaleRate
+
+
+class TwoPass(QuantizedOptimizer):
+    """First pass at Q(w), second at Q(w) + e, one update from the second's gradients. Not a method by itself.
+
+    Args:
+        model: The model; a plain one is quantized with the defaults of :func:`qsam.quantize_`.
+        base: A torch Optimizer class, given ``arguments``, or an instance.
+        rho: Radius of the perturbation: the L2 norm of e over everything that is perturbed, in units of the weights.
+            Finite, >= 0. It grows with the square root of the number of weights; a group may have its own
+            (``"rho"`` in ``params``), and a schedule may write ``group["qsam_rho"]``.
+        direction: A registered direction; ``"sam"`` is the gradient.
+        perturb: ``"quantized"``, ``"all"``, or a predicate ``(name, parameter) -> bool``.
+        every: Perturb each k-th step; the others are plain QAT steps.
+        start: The first step that is perturbed, counted from 0.
+        ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
+        rng: ``"shared"``: all passes of a step see the same dropout; ``"independent"``: each its own.
+        max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
+        perturbation_scope: ``"global"``: one e for all processes.
+        params: Parameters or groups for a base class; all trainable ones by default.
+        scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
+            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
+        scale_optimizer: The scales' optimizer class.
+        arguments: The base's own keywords. One that is named like a keyword here is given through an instance.
+
+    Raises:
+        TypeError: an argument of the wrong kind, or one that neither this method nor the base has.
+        ValueError: a bad value.
+        RuntimeError: another optimizer owns the model's weights.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        base: Base,
+        *,
+        rho: float = 0.1,
+        direction: str = "sam",
+        perturb: Selection = "quantized",
+        every: int = 1,
+        start: int = 0,
+        ste: str = "clipped",
+        rng: str = "shared",
+        max_grad_norm: float | None = None,
+        perturbation_scope: str = "global",
+        params: Iterable[Any] | None = None,
+        scale_lr: ScaleRate = None,
+        scale_optimizer: type[Optimizer] = SGD,
+        **arguments: Any,
+    ) -> None:
+        perturbation = Perturbation(
+            direction=direction, perturb=perturb, every=every, start=start, scope=perturbation_scope
+        )
+        ours = set(TwoPass.__init__.__annotations__) - {"model", "base", "arguments", "return"}
+        super().__init__(
+            model, base, perturbation=perturbation, rho=checked_rho(rho), ste=ste, rng=rng,
+            max_grad_norm=max_grad_norm, params=params, scale_lr=scale_lr, scale_optimizer=scale_optimizer,
+            arguments=arguments, ours=ours,
+        )  # fmt: skip
+
+    def _run(self, closure: Closure) -> Any:
+        if self._perturbs_now():
+            loss = self._two_passes(closure)
+        else:
+            loss = self._call(closure, "loss")
+        self._finish_step()
+        return loss
+
+    def _perturbs_now(self) -> bool:
+        assert self.perturbation is not None
+        return self.perturbation.due(self.steps)
+
+    def _two_passes(self, closure: Closure) -> Any:
+        with self.first_pass():
+            loss = self._call(closure, "loss")
+        if self._ascent_ready:
+            with self.perturbed():
+                self._call(closure, "loss_perturbed")
+        return loss
+
+    def _call(self, closure: Closure, name: str) -> Any:
+        loss = closure()
+        self._note_loss(name, loss)
+        return loss

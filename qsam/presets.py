@@ -1,0 +1,22 @@
+"""Ready-made ``rules`` for :func:`qsam.quantize_`."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from qsam.policy import Rules
+
+
+def _encoder_linear(name: str, module: nn.Module) -> bool:
+    """Whether this is a Linear of a transformer block: a module below a numbered ``layer`` list."""
+    parts = name.split(".")
+    in_block = any(a in {"layer", "layers", "h"} and b.isdigit() for a, b in zip(parts, parts[1:], strict=False))
+    return in_block and isinstance(module, nn.Linear)
+
+
+squat_bert: Rules = ((_encoder_linear, {}), ("*", None))
+"""SQuAT's (and LSQ-BERT's) choice: the encoder's Linear layers; embeddings, pooler and head stay float.
+
+References:
+    Wang et al., SQuAT: Sharpness- and Quantization-Aware Training for BERT, arXiv 2210.07171, section 4.
+"""

@@ -1,0 +1,39 @@
+"""Fixed step: LSQ's grid with the step size frozen at its initial value.
+
+    Q(x; s) = s * round(clip(x / s, Qn, Qp)),   dQ/dx = 1[Qn < x/s < Qp],   s constant
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsam.quantizers.base import register_quantizer
+from qsam.quantizers.lsq import LSQ
+
+
+@register_quantizer("fixed_step")
+class FixedStep(LSQ):
+    """LSQ's grid, nothing learned: the scale is a buffer. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
+
+    Example:
+        >>> q = FixedStep(bits=4)
+        >>> q.observe_(torch.linspace(-8, 7, 16)), list(q.parameters()), q.scale
+        (None, [], tensor([1.]))
+    """
+
+    def __init__(
+        self,
+        *,
+        bits: int,
+        signed: bool | None = True,
+        granularity: str = "per_tensor",
+        axis: int | None = None,
+        group_size: int | None = None,
+    ) -> None:
+        super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)
+        del self.scale
+        self.register_buffer("scale", torch.ones(1))
+
+    def _hold(self, scale: Tensor) -> Tensor:
+        return scale

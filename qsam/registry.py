@@ -1,0 +1,99 @@
+"""One generic registry: name -> class, open to other packages through entry points."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.metadata
+from collections.abc import Callable, Iterator
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Return " Did you mean ...?" for the names in ``known`` that look like ``name``, or an empty string.
+
+    Example:
+        >>> nearest("lsg", ["lsq", "identity"])
+        " Did you mean 'lsq'?"
+    """
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+class Registry(Generic[T]):
+    """Classes by name.
+
+    Args:
+        kind: What is registered, for messages: "quantizer".
+        check: Called with each new class; raises if it does not implement the interface.
+        entry_points: Group of package entry points that are imported the first time a name is looked up.
+    """
+
+    def __init__(
+        self, kind: str, check: Callable[[type[T]], None] | None = None, entry_points: str | None = None
+    ) -> None:
+        self.kind = kind
+        self._check = check
+        self._entry_points = entry_points
+        self._classes: dict[str, type[T]] = {}
+
+    def register(self, name: str) -> Callable[[type[T]], type[T]]:
+        """Return a decorator that registers a class as ``name``.
+
+        Raises:
+            TypeError: ``name`` is not a string, or the class does not implement the interface.
+            ValueError: the name is taken (by the same class too: a module that is imported twice is a mistake).
+        """
+        if not isinstance(name, str) or not name:
+            raise TypeError(f"A {self.kind}'s name must be a non-empty string, got {name!r}.")
+
+        def add(cls: type[T]) -> type[T]:
+            if name in self._classes:
+                owner = self._classes[name]
+                raise ValueError(
+                    f"The {self.kind} name {name!r} is taken by {owner.__module__}.{owner.__qualname__}: choose another."
+                )
+            if self._check is not None:
+                self._check(cls)
+            self._classes[name] = cls
+            return cls
+
+        return add
+
+    def get(self, name: str) -> type[T]:
+        """Return the class registered as ``name``.
+
+        Raises:
+            ValueError: there is none; the message names the nearest.
+        """
+        if name not in self._classes:
+            self._load_entry_points()
+        if name not in self._classes:
+            known = list(self)
+            hint = nearest(str(name), known) or f" Registered: {', '.join(known)}."
+            raise ValueError(f"There is no {self.kind} {name!r}.{hint}")
+        return self._classes[name]
+
+    def name_of(self, cls: type[T]) -> str | None:
+        """Return the name under which ``cls`` is registered, or None."""
+        return next((name for name, known in self._classes.items() if known is cls), None)
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over all names, sorted, those of other packages included."""
+        self._load_entry_points()
+        return iter(sorted(self._classes))
+
+    def __contains__(self, name: object) -> bool:
+        """Whether ``name`` is registered."""
+        return name in list(self)
+
+    def _load_entry_points(self) -> None:
+        if self._entry_points is None:
+            return
+        group, self._entry_points = self._entry_points, None
+        for point in importlib.metadata.entry_points(group=group):
+            loaded = point.load()
+            # A module registers its classes when it is imported; a class that has not done so is named by its point.
+            if isinstance(loaded, type) and loaded not in self._classes.values():
+                self.register(point.name)(loaded)

@@ -1,0 +1,102 @@
+"""Initial scales: from data to step size, one scale a row.
+
+Each rule maps rows ``(R, n)`` to scales ``(R,)``. It works in units of the row's largest magnitude, so that rows of
+1e-30 and of 1e+30 are treated alike; a row of zeros gets the mean scale of the others, or 1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from qsam.functional import SCALE_FLOOR
+from qsam.registry import nearest
+
+_SEARCH_ENTRIES = 2**18
+"""Entries of one row that the MSE search looks at; a longer row is sampled with a fixed stride."""
+
+
+def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Tensor:
+    """Return the initial step size of each row.
+
+    Args:
+        rows: Shape ``(R, n)``, any floating dtype; each row shares one scale.
+        quant_min: Qn.
+        quant_max: Qp.
+        init: ``"mse"`` (least squared error), ``"lsq"`` (``2 * mean|x| / sqrt(Qp)``, the LSQ paper's), ``"absmax"``
+            (``max|x| / Qp``) or ``"percentile"`` (99.9 % of ``|x|``, over Qp).
+
+    Returns:
+        Shape ``(R,)``, fp32, finite and positive.
+
+    Raises:
+        ValueError: an unknown rule, or data that is not finite.
+
+    Example:
+        >>> initial_scale(torch.tensor([[-7.0, 3.5, 0.0]]), -8, 7, "absmax")
+        tensor([1.])
+    """
+    if init not in INIT_RULES:
+        raise ValueError(f"`init` must be one of {', '.join(INIT_RULES)}, got {init!r}.{nearest(str(init), list(INIT_RULES))}")
+    rows = rows.detach().to(torch.float64)  # in which 1e-45 is still a normal number
+    largest = rows.abs().amax(dim=1, keepdim=True) if rows.numel() else rows.new_zeros(rows.shape[0], 1)
+    if not bool(torch.isfinite(largest).all()):
+        raise ValueError("the scale cannot be set from data that holds NaN or infinity.")
+    empty = largest == 0
+    unit = (rows / largest.masked_fill(empty, 1)).to(torch.float32)
+    scale = INIT_RULES[init](unit, quant_min, quant_max).to(torch.float64) * largest.squeeze(1)
+    scale = scale.clamp(SCALE_FLOOR, torch.finfo(torch.float32).max)
+    filled = scale[~empty.squeeze(1)]
+    return scale.masked_fill(empty.squeeze(1), filled.mean() if filled.numel() else 1.0).to(torch.float32)
+
+
+def _lsq(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    return 2 * rows.abs().mean(dim=1) / quant_max**0.5
+
+
+def _absmax(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    return rows.abs().amax(dim=1) / quant_max
+
+
+def _percentile(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    rank = max(1, round(0.999 * rows.shape[1]))
+    value = rows.abs().kthvalue(rank, dim=1).values
+    return torch.where(value > 0, value, 1.0) / quant_max
+
+
+def _mse(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    """Search 24 log-spaced steps, then alternate "round" and "best step for these codes" from the best one.
+
+    The second half never raises the error (each of its two halves is a least-squares solution), as in Lloyd's
+    algorithm; eight rounds are enough to converge.
+    """
+    rows = rows[:, :: max(1, rows.shape[1] // _SEARCH_ENTRIES)]
+
+    def codes(step: Tensor) -> Tensor:
+        return torch.round((rows / step).clamp(quant_min, quant_max))
+
+    def error(step: Tensor) -> Tensor:
+        return (codes(step) * step - rows).square().sum(dim=1, keepdim=True)
+
+    one = rows.new_ones(rows.shape[0], 1)
+    best = one / max(quant_max, -quant_min)
+    least = error(best)
+    for ratio in torch.logspace(0, -2.5, 24).tolist():
+        step = one * ratio / quant_max
+        found = error(step)
+        best, least = torch.where(found < least, step, best), torch.minimum(found, least)
+    for _ in range(8):
+        q = codes(best)
+        step = (q * rows).sum(1, keepdim=True) / q.square().sum(1, keepdim=True)
+        best = torch.where(torch.isfinite(step) & (step > 0), step, best)
+    return best.squeeze(1)
+
+
+INIT_RULES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+    "mse": _mse,
+    "lsq": _lsq,
+    "absmax": _absmax,
+    "percentile": _percentile,
+}

@@ -1,0 +1,117 @@
+"""Ask all laws of one quantizer, over its settings and the battery of inputs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from qsam.quantizers import QUANTIZERS, Quantizer
+from qsam.quantizers.base import GRANULARITIES
+from qsam.registry import nearest
+from qsam.testing.battery import GROUP_SIZE, MIDDLE, battery, normal, shape_of
+from qsam.testing.case import Case
+from qsam.testing.table import LAWS, Law
+
+
+def check_quantizer(
+    name_or_class: str | type[Quantizer],
+    *,
+    bits: int | Iterable[int] | None = None,
+    signed: Iterable[bool] = (True, False),
+    granularities: Iterable[str] = GRANULARITIES,
+    axes: Iterable[int] = (0, 1),
+    laws: Iterable[str] | None = None,
+) -> Counter[str]:
+    """Check that a quantizer keeps every law that applies to it.
+
+    A setting that the class refuses with ValueError is skipped. A class that breaks a law on purpose says so in a
+    class attribute ``exempt_laws: dict[str, str]``, law -> reason. The narrowest and the widest grid are asked on the
+    whole battery, those between on ordinary inputs, ties and bounds.
+
+    Args:
+        name_or_class: A registered name, or a subclass of ``qsam.Quantizer``.
+        bits: One width or several; None for 2 to 8.
+        signed: Grids to check.
+        granularities: Granularities to check. Activations (no axis) are checked with ``"per_tensor"``.
+        axes: Channel dimensions of the weights, of three dimensions.
+        laws: Names in ``qsam.testing.LAWS``; None for all.
+
+    Returns:
+        How often each law was asked, and held.
+
+    Raises:
+        AssertionError: a law is broken: its name, the setting, the input, what must hold, the first offending values.
+            Or every setting was refused.
+        TypeError: neither a name nor a quantizer class.
+        ValueError: an unknown quantizer or law.
+
+    Example:
+        >>> check_quantizer("lsq", bits=4, laws=["idempotent"])["idempotent"] > 100
+        True
+    """
+    cls = _resolve(name_or_class)
+    chosen = _chosen(cls, laws)
+    asked: Counter[str] = Counter()
+    widths = range(2, 9) if bits is None else (bits,) if isinstance(bits, int) else bits
+    widths = sorted(set(widths))
+    for config in _settings(widths, signed, granularities, axes):
+        inputs = None if config["bits"] in (widths[0], widths[-1]) else MIDDLE
+        for case, law in _questions(cls, config, chosen, inputs):
+            law(case)
+            asked[law.name] += 1
+    if not asked:
+        raise AssertionError(f"{cls.__name__} refused every setting with ValueError: there was nothing to check.")
+    return asked
+
+
+def _resolve(name_or_class: str | type[Quantizer]) -> type[Quantizer]:
+    if isinstance(name_or_class, str):
+        return QUANTIZERS.get(name_or_class)
+    if not (isinstance(name_or_class, type) and issubclass(name_or_class, Quantizer)):
+        raise TypeError(f"`name_or_class` must be a registered name or a qsam.Quantizer class, got {name_or_class!r}.")
+    return name_or_class
+
+
+def _chosen(cls: type[Quantizer], laws: Iterable[str] | None) -> list[Law]:
+    """Return the laws asked for, without those the class exempts itself from."""
+    exempt: dict[str, str] = getattr(cls, "exempt_laws", {})
+    names = list(LAWS if laws is None else laws)
+    for name in [*names, *exempt]:
+        if name not in LAWS:
+            raise ValueError(f"There is no law {name!r}.{nearest(str(name), list(LAWS))} See qsam.testing.LAWS.")
+    if not all(exempt.values()):
+        raise ValueError(f"{cls.__name__}.exempt_laws must give a reason for each law.")
+    return [LAWS[name] for name in names if name not in exempt]
+
+
+def _settings(
+    bits: Iterable[int], signed: Iterable[bool], granularities: Iterable[str], axes: Iterable[int]
+) -> Iterator[dict[str, Any]]:
+    """Yield keyword arguments of a quantizer: activations, and weights of each granularity along each axis."""
+    granularities, axes, signed = list(granularities), list(axes), list(signed)
+    kinds: list[tuple[str, int | None]] = [("per_tensor", None)] if "per_tensor" in granularities else []
+    for granularity in granularities:
+        kinds += [(granularity, axis) for axis in (axes[:1] if granularity == "per_tensor" else axes)]
+    for width in bits:
+        for sign in signed:
+            for granularity, axis in kinds:
+                size = GROUP_SIZE if granularity == "per_group" else None
+                yield {"bits": width, "signed": sign, "granularity": granularity, "axis": axis, "group_size": size}
+
+
+def _questions(
+    cls: type[Quantizer], config: dict[str, Any], laws: list[Law], inputs: tuple[str, ...] | None
+) -> Iterator[tuple[Case, Law]]:
+    """Yield what to ask in one setting, on ``inputs`` (None for all); nothing where the class refuses the setting."""
+    try:
+        q = cls(**config)
+        q.observe_(normal(shape_of(q), q.signed is not False))
+    except ValueError:
+        return
+    laws = [law for law in laws if law.applies(q)]
+    for label, x, scale in battery(q):
+        if inputs is not None and label not in inputs:
+            continue
+        case = Case(cls, x, config, scale, label)
+        yield from ((case, law) for law in laws if law.inputs is None or label in law.inputs)

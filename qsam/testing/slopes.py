@@ -1,0 +1,137 @@
+"""Laws of the gradients of a uniform grid: LSQ's closed forms, written out, and autograd of the plain formula."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsam.quantizers import Quantizer
+from qsam.testing.battery import GRADIENT, SHORT
+from qsam.testing.case import Case, claim, is_uniform, learns_scale, owners, scale_of, set_scale
+from qsam.testing.grid import plain
+from qsam.testing.table import law
+from qsam.testing.universal import gradients
+
+_TOLERANCE = 1e-5
+"""Of the sum of magnitudes: fp32 sums of some hundred terms, each of which carries two or three roundings."""
+
+
+def upstream(x: Tensor) -> Tensor:
+    """Return a gradient of the output that is different in each entry, of both signs, and exact in 16 bits."""
+    return ((torch.arange(x.numel()) * 37 % 101 - 40) / 64).reshape(x.shape).to(x.dtype)
+
+
+def sharing(q: Quantizer, x: Tensor) -> int:
+    """Return N: the entries of one row; for an activation, which has no axis, the features of one sample."""
+    if q.axis is None:
+        return x[0].numel() if x.dim() > 1 else x.numel()
+    return int((owners(q, x) == 0).sum())
+
+
+def row_sums(q: Quantizer, x: Tensor, terms: Tensor) -> Tensor:
+    """Return the fp64 sum of ``terms`` over each row, in the shape of the scale."""
+    sums = torch.zeros(scale_of(q).numel(), dtype=torch.float64)
+    return sums.index_add(0, owners(q, x).flatten(), terms.double().flatten()).reshape(scale_of(q).shape)
+
+
+def slope_terms(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
+    """Return g * dQ/ds an entry: round(v) - v inside, Qn where v <= Qn, Qp where v >= Qp."""
+    grid = plain(q, x)
+    inside = (torch.round(grid.v) - grid.v).double()
+    slope = torch.where(grid.v <= grid.low, grid.low, torch.where(grid.v >= grid.high, grid.high, inside))
+    return grad.double() * slope
+
+
+def scale_gradient(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
+    """Return the gradient that autograd gives ``q.scale``, in fp64."""
+    names = [name for name, _ in q.named_parameters()]
+    return gradients(q, x, grad)[1 + names.index("scale")].double()
+
+
+@law(is_uniform, inputs=GRADIENT)
+def ste_mask_is_exact(case: Case) -> None:
+    """The gradient of x is dx = g * 1[Qn < v < Qp], decided on v: an entry at v = Qp + .2 is clipped although it rounds to Qp."""
+    q, grad = case.build(), upstream(case.x)
+    grid, got = plain(q, case.x), gradients(q, case.x, grad)[0]
+    expected = torch.where((grid.v > grid.low) & (grid.v < grid.high), grad, 0)
+    sentence = (
+        "dx must be g where Qn < x/s < Qp and 0 elsewhere, the bounds included: decide on x/s, not on its rounding."
+    )
+    claim(got == expected, sentence, v=grid.v, got=got, expected=expected)
+
+
+@law(learns_scale, inputs=GRADIENT)
+def scale_gradient_has_the_slope(case: Case) -> None:
+    """The gradient of s is proportional to the sum of g * dQ/ds, with one positive factor for all rows and all g."""
+    q, grad = case.build(), upstream(case.x)
+    probes = [grad, grad.abs(), torch.where(case.x > 0, grad.abs(), -grad.abs())]
+    got = torch.stack([scale_gradient(q, case.x, g) for g in probes])
+    terms = [slope_terms(q, case.x, g) for g in probes]
+    form = torch.stack([row_sums(q, case.x, t) for t in terms])
+    size = torch.stack([row_sums(q, case.x, t.abs()) for t in terms])
+    factor = (got * form).sum() / (form * form).sum().clamp_min(1e-300)
+    ok = (got - factor * form).abs() <= _TOLERANCE * factor.abs() * size
+    sentence = "ds must sum g * (round(v) - v) inside, g * Qn where v <= Qn, g * Qp where v >= Qp, times one factor."
+    claim(ok & (factor >= 0), sentence, got=got, expected=factor * form)
+
+
+@law(learns_scale, inputs=GRADIENT)
+def scale_gradient_is_scaled(case: Case) -> None:
+    """The gradient of s carries gs = 1 / sqrt(N Qp); N counts the entries of one row, or of one sample for an activation."""
+    q, grad = case.build(), upstream(case.x)
+    terms, count = slope_terms(q, case.x, grad), sharing(q, case.x)
+    factor = (count * q.quant_max) ** -0.5
+    got, expected = scale_gradient(q, case.x, grad), factor * row_sums(q, case.x, terms)
+    ok = (got - expected).abs() <= _TOLERANCE * factor * row_sums(q, case.x, terms.abs())
+    sentence = (
+        f"ds must be scaled by 1 / sqrt(N * Qp) with N = {count} (one row's entries; of an activation, one sample's)."
+    )
+    claim(ok, sentence, got=got, expected=expected)
+
+
+@law(learns_scale, inputs=SHORT)
+def gradients_match_autograd(case: Case) -> None:
+    """In fp64 dx and ds equal autograd of s * clip(v + (round(v) - v).detach(), Qn, Qp), times gs for s."""
+    q, x = case.build(), case.x.double()
+    grad = upstream(x)
+    leaf, s = x.clone().requires_grad_(), scale_of(q).double().requires_grad_()
+    v = leaf / s.flatten()[owners(q, x)]
+    rounded = v + (torch.round(v) - v).detach()
+    clipped = torch.where(v <= q.quant_min, q.quant_min, torch.where(v >= q.quant_max, q.quant_max, rounded))
+    out = clipped * s.flatten()[owners(q, x)]
+    dx, ds = torch.autograd.grad(out, (leaf, s), grad)
+    ds = ds * (sharing(q, x) * q.quant_max) ** -0.5
+    got = gradients(q, x, grad)[0]
+    claim(
+        (got - dx).abs() <= _TOLERANCE * dx.abs(), "dx must be autograd's of the plain formula.", got=got, expected=dx
+    )
+    lost = 1e-12 * q.quant_max * row_sums(q, x, grad.abs())  # autograd subtracts v from round(v) after rounding
+    size = _TOLERANCE * row_sums(q, x, slope_terms(q, x, grad).abs()) + lost
+    got = scale_gradient(q, x, grad)
+    claim(
+        (got - ds).abs() <= size * (sharing(q, x) * q.quant_max) ** -0.5,
+        "ds must be autograd's of the plain formula.",
+        got=got,
+        expected=ds,
+    )
+
+
+@law(learns_scale, inputs=SHORT)
+def scale_never_dies(case: Case) -> None:
+    """At s <= 0 and at a vanishing s the gradient of s still moves |s| the right way."""
+    q, grad = case.build(), upstream(case.x)
+    scale, positive = scale_of(q), scale_gradient(q, case.x, grad)
+    set_scale(q, -scale)
+    got = scale_gradient(q, case.x, grad)
+    claim(
+        got == -positive, "at -s the gradient must be minus that at s: a step moves |s|.", got=got, expected=-positive
+    )
+    outward = case.x.sign()
+    due = row_sums(q, case.x, outward * (case.x > 0 if q.quant_min == 0 else 1) * (case.x.abs() > 1e-20)) > 0
+    for value in (0.0, 1e-40, -1e-40):
+        set_scale(q, torch.full_like(scale, value))
+        got = scale_gradient(q, case.x, outward)
+        sentence = (
+            f"at s = {value} a loss that wants larger values must give s a gradient away from zero: do not clamp s."
+        )
+        claim(~due | ((got < 0) if value < 0 else (got > 0)), sentence, got=got)

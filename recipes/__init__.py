@@ -1,0 +1,1 @@
+"""Recipes: plain training loops on real data, and the loaders they read it with."""

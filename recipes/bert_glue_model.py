@@ -1,0 +1,132 @@
+"""The model of `recipes.bert_glue`: loading and saving it, its tokens, its loss and its metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import qsam
+from recipes.bert_glue_plan import EMBEDDED_MODEL, Rows
+from recipes.glue_data import Task, compute_metrics, embedded_model_dir, fixed_order
+from recipes.text_batches import Encoded, encode, epoch_batches, sorted_batches
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+CALIBRATION_BATCHES = 8
+EVALUATION_ROWS = 64
+TRAIN_LOSS_ROWS = 1_000
+
+Metrics = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Data:
+    """Tokenized rows.
+
+    Attributes:
+        task: the task.
+        train: the rows to train on.
+        train_part: a fixed random part of them (1,000, or all if there are fewer), for the training loss at the end.
+        dev: by name, the rows that metrics are measured on; the first of them gives the run's metric.
+        tokenizer: what made the tokens.
+    """
+
+    task: Task
+    train: Encoded
+    train_part: Encoded
+    dev: dict[str, Encoded]
+    tokenizer: Any
+
+
+def load_data(rows: Rows, model: str, max_length: int) -> Data:
+    """Tokenize the rows as the model wants them.
+
+    Args:
+        rows: the rows.
+        model: folder or hub name of the model, or `EMBEDDED_MODEL`.
+        max_length: tokens after which a row is cut.
+
+    Raises:
+        OSError: if there is no such tokenizer, or the hub cannot be reached.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(_source(model))
+    limit = min(max_length, tokenizer.model_max_length)
+    train = rows.splits.train
+    part = [train[i] for i in sorted(fixed_order(len(train))[:TRAIN_LOSS_ROWS])]
+    dev = {name: encode(tokenizer, some, limit, rows.task) for name, some in rows.splits.dev.items()}
+    return Data(rows.task, encode(tokenizer, train, limit, rows.task), encode(tokenizer, part, limit, rows.task), dev, tokenizer)
+
+
+def load_model(model: str, task: Task) -> nn.Module:
+    """Load a model with a head for the task, in fp32.
+
+    Args:
+        model: folder or hub name, or `EMBEDDED_MODEL`.
+        task: the task.
+
+    Raises:
+        OSError: if there is no such model, or the hub cannot be reached: no other model takes its place.
+    """
+    labels: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
+    if not task.is_regression:
+        labels = {"id2label": dict(enumerate(task.label_names)), "label2id": {n: i for i, n in enumerate(task.label_names)}}
+    loaded = AutoModelForSequenceClassification.from_pretrained(_source(model), dtype=torch.float32, **labels)
+    return loaded.to(DEVICE)  # type: ignore[no-any-return]
+
+
+def save_model(folder: Path, model: Any, tokenizer: Any, coverage: qsam.Coverage | None) -> None:
+    """Write the model as an ordinary checkpoint, its weights on the grid, and what rebuilds its quantizers beside it."""
+    state = {name: value for name, value in model.state_dict().items() if "_quantizer." not in name}
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    if coverage is not None:
+        coverage.save(folder)  # qsam
+
+
+def calibration_batches(data: Data, batch_size: int, seed: int) -> Iterable[dict[str, Tensor]]:
+    """Return the inputs of the first training batches."""
+    batches = epoch_batches(data.train.lengths, batch_size, seed=seed, epoch=0)
+    return [data.train.batch(batch, DEVICE)[0] for batch in batches[:CALIBRATION_BATCHES]]
+
+
+def logits_of(model: nn.Module, inputs: dict[str, Tensor], precision: str) -> Tensor:
+    """Run the model; bf16 is autocast over fp32 weights. The logits are fp32, one score a row for a regression."""
+    with torch.autocast(DEVICE.type, dtype=torch.bfloat16, enabled=precision == "bf16"):
+        logits: Tensor = model(**inputs).logits
+    return logits.float()
+
+
+def loss_of(task: Task, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over the rows: squared error of the score, or cross entropy of the class."""
+    if task.is_regression:
+        return functional.mse_loss(logits.squeeze(-1), labels)
+    return functional.cross_entropy(logits, labels)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, task: Task, rows: Encoded, precision: str) -> Metrics:
+    """Return the loss and the task's metrics over all the rows.
+
+    Raises:
+        ValueError: if the model gives NaN or infinity.
+    """
+    model.eval()
+    outputs = torch.empty(len(rows.labels), task.num_labels)
+    for batch in sorted_batches(rows.lengths, EVALUATION_ROWS):
+        inputs, _ = rows.batch(batch, DEVICE)
+        outputs[batch] = logits_of(model, inputs, precision).cpu()
+    if not bool(outputs.isfinite().all()):
+        raise ValueError("the model's outputs hold NaN or infinity: the training has diverged. Lower --lr.")
+    predictions = outputs.squeeze(-1) if task.is_regression else outputs.argmax(-1)
+    loss = float(loss_of(task, outputs, rows.labels))
+    return {"loss": loss, **compute_metrics(task, predictions.numpy(), rows.labels.numpy())}
+
+
+def _source(model: str) -> str:
+    return str(embedded_model_dir()) if model == EMBEDDED_MODEL else model

@@ -1,0 +1,142 @@
+"""What `recipes.bert_glue` is going to run: the rows, and one run (folder and configuration) a method and seed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from recipes.bert_glue_options import EMBEDDED_MODEL, PASSES, Options
+from recipes.glue_data import Row, Splits, Task, fixed_order, get_task, load_task
+from recipes.runs import Json, Run
+
+EMBEDDED_TASKS = ("stsb", "movies")
+LEARNED_METHODS = {"lsq": ("scale_lr",), "joint": ("scale_lr", "rho"), "saq": ("scale_lr", "rho"), "squat": ("scale_lr", "rho", "schedule")}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a command.
+
+    Attributes:
+        task: the task.
+        splits: training rows, and the rows that metrics are measured on.
+        evaluated_on: which rows the latter are.
+    """
+
+    task: Task
+    splits: Splits
+    evaluated_on: str
+
+
+def load_rows(options: Options) -> Rows:
+    """Load the rows from the source that the options name; with `--holdout`, set a part of the training rows apart.
+
+    Raises:
+        ConnectionError: if the hub does not give them.
+        FileNotFoundError: if a file is missing.
+        ValueError: if a row cannot be read, or the options contradict each other.
+    """
+    task = get_task(options.task)
+    embedded = task.name == "movies" or (task.name in EMBEDDED_TASKS and options.model == EMBEDDED_MODEL)
+    hub = options.hub or (options.glue_dir is None and not embedded)
+    splits = load_task(task, glue_dir=options.glue_dir, hub=hub, train_rows=options.train_rows)
+    if options.holdout is None:
+        dev = ", ".join(f"{len(rows):,} {key} rows" for key, rows in splits.dev.items())
+        return Rows(task, splits, f"the full dev set ({dev})")
+    held = round(options.holdout * len(splits.train))
+    if not 0 < held < len(splits.train):
+        raise ValueError(f"`--holdout` {options.holdout} of {len(splits.train)} training rows leaves nothing on one side.")
+    apart, rest = (sorted(part) for part in _cut(fixed_order(len(splits.train)), held))
+    dev = {"holdout": [splits.train[i] for i in apart]}
+    what = f"{held:,} training rows that are held out of training (a fixed random part), not the dev set"
+    return Rows(task, replace(splits, train=[splits.train[i] for i in rest], dev=dev), what)
+
+
+def planned_runs(options: Options, rows: Rows) -> dict[tuple[str, int], Run]:
+    """Return one run a method and seed, the full-precision ones first, and refuse what would lose or mix results.
+
+    Raises:
+        ValueError: if a folder holds another run, or this one and there is no `--resume`.
+    """
+    methods = ["fp32", *(method for method in options.method if method != "fp32")]
+    runs = {(method, seed): _run(options, rows, method, seed) for method in methods for seed in options.seed}
+    for (method, _), run in runs.items():
+        reused = method == "fp32" and "fp32" not in options.method and run.is_finished
+        run.check(options.resume or reused)
+    return runs
+
+
+def training_steps(config: Json, rows: int) -> int:
+    """Return the number of steps of a run: its epochs, capped; a method like `lsq3x` has 3 times as many.
+
+    Example:
+        >>> training_steps({"method": "lsq1.5x", "epochs": 2, "batch_size": 4, "max_steps": None}, rows=10)
+        9
+    """
+    _, factor = split_method(config["method"])
+    steps = config["epochs"] * math.ceil(rows / config["batch_size"])
+    return math.ceil(factor * min(steps, config["max_steps"] or steps))
+
+
+def split_method(method: str) -> tuple[str, float]:
+    """Split a method's name into the method and the factor of its steps.
+
+    Example:
+        >>> split_method("lsq1.5x"), split_method("squat")
+        (('lsq', 1.5), ('squat', 1.0))
+    """
+    for factor in PASSES.values():
+        if method.endswith(f"{factor:g}x"):
+            return method.removesuffix(f"{factor:g}x"), factor
+    return method, 1.0
+
+
+def fingerprint(splits: Splits) -> str:
+    """Return a hash of all rows, so that a run is never continued with other data."""
+    digest = hashlib.sha256()
+    for rows in (splits.train, *splits.dev.values()):
+        for row in rows:
+            digest.update(repr((row.text_a, row.text_b, float(row.label))).encode())
+        digest.update(b"|")
+    return digest.hexdigest()[:16]
+
+
+def _cut(order: Sequence[int], at: int) -> tuple[Sequence[int], Sequence[int]]:
+    return order[:at], order[at:]
+
+
+def _run(options: Options, rows: Rows, method: str, seed: int) -> Run:
+    tag = f"-{options.tag}" if options.tag and method != "fp32" else ""
+    bits = "" if method == "fp32" else f"-w{options.bits}a{options.activation_bits}"
+    name = f"{options.task}-{method}{bits}{tag}-seed{seed}"
+    return Run(Path(options.output_dir) / name, _config(options, rows, method, seed))
+
+
+def _config(options: Options, rows: Rows, method: str, seed: int) -> Json:
+    """Return everything that decides the run's result."""
+    fp32: Json = {"epochs": options.fp32_epochs, "lr": options.fp32_lr, "max_steps": options.max_steps}
+    shared: Json = {
+        "recipe": "bert_glue",
+        "task": options.task,
+        "method": method,
+        "seed": seed,
+        "model": options.model,
+        "data": rows.splits.source,
+        "data_sha256": fingerprint(rows.splits),
+        "evaluated_on": rows.evaluated_on,
+        "max_length": options.max_length,
+        "batch_size": options.batch_size,
+        "precision": options.precision,
+    }
+    if method == "fp32":
+        return {**shared, **fp32}
+    quantizer = {"bits": options.bits, "activation_bits": options.activation_bits}
+    if method == "rtn":
+        return {**shared, **quantizer, "fp32": fp32}
+    settings: dict[str, Any] = {name: getattr(options, name) for name in LEARNED_METHODS[split_method(method)[0]]}
+    own = {"epochs": options.epochs, "lr": options.lr, "max_steps": options.max_steps}
+    return {**shared, **quantizer, **own, **settings, "fp32": fp32}

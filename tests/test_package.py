@@ -1,0 +1,81 @@
+import json
+import re
+import subprocess
+import sys
+import tomllib
+import zipfile
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+import qsam
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def requirement_name(requirement: str) -> str:
+    return re.match(r"[\w.-]+", requirement)[0].lower().replace("_", "-")
+
+
+def names(requirements: list[str]) -> set[str]:
+    return {requirement_name(requirement) for requirement in requirements} - {"qsam"}
+
+
+EXTRAS = set().union(*(names(extra) for extra in PROJECT["optional-dependencies"].values()))
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    pytest.importorskip("hatchling", reason="the wheel is built with the hatchling of this environment: extra `test`")
+    folder = tmp_path_factory.mktemp("wheel")
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
+    subprocess.run([*pip, "--wheel-dir", folder, ROOT], check=True)
+    (path,) = folder.iterdir()
+    with zipfile.ZipFile(path) as archive:
+        yield archive
+
+
+def test_wheel_holds_the_package_and_its_metadata_only(wheel):
+    tops = {name.split("/")[0] for name in wheel.namelist()}
+    assert tops == {"qsam", f"qsam-{qsam.__version__}.dist-info"}
+
+
+def test_wheel_holds_every_module_the_type_marker_and_the_licence(wheel):
+    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("qsam/**/*.py")}
+    licence = f"qsam-{qsam.__version__}.dist-info/licenses/LICENSE"
+    assert {*modules, "qsam/py.typed", licence} <= set(wheel.namelist())
+
+
+def test_wheel_registers_no_entry_point(wheel):
+    assert not [name for name in wheel.namelist() if name.endswith("entry_points.txt")]
+
+
+def test_version_is_the_same_in_pyproject_and_in_the_package():
+    assert PROJECT["version"] == qsam.__version__
+
+
+def imported_by(statement: str) -> set[str]:
+    """Top-level modules loaded by a fresh interpreter that runs ``statement``, warnings being errors."""
+    program = f"{statement}; import json, sys; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", program], cwd=ROOT, check=True, capture_output=True)
+    return {name.split(".")[0] for name in json.loads(run.stdout)}
+
+
+def test_import_loads_no_optional_package():
+    optional = {
+        module
+        for module, distributions in packages_distributions().items()
+        if EXTRAS & {name.lower().replace("_", "-") for name in distributions}
+    }
+    assert "transformers" in optional, "run the tests in the environment of `make test`"
+    assert not optional & (imported_by("import qsam") - imported_by("import torch, safetensors"))
+
+
+def test_every_dependency_has_one_tested_version():
+    lines = (ROOT / "constraints.txt").read_text().splitlines()
+    pins = [line.split("==")[0] for line in lines if line and not line.startswith("#")]
+    assert all("==" in line for line in lines if line and not line.startswith("#"))
+    assert len(pins) == len(set(pins))
+    assert set(pins) - {"numpy"} == (EXTRAS | names(PROJECT["dependencies"])) - {"torch", "torchvision"}
