@@ -6,16 +6,28 @@ No weight is touched here but by :func:`write_` and, given an optimizer, :func:`
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+import sys
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsam.coverage import Coverage, Input, Weight, owner_of, read_spec
+from qsam.coverage import Coverage, Input, Weight, owner_of, quantizer_path, read_spec, set_owner
 from qsam.inputs import NAME as INPUT_NAME
-from qsam.inputs import attach_input_, collecting, detach_input_
-from qsam.policy import Choice, Rules, Settings, Site, channel_axis, choose, find_sites, unwrap_model
+from qsam.inputs import Place, attach_input_, collecting, detach_input_, is_sharded, shown
+from qsam.policy import (
+    Choice,
+    Rules,
+    Settings,
+    Site,
+    channel_axis,
+    choose,
+    find_sites,
+    refuse_meta,
+    tied,
+    unwrap_model,
+)
 from qsam.quantizers import QUANTIZERS, Quantizer
 
 _MARK = "_qsam_coverage"
@@ -66,7 +78,7 @@ def quantize_(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: a bad value, a rule that matches nothing, nothing to quantize, a name that is taken.
-        RuntimeError: the model is quantized already.
+        RuntimeError: the model is quantized or sharded already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -79,14 +91,12 @@ def quantize_(
     root = unwrap_model(model)
     if coverage_of(root) is not None:
         raise RuntimeError("the model is quantized already: call qsam.dequantize_(model, optimizer) first.")
+    if is_sharded(root.modules()):
+        raise RuntimeError("the model is sharded already: call quantize_ before fully_shard.")
     if spec is not None:
-        return _rebuild_(root, spec)
+        return _attach_(root, _rebuilt(root, spec))
     call = Settings(weights, bits, activations, activation_bits, granularity, group_size, init)
-    choices = choose(root, call, rules)
-    coverage = _plan(choices)
-    if not coverage.quantized and not any(row.quantizer for row in coverage.inputs):
-        raise ValueError("nothing was quantized: no layer that qsam knows, or every one is kept float. Name some in `rules`.")
-    return _attach_(root, coverage)
+    return _attach_(root, _plan(choose(root, call, rules)))
 
 
 @torch.no_grad()
@@ -99,16 +109,18 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             as ``model(batch)``.
 
     Raises:
-        RuntimeError: the model is not quantized, or an input was reached by no batch.
-        ValueError: there was no batch, or its data is not finite.
+        RuntimeError: the model is not quantized, is sharded already, or no batch reached an input that has no scale.
+        ValueError: there was no batch, or an input is not finite.
     """
-    coverage = _require(unwrap_model(model), "calibrate")
-    rows = [row for row in coverage.inputs if row.quantizer is not None]
+    coverage = _require(model, "calibrate")
+    if is_sharded(model.modules()):
+        raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
+    quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     count = 0
     try:
-        with collecting([row.quantizer for row in rows if row.quantizer is not None]):
+        with collecting(list(quantizers.values())):
             for batch in batches:
                 _call(model, batch)
                 count += 1
@@ -117,9 +129,11 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             module.training = training
     if count == 0:
         raise ValueError("`batches` is empty: calibrate needs at least one batch.")
-    missed = [row.name for row in rows if row.quantizer is not None and not row.quantizer.calibrated]
-    if missed:
-        raise RuntimeError(f"no batch reached the inputs of {missed[:5]}: give batches that use them, or keep them float in `rules`.")
+    if missed := [shown(name) for name, quantizer in quantizers.items() if not quantizer.calibrated]:
+        raise RuntimeError(
+            f"no batch reached the input of {', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}: give batches "
+            "that use it (a PackedSequence passes as float), or set activations=None for it in `rules`."
+        )
 
 
 @torch.no_grad()
@@ -129,9 +143,11 @@ def write_(model: nn.Module) -> None:
     Raises:
         RuntimeError: the model is not quantized, or an optimizer owns its weights (it writes them itself).
     """
-    coverage = _require(unwrap_model(model), "write_")
+    coverage = _require(model, "write_")
     if owner_of(coverage) is not None:
-        raise RuntimeError("an optimizer owns the weights of this model and writes them itself: write_ is for a model without one.")
+        raise RuntimeError(
+            "an optimizer owns the weights of this model and writes them itself: write_ is for a model without one."
+        )
     for row in coverage.quantized:
         parameter = getattr(row.module, row.attr)
         assert row.quantizer is not None
@@ -149,27 +165,44 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
     Raises:
         RuntimeError: the model is not quantized, or another optimizer owns its weights.
     """
-    root = unwrap_model(model)
-    coverage = _require(root, "dequantize_")
+    coverage = _require(model, "dequantize_")
+    owner = owner_of(coverage)
     if optimizer is not None:
-        if owner_of(coverage) is not optimizer:
+        if owner is None or owner is not optimizer:
             raise RuntimeError("this optimizer does not own the model's weights: give the one that was built on it.")
-        optimizer._release()
+        owner._release()
     for row in coverage.quantized:
         delattr(row.module, f"{row.attr}_quantizer")
     for entry in coverage.inputs:
         if entry.quantizer is not None:
             detach_input_(entry.module)
-    delattr(root, _MARK)
+    set_owner(coverage, None)
+    for holder in _holders(model):
+        delattr(holder, _MARK)
+    _forget_compiled()
 
 
 def coverage_of(model: nn.Module) -> Coverage | None:
-    """Return the coverage of a quantized model (also one below a wrapper), or None."""
-    return next((vars(module)[_MARK] for module in model.modules() if _MARK in vars(module)), None)
+    """Return the coverage of a quantized model (also of one inside it), or None.
+
+    Raises:
+        RuntimeError: two parts of the model were quantized apart.
+    """
+    found = [vars(holder)[_MARK] for holder in _holders(model)]
+    if len(found) > 1:
+        raise RuntimeError(
+            f"{len(found)} parts of the model were quantized apart: call qsam.dequantize_ on each of them, then "
+            "qsam.quantize_ on the whole model."
+        )
+    return found[0] if found else None
 
 
-def _require(root: nn.Module, caller: str) -> Coverage:
-    coverage = coverage_of(root)
+def _holders(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if _MARK in vars(module)]
+
+
+def _require(model: nn.Module, caller: str) -> Coverage:
+    coverage = coverage_of(model)
     if coverage is None:
         raise RuntimeError(f"{caller} needs a quantized model: call qsam.quantize_(model) first.")
     return coverage
@@ -186,10 +219,13 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 def _plan(choices: list[Choice]) -> Coverage:
     """Build every quantizer before anything is attached, so that an error leaves the model as it was."""
-    return Coverage(
-        tuple(_plan_weight(choice) for choice in choices),
-        tuple(_plan_inputs(choices)),
-    )
+    weights = tuple(_plan_weight(choice) for choice in choices)
+    inputs = tuple(_plan_inputs(choices))
+    if not any(row.quantizer for row in (*weights, *inputs)):
+        raise ValueError(
+            "nothing was quantized: no layer that qsam knows, or every one is kept float. Name some in `rules`."
+        )
+    return Coverage(weights, inputs)
 
 
 def _plan_weight(choice: Choice) -> Weight:
@@ -200,19 +236,21 @@ def _plan_weight(choice: Choice) -> Weight:
         reason = "weights=None"
     elif settings is not None:
         quantizer = _weight_quantizer(site, settings)
-        reason = "; ".join(filter(None, [reason, *(f"tied to {name}" for name, _, _ in site.aliases)]))
+        reason = "; ".join([reason, *tied(site)] if reason else tied(site))
     return Weight(site.name, tuple(site.parameter.shape), quantizer, reason, site.module, site.attr)
 
 
 def _weight_quantizer(site: Site, settings: Settings) -> Quantizer:
     _check_owner(site.module, site.name, f"{site.attr}_quantizer")
-    if site.parameter.is_meta:
-        raise ValueError(f"{site.name!r} is on the meta device: materialize the model before quantize_.")
     axis = channel_axis(site.module, site.attr)
     quantizer = _build(
-        settings.weights, site.name, settings.init, bits=settings.bits, signed=True,
+        settings.weights, repr(site.name), settings.init, bits=settings.bits, signed=True,
         granularity=settings.granularity, axis=0 if axis is None else axis, group_size=settings.group_size,
     )  # fmt: skip
+    return _observed(quantizer, site)
+
+
+def _observed(quantizer: Quantizer, site: Site) -> Quantizer:
     try:
         quantizer.to(site.parameter.device).observe_(site.parameter.detach())
     except ValueError as error:
@@ -221,45 +259,64 @@ def _weight_quantizer(site: Site, settings: Settings) -> Quantizer:
     return quantizer.requires_grad_(False)
 
 
-def _plan_inputs(choices: list[Choice]) -> list[Input]:
+def _plan_inputs(choices: list[Choice]) -> Iterator[Input]:
+    """Yield one row for each module that uses a chosen weight: a tied one has several."""
     dead = {id(c.site.module.out_proj) for c in choices if isinstance(c.site.module, nn.MultiheadAttention)}
-    rows: dict[int, Input] = {}
+    seen: set[int] = set()
     for choice in choices:
-        site, settings = choice.site, choice.settings
-        if settings is None or id(site.module) in rows:
-            continue
-        quantizer, reason = None, ""
-        if settings.activations is None:
-            reason = "activations=None"
-        elif isinstance(site.module, nn.Embedding | nn.EmbeddingBag):
-            reason = "indices"
-        elif id(site.module) in dead:
-            reason = "weights only: MultiheadAttention never calls its out_proj as a module"
-        elif not choice.input_allowed:
-            reason = f"the input of {type(site.module).__name__} is quantized on request: set `activations` in the rule"
-        else:
-            quantizer = _input_quantizer(site, settings)
-        rows[id(site.module)] = Input(site.module_name, quantizer, reason, site.module)
-    return list(rows.values())
+        for name, module, attr in choice.site.owners() if choice.settings is not None else ():
+            if id(module) not in seen:
+                seen.add(id(module))
+                reason = _input_reason(choice, module, attr, dead)
+                quantizer = None if reason else _input_quantizer(choice, name, module)
+                yield Input(name, quantizer, reason or _input_remark(choice, module), module)
 
 
-def _input_quantizer(site: Site, settings: Settings) -> Quantizer:
-    _check_owner(site.module, site.module_name, INPUT_NAME)
-    quantizer = _build(
-        settings.activations, f"input of {site.module_name}", settings.init, bits=settings.activation_bits,
-        signed=None, granularity="per_tensor", axis=None, group_size=None,
-    )  # fmt: skip
-    return quantizer.to(site.parameter.device)
+def _input_reason(choice: Choice, module: nn.Module, attr: str, dead: set[int]) -> str:
+    """Return why a module's input stays float, or an empty string."""
+    assert choice.settings is not None
+    if choice.settings.activations is None:
+        return "activations=None"
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return "its input is indices"
+    if id(module) in dead:
+        return "weights only: MultiheadAttention never calls its out_proj"
+    if channel_axis(module, attr) is None and not choice.input_requested:
+        return f"the input of {type(module).__name__} is quantized on request: set `activations` in the rule"
+    return ""
+
+
+def _input_remark(choice: Choice, module: nn.Module) -> str:
+    if module is not choice.site.module:
+        return f"shares {choice.site.name}"
+    return "the hidden state stays float" if isinstance(module, nn.RNNBase | nn.RNNCellBase) else ""
+
+
+def _input_quantizer(choice: Choice, name: str, module: nn.Module) -> Quantizer:
+    settings = choice.settings
+    assert settings is not None
+    where = f"the input of {shown(name)}"
+    _check_owner(module, name, INPUT_NAME)
+    try:
+        quantizer = _build(
+            settings.activations, where, settings.init, bits=settings.activation_bits,
+            signed=None, granularity="per_tensor", axis=None, group_size=None,
+        )  # fmt: skip
+    except ValueError as error:
+        raise ValueError(
+            f"{error} Inputs are quantized per tensor: `activations` must name a quantizer that can."
+        ) from error
+    return quantizer.to(choice.site.parameter.device)
 
 
 def _build(name: str | None, where: str, init: str, **arguments: Any) -> Quantizer:
     if not isinstance(name, str):
-        raise TypeError(f"a quantizer is a registered name or None, got {name!r} for {where!r}.")
+        raise TypeError(f"{where}: a quantizer is a registered name or None, got {name!r}.")
     cls = QUANTIZERS.get(name)
     try:
         quantizer = cls(**arguments)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where!r}: {error}") from error
+        raise type(error)(f"{where}: {error}") from error
     quantizer.init = init
     return quantizer
 
@@ -267,8 +324,12 @@ def _build(name: str | None, where: str, init: str, **arguments: Any) -> Quantiz
 def _check_owner(module: nn.Module, where: str, name: str) -> None:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ValueError(
-            f"{where!r} belongs to a {type(module).__name__}, which iterates its children: a quantizer there would join "
-            "them. Keep it float in `rules`, or move the parameter to a module of its own."
+            f"{where!r} belongs to a {type(module).__name__}, which iterates its children: a quantizer there would "
+            "join them. Keep it float in `rules`, or move the parameter to a module of its own."
+        )
+    if isinstance(getattr(module, name, None), Quantizer):
+        raise RuntimeError(
+            f"{where!r} is quantized already, as a part of a larger model: call qsam.dequantize_ on that."
         )
     if hasattr(module, name):
         raise ValueError(f"{where!r}: its module has an attribute {name!r} already, which qsam needs: rename it.")
@@ -277,51 +338,85 @@ def _check_owner(module: nn.Module, where: str, name: str) -> None:
 def _attach_(root: nn.Module, coverage: Coverage) -> Coverage:
     for row in coverage.quantized:
         row.module.add_module(f"{row.attr}_quantizer", row.quantizer)
+    said: set[str] = set()
     for entry in coverage.inputs:
         if entry.quantizer is not None:
-            attach_input_(entry.module, entry.quantizer)
+            attach_input_(entry.module, entry.quantizer, Place(entry.name, said))
     setattr(root, _MARK, coverage)
+    _forget_compiled()
     return coverage
 
 
-def _rebuild_(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) -> Coverage:
+def _forget_compiled() -> None:
+    """Drop compiled graphs: torch does not guard hooks, and would run the old graph of this code without them."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()
+
+
+def _rebuilt(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) -> Coverage:
+    """Build the quantizers of a spec, with its scales where there are any; else the weights' are set from the weights."""
     content, tensors = read_spec(spec)
     sites = {site.name: site for site in find_sites(root)}
     modules = dict(root.named_modules())
-    for name in [*content["weights"], *content["inputs"]]:
-        if name not in sites and name not in modules:
-            raise ValueError(f"the spec names {name!r}, which this model does not have: it belongs to another model.")
-    weights = []
-    for name, site in sites.items():
-        quantizer = None
-        if (entry := content["weights"].get(name)) is not None:
-            quantizer = _restore(site.module, f"{site.attr}_quantizer", name, entry, tensors, site.parameter)
-            quantizer.requires_grad_(False)
-        reason = content.get("float", {}).get(name, "")
-        weights.append(Weight(name, tuple(site.parameter.shape), quantizer, reason, site.module, site.attr))
-    inputs = []
-    for name, entry in content["inputs"].items():
-        device = next(modules[name].parameters()).device
-        quantizer = _restore(modules[name], INPUT_NAME, name, entry, tensors, None).to(device)
-        inputs.append(Input(name, quantizer, "", modules[name]))
-    return _attach_(root, Coverage(tuple(weights), tuple(inputs)))
+    _check_names(content, sites, modules)
+    floats = {**dict.fromkeys(sites, "not in the spec"), **content.get("float", {})}
+    weights = tuple(_rebuilt_weight(site, content["weights"].get(name), floats) for name, site in sites.items())
+    inputs = [_rebuilt_input(name, modules[name], entry) for name, entry in content["inputs"].items()]
+    inputs += [Input(name, None, why, modules[name]) for name, why in content.get("float_inputs", {}).items()]
+    coverage = Coverage(weights, tuple(inputs))
+    for row in (*coverage.quantized, *coverage.inputs):
+        if row.quantizer is not None:
+            _load_scales(row, tensors)
+    return coverage
 
 
-def _restore(
-    module: nn.Module, attr: str, where: str, entry: Mapping[str, Any], tensors: Mapping[str, Tensor], weight: Tensor | None
-) -> Quantizer:
-    _check_owner(module, where, attr)
-    entry = dict(entry)
-    calibrated = entry.pop("calibrated")
-    quantizer = _build(entry.pop("quantizer"), where, entry.pop("init"), **entry)
-    if weight is not None:
-        quantizer.to(weight.device).observe_(weight.detach())
-    prefix = f"{where}_quantizer." if weight is not None else f"{where}.{INPUT_NAME}." if where else f"{INPUT_NAME}."
-    own = {key[len(prefix) :]: value for key, value in tensors.items() if key.startswith(prefix)}
-    if own:
-        try:
-            quantizer.load_state_dict(own, strict=True)
-        except RuntimeError as error:
-            raise ValueError(f"the scales of {where!r} do not fit this model: {error}") from error
-    quantizer.calibrated = calibrated and (bool(own) or weight is not None)
-    return quantizer
+def _check_names(content: Mapping[str, Any], sites: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> None:
+    unknown = [name for name in content["weights"] if name not in sites]
+    unknown += [name for name in (*content["inputs"], *content.get("float_inputs", {})) if name not in modules]
+    if unknown:
+        raise ValueError(f"the spec names {unknown[0]!r}, which this model does not have: it belongs to another model.")
+    for name, entry in content["weights"].items():
+        shape = list(sites[name].parameter.shape)
+        if entry.get("shape", shape) != shape:
+            raise ValueError(
+                f"{name!r} has shape {shape}, the spec's has {entry['shape']}: it belongs to another model."
+            )
+
+
+def _rebuilt_weight(site: Site, entry: Mapping[str, Any] | None, floats: Mapping[str, str]) -> Weight:
+    quantizer, reason = None, floats[site.name]
+    if entry is not None:
+        refuse_meta(site)
+        _check_owner(site.module, site.name, f"{site.attr}_quantizer")
+        quantizer, reason = _observed(_from_entry(entry, repr(site.name)), site), entry.get("reason", "")
+    return Weight(site.name, tuple(site.parameter.shape), quantizer, reason, site.module, site.attr)
+
+
+def _rebuilt_input(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Input:
+    _check_owner(module, name, INPUT_NAME)
+    quantizer = _from_entry(entry, f"the input of {shown(name)}").to(next(module.parameters()).device)
+    quantizer.calibrated = bool(entry["calibrated"])
+    return Input(name, quantizer, entry.get("reason", ""), module)
+
+
+def _from_entry(entry: Mapping[str, Any], where: str) -> Quantizer:
+    keys = ("bits", "signed", "granularity", "axis", "group_size")
+    try:
+        return _build(entry["quantizer"], where, entry["init"], **{key: entry[key] for key in keys})
+    except KeyError as error:
+        raise ValueError(f"{where}: its entry in the spec lacks {error}.") from error
+
+
+def _load_scales(row: Weight | Input, tensors: Mapping[str, Tensor] | None) -> None:
+    quantizer = row.quantizer
+    assert quantizer is not None
+    if tensors is None:  # a dict holds no scales: a state_dict that is loaded next does
+        quantizer.calibrated = quantizer.calibrated and (isinstance(row, Weight) or not quantizer.state_dict())
+        return
+    prefix = f"{quantizer_path(row)}."
+    calibrated = quantizer.calibrated
+    try:
+        quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+    except RuntimeError as error:
+        raise ValueError(f"the scales of {prefix[:-1]!r} do not fit this model: {error}") from error
+    quantizer.calibrated = calibrated

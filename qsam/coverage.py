@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import itertools
 import json
+import math
 import os
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 from torch import Tensor, nn
 
-from qsam.quantizers import QUANTIZERS, Quantizer
+from qsam.quantizers import QUANTIZERS, Identity, Quantizer
 
 FORMAT = 1
 """Version of the files; a newer one is refused by name."""
 
 SPEC_NAME = "qsam.json"
 TENSORS_NAME = "qsam.safetensors"
-_OWNER = "_owner"
+_DIGEST = "tensors_sha256"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +49,12 @@ class Weight:
     @property
     def numel(self) -> int:
         """Number of entries."""
-        count = 1
-        for size in self.shape:
-            count *= size
-        return count
+        return math.prod(self.shape)
 
     @property
-    def size_bits(self) -> int:
-        """Bits of storage once packed: the codes and fp32 parameters of the quantizer, or 32 a float entry."""
-        if self.quantizer is None or quantizer_name(self.quantizer) == "identity":
-            return 32 * self.numel
-        own = [*self.quantizer.parameters(), *self.quantizer.buffers()]
-        return self.quantizer.bits * self.numel + 32 * sum(t.numel() for t in own)
+    def bits(self) -> int:
+        """Bits of one entry: 32 where it stays float."""
+        return 32 if self.quantizer is None or isinstance(self.quantizer, Identity) else self.quantizer.bits
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +67,13 @@ class Input:
     module: nn.Module = dataclasses.field(repr=False)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coverage:
     """Every parameter and every layer input of a model: quantized how, or float why. ``print`` shows the table.
 
     Attributes:
         weights: One row a parameter.
-        inputs: One row a layer that has weights.
+        inputs: One row a layer that has quantized weights, or was meant to.
     """
 
     weights: tuple[Weight, ...]
@@ -90,12 +87,13 @@ class Coverage:
     @property
     def share(self) -> float:
         """Share of the model's parameters that are quantized, in [0, 1]."""
-        return sum(row.numel for row in self.quantized) / max(1, sum(row.numel for row in self.weights))
+        return sum(row.numel for row in self.weights if row.bits < 32) / max(1, sum(row.numel for row in self.weights))
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of all parameters once packed: low-bit codes, fp32 scales, fp32 for what is float."""
-        return sum(row.size_bits for row in self.weights) // 8
+        """Bytes of all parameters once packed: low-bit codes, fp32 scales (the inputs' too), fp32 for what is float."""
+        own = sum(value.numel() for _, value in self._tensors())
+        return -(-sum(row.bits * row.numel for row in self.weights) // 8) + 4 * own
 
     @property
     def float_bytes(self) -> int:
@@ -103,62 +101,70 @@ class Coverage:
         return 4 * sum(row.numel for row in self.weights)
 
     def __str__(self) -> str:
-        """Return the table."""
+        """Return the table: one line for all layers of a stack that are treated alike."""
         return "\n".join(_table(self))
+
+    __repr__ = __str__
 
     def to_spec(self) -> dict[str, Any]:
         """Return the plain description that ``qsam.quantize_(model, spec=...)`` rebuilds the quantizers from."""
         return {
             "qsam_format": FORMAT,
-            "weights": {row.name: quantizer_spec(row.quantizer) for row in self.weights if row.quantizer is not None},
-            "inputs": {row.name: quantizer_spec(row.quantizer) for row in self.inputs if row.quantizer is not None},
+            "weights": {row.name: {**_entry(row), "shape": list(row.shape)} for row in self.quantized},
+            "inputs": {row.name: _entry(row) for row in self.inputs if row.quantizer is not None},
             "float": {row.name: row.reason for row in self.weights if row.quantizer is None},
+            "float_inputs": {row.name: row.reason for row in self.inputs if row.quantizer is None},
         }
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
         """Write ``qsam.json`` (the quantizers) and ``qsam.safetensors`` (their scales) beside a saved model.
 
-        Each file is written under another name and then renamed, so that an interruption leaves no torn file.
+        Each file is written under another name and then renamed, so that an interruption leaves no torn file; the
+        first holds a digest of the second, so that an interruption between the two does not pass for a pair.
 
         Args:
-            directory: An existing folder.
+            directory: The folder; made if there is none.
 
         Returns:
             The path of ``qsam.json``, to be given as ``quantize_(model, spec=path)``.
         """
         folder = Path(directory)
+        folder.mkdir(parents=True, exist_ok=True)
         tensors = {key: value.detach().contiguous().clone() for key, value in self._tensors()}
-        _replace(folder / TENSORS_NAME, safetensors.torch.save(tensors, metadata={"qsam_format": str(FORMAT)}))
-        _replace(folder / SPEC_NAME, json.dumps(self.to_spec(), indent=1).encode())
+        packed = safetensors.torch.save(tensors, metadata={"qsam_format": str(FORMAT)})
+        content = {**self.to_spec(), _DIGEST: hashlib.sha256(packed).hexdigest()}
+        _replace(folder / TENSORS_NAME, packed)
+        _replace(folder / SPEC_NAME, json.dumps(content, indent=1).encode())
         return folder / SPEC_NAME
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave the owner out of copies and pickles: a copied model has an optimizer of its own, or none."""
-        return {key: value for key, value in vars(self).items() if key != _OWNER}
-
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for prefix, row in self._named_quantizers():
-            for key, value in row.state_dict().items():
-                yield f"{prefix}.{key}", value
+        for row in (*self.quantized, *self.inputs):
+            if row.quantizer is not None:
+                for key, value in row.quantizer.state_dict().items():
+                    yield f"{quantizer_path(row)}.{key}", value
 
-    def _named_quantizers(self) -> Iterator[tuple[str, Quantizer]]:
-        for row in self.quantized:
-            assert row.quantizer is not None
-            yield f"{row.name}_quantizer", row.quantizer
-        for entry in self.inputs:
-            if entry.quantizer is not None:
-                yield f"{entry.name}.input_quantizer" if entry.name else "input_quantizer", entry.quantizer
+
+_OWNERS: weakref.WeakKeyDictionary[Coverage, weakref.ref[Any]] = weakref.WeakKeyDictionary()
+"""Which optimizer owns the latents of a coverage's weights. A copied or unpickled coverage has none of its own."""
 
 
 def owner_of(coverage: Coverage) -> Any | None:
     """Return the living optimizer that owns the latents of these weights, or None."""
-    reference = vars(coverage).get(_OWNER)
-    return reference() if reference is not None else None
+    reference = _OWNERS.get(coverage)
+    return None if reference is None else reference()
 
 
 def set_owner(coverage: Coverage, owner: Any | None) -> None:
     """Note, by a weak reference, which optimizer owns the latents of these weights."""
-    vars(coverage)[_OWNER] = None if owner is None else weakref.ref(owner)
+    if owner is None:
+        _OWNERS.pop(coverage, None)
+    else:
+        _OWNERS[coverage] = weakref.ref(owner)
+
+
+def quantizer_path(row: Weight | Input) -> str:
+    """Return the path of a row's quantizer in the model: "fc.weight_quantizer", "fc.input_quantizer"."""
+    return f"{row.name}_quantizer" if isinstance(row, Weight) else f"{row.name}.input_quantizer".lstrip(".")
 
 
 def quantizer_name(quantizer: Quantizer) -> str:
@@ -166,28 +172,21 @@ def quantizer_name(quantizer: Quantizer) -> str:
     return QUANTIZERS.name_of(type(quantizer)) or type(quantizer).__qualname__
 
 
-def quantizer_spec(quantizer: Quantizer | None) -> dict[str, Any]:
-    """Return what is needed to build the quantizer again."""
-    assert quantizer is not None
-    keys = ("bits", "signed", "granularity", "axis", "group_size", "init", "calibrated")
-    return {"quantizer": quantizer_name(quantizer), **{key: getattr(quantizer, key) for key in keys}}
-
-
-def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Tensor]]:
+def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Tensor] | None]:
     """Return a spec and the tensors beside it.
 
     Args:
         spec: Path of a ``qsam.json`` or of the folder that holds it, or what ``Coverage.to_spec()`` returned.
 
     Returns:
-        The spec, and the quantizers' tensors by name (empty for a spec given as a dict).
+        The spec, and the quantizers' tensors by name (None for a spec given as a dict).
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not a qsam spec, or one of a newer format.
+        ValueError: not a qsam spec, one of a newer format, or scales that were not saved with it.
     """
     if isinstance(spec, Mapping):
-        return _checked_spec(spec, "the given spec"), {}
+        return _checked_spec(spec, "the given spec"), None
     path = Path(spec)
     path = path / SPEC_NAME if path.is_dir() else path
     if not path.is_file():
@@ -196,10 +195,16 @@ def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not JSON ({error}): `Coverage.save(folder)` writes a spec.") from error
-    tensors = path.with_name(TENSORS_NAME)
-    if not tensors.is_file():
-        raise FileNotFoundError(f"{str(tensors)!r}, the scales that belong to {path.name}, is missing: copy both files.")
-    return _checked_spec(content, str(path)), safetensors.torch.load_file(tensors)
+    return _checked_spec(content, repr(str(path))), _read_tensors(path.with_name(TENSORS_NAME), content)
+
+
+def _read_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{str(path)!r}, the scales that belong to {SPEC_NAME}, is missing: copy both files.")
+    packed = path.read_bytes()
+    if hashlib.sha256(packed).hexdigest() != content.get(_DIGEST):
+        raise ValueError(f"{str(path)!r} was not saved with the {SPEC_NAME} beside it: save again, or copy both files.")
+    return safetensors.torch.load(packed)
 
 
 def _checked_spec(content: Any, where: str) -> Mapping[str, Any]:
@@ -212,6 +217,15 @@ def _checked_spec(content: Any, where: str) -> Mapping[str, Any]:
     return content
 
 
+def _entry(row: Weight | Input) -> dict[str, Any]:
+    """Return what is needed to build a row's quantizer again."""
+    quantizer = row.quantizer
+    assert quantizer is not None
+    keys = ("bits", "signed", "granularity", "axis", "group_size", "init", "calibrated")
+    arguments = {key: getattr(quantizer, key) for key in keys}
+    return {"quantizer": quantizer_name(quantizer), **arguments, "reason": row.reason}
+
+
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -222,34 +236,79 @@ def _replace(path: Path, content: bytes) -> None:
 
 
 def _table(coverage: Coverage) -> Iterator[str]:
-    inputs = {id(row.module): row for row in coverage.inputs}
-    shown = [row for row in coverage.weights if len(row.shape) >= 2]
-    width = max([len("parameter"), *(len(row.name) for row in shown)])
-    yield f"{'parameter':<{width}}  {'shape':>14}  {'weight':<28}  input"
-    for row in shown:
-        entry = inputs.get(id(row.module)) if row.quantizer is not None else None
-        weight = "float: " + row.reason if row.quantizer is None else _describe(row.quantizer)
-        remark = f"  ({row.reason})" if row.reason and row.quantizer is not None else ""
-        shape = "x".join(map(str, row.shape))
-        yield f"{row.name:<{width}}  {shape:>14}  {weight:<28}  {_describe_input(entry)}{remark}".rstrip()
-    small = [row for row in coverage.weights if len(row.shape) < 2]
+    lines = [("parameter", "shape", "weight", "input", ""), *_merged(_rows(coverage))]
+    small = sum(len(row.shape) < 2 for row in coverage.weights)
     if small:
-        yield f"{len(small)} parameters of fewer than two dimensions (biases, norms) stay float"
-    yield (
-        f"{coverage.share:.1%} of {sum(row.numel for row in coverage.weights):,} parameters quantized; "
-        f"{coverage.float_bytes / 1e6:.2f} MB in fp32, {coverage.size_bytes / 1e6:.2f} MB packed"
-    )
+        lines.append((f"{small} vectors and scalars", "", "float", "", "biases, norms: fewer than two dimensions"))
+    name, shape, weight, given, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
+    for line in lines:
+        a, b, c, d, note = line
+        yield f"{a:<{name}}  {b:>{shape}}  {c:<{weight}}  {d:<{given}}  {note}".rstrip()
+    yield from _totals(coverage)
 
 
-def _describe(quantizer: Quantizer) -> str:
+def _rows(coverage: Coverage) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Yield name and cells of each parameter of two or more dimensions, and of each input that shares its weight."""
+    inputs = {id(row.module): row for row in coverage.inputs}
+    for row in coverage.weights:
+        entry = inputs.get(id(row.module))
+        if len(row.shape) >= 2:
+            shape = "x".join(map(str, row.shape))
+            note = "; ".join(filter(None, [row.reason, entry.reason if entry else ""]))
+            yield row.name, (shape, _describe(row.quantizer), _describe_input(entry), note)
+    owners = {id(row.module) for row in coverage.weights}
+    for entry in coverage.inputs:
+        if id(entry.module) not in owners:
+            yield entry.name, ("", "", _describe_input(entry), entry.reason)
+
+
+def _merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
+    """Yield one line for the rows that differ in the numbers of their path only: "layer.{0-11}.fc.weight"."""
+    alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[int, ...]]] = {}
+    for name, cells in rows:
+        parts = name.split(".")
+        pattern = tuple("{}" if part.isdigit() else part.replace("{", "{{").replace("}", "}}") for part in parts)
+        alike.setdefault((pattern, cells), []).append(tuple(int(part) for part in parts if part.isdigit()))
+    for (pattern, cells), indices in alike.items():
+        axes = [sorted(set(axis)) for axis in zip(*indices, strict=True)]
+        whole = list(itertools.product(*axes)) == sorted(indices)
+        for line in [[_ranges(axis) for axis in axes]] if whole else indices:
+            yield ".".join(pattern).format(*line), *cells
+
+
+def _ranges(numbers: Sequence[int]) -> str:
+    """Return "3" or "{0-2,5}" for ascending numbers."""
+    runs = [[numbers[0], numbers[0]]]
+    for number in numbers[1:]:
+        if number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(numbers) == 1 else f"{{{text}}}"
+
+
+def _totals(coverage: Coverage) -> Iterator[str]:
+    count = sum(row.numel for row in coverage.weights)
+    low = [row for row in coverage.weights if row.bits < 32]
+    mean = sum(row.bits * row.numel for row in low) / max(1, sum(row.numel for row in low))
+    yield f"{coverage.share:.1%} of {count:,} parameters quantized" + (f", {mean:.2f} bits on average" if low else "")
+    yield f"{_size(coverage.float_bytes)} in fp32, {_size(coverage.size_bytes)} packed (scales included)"
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e6:.2f} MB" if count >= 1e6 else f"{count / 1e3:.2f} kB"
+
+
+def _describe(quantizer: Quantizer | None) -> str:
+    if quantizer is None:
+        return "float"
     group = f" of {quantizer.group_size}" if quantizer.group_size else ""
     return f"{quantizer_name(quantizer)} {quantizer.bits} bits {quantizer.granularity}{group}"
 
 
 def _describe_input(entry: Input | None) -> str:
-    if entry is None:
-        return ""
-    if entry.quantizer is None:
-        return "float: " + entry.reason
-    sign = {True: "signed", False: "unsigned", None: "sign open"}[entry.quantizer.signed]
+    if entry is None or entry.quantizer is None:
+        return "" if entry is None else "float"
+    sign = {True: "signed", False: "unsigned", None: "not calibrated"}[entry.quantizer.signed]
     return f"{quantizer_name(entry.quantizer)} {entry.quantizer.bits} bits {sign}"

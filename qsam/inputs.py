@@ -7,26 +7,54 @@ plain Python, so that a compiled graph stays whole.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from qsam.quantizers import Quantizer
 
 NAME = "input_quantizer"
+_PLACE = "_qsam_place"
 
 _SAMPLE_ENTRIES = 2**16
 """Entries of one batch that calibration keeps, besides its smallest and largest."""
 
-_frozen = False
-"""Whether no input may be calibrated now: during perturbed passes."""
+_TOTAL_ENTRIES = 2**20
+"""Entries of all batches that calibration keeps; beyond, they are thinned out."""
 
 
-def attach_input_(module: nn.Module, quantizer: Quantizer) -> None:
+@dataclasses.dataclass
+class _Calibration:
+    """Whether inputs may be calibrated now: not during perturbed passes."""
+
+    allowed: bool = True
+
+
+_CALIBRATION = _Calibration()
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where an input quantizer sits, for messages.
+
+    Attributes:
+        path: Path of the module whose input it quantizes; empty for the model itself.
+        said: What has been warned of once; one set for all inputs of a model.
+    """
+
+    path: str
+    said: set[str]
+
+
+def attach_input_(module: nn.Module, quantizer: Quantizer, place: Place) -> None:
     """Give ``module`` an input quantizer, as the submodule ``input_quantizer`` and a pre-hook."""
+    setattr(quantizer, _PLACE, place)
     module.add_module(NAME, quantizer)
     hook = _quantize_attention_inputs if isinstance(module, nn.MultiheadAttention) else _quantize_first_input
     module.register_forward_pre_hook(hook, with_kwargs=True)
@@ -42,23 +70,29 @@ def detach_input_(module: nn.Module) -> None:
     delattr(module, NAME)
 
 
+def shown(path: str) -> str:
+    """Return a module's path for a message: the model itself has none."""
+    return repr(path) if path else "the model itself"
+
+
 @contextlib.contextmanager
 def frozen() -> Iterator[None]:
     """Within this context no input is calibrated: its statistics would be those of a perturbed model."""
-    global _frozen
-    before, _frozen = _frozen, True
+    before, _CALIBRATION.allowed = _CALIBRATION.allowed, False
     try:
         yield
     finally:
-        _frozen = before
+        _CALIBRATION.allowed = before
 
 
 @contextlib.contextmanager
 def collecting(quantizers: list[Quantizer]) -> Iterator[None]:
-    """Within this context inputs pass through as float and samples of them are kept; then the scales are set.
+    """Within this context inputs pass through as float and samples of them are kept; then signs and scales are set.
+
+    An input that was not reached stays as it was.
 
     Raises:
-        RuntimeError: at the end, if an input was never reached.
+        ValueError: at the end, if an input was not finite.
     """
     for quantizer in quantizers:
         quantizer.samples = []
@@ -66,19 +100,33 @@ def collecting(quantizers: list[Quantizer]) -> Iterator[None]:
         yield
         for quantizer in quantizers:
             if quantizer.samples:
-                quantizer.observe_(torch.cat(quantizer.samples))
+                _observe(quantizer, torch.cat(quantizer.samples))
     finally:
         for quantizer in quantizers:
             quantizer.samples = None
+
+
+def is_sharded(modules: Iterable[nn.Module]) -> bool:
+    """Whether ``fully_shard`` (FSDP2) was called on one of these modules."""
+    if not distributed.is_available():
+        return False
+    from torch.distributed.fsdp import FSDPModule
+
+    return any(isinstance(module, FSDPModule) for module in modules)
 
 
 def _quantize_first_input(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
     for i, value in enumerate(args):
+        if isinstance(value, PackedSequence):
+            return None
         if _is_floating(value):
             return (*args[:i], _quantized(module, value), *args[i + 1 :]), kwargs
-    for key, value in kwargs.items():
+    for key in ("input", *kwargs):  # `gru(hx=h, input=x)`: what torch calls the input is the input
+        value = kwargs.get(key)
+        if isinstance(value, PackedSequence):
+            return None
         if _is_floating(value):
             return args, {**kwargs, key: _quantized(module, value)}
     return None
@@ -105,27 +153,113 @@ def _is_floating(value: Any) -> bool:
 def _quantized(module: nn.Module, x: Tensor) -> Tensor:
     quantizer: Quantizer = module.get_submodule(NAME)  # type: ignore[assignment]
     if quantizer.samples is not None:
-        quantizer.samples.append(_sample(x))
+        _keep_sample(quantizer.samples, x)
         return x
     if not quantizer.calibrated:
-        if _frozen or not module.training:
-            _warn_uncalibrated(module)
+        if not x.numel():
             return x
-        quantizer.observe_(x.detach())
+        if not (module.training and _CALIBRATION.allowed):
+            _warn_uncalibrated(quantizer)
+            return x
+        _observe_first_batch(quantizer, x)
+    if quantizer.signed is None:
+        _refuse_unknown_sign(quantizer)
+    if x.is_nested:
+        return torch.nested.as_nested_tensor([quantizer(part) for part in x.unbind()], layout=x.layout)
     return quantizer(x)  # type: ignore[no-any-return]
 
 
-def _sample(x: Tensor) -> Tensor:
-    flat = x.detach().flatten().to(torch.float32)
-    kept = flat[:: max(1, flat.numel() // _SAMPLE_ENTRIES)]
-    return torch.cat([kept, flat.min()[None], flat.max()[None]]) if flat.numel() else kept
+def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:
+    group = None
+    if distributed.is_available() and distributed.is_initialized():
+        if _is_sharded_within(quantizer):
+            raise RuntimeError(
+                f"the input of {shown(_place(quantizer).path)} has no scale yet, and under FSDP2 a forward cannot set it: "
+                "call qsam.calibrate(model, batches) before fully_shard."
+            )
+        group = _data_parallel_group()
+    _observe(quantizer, _sample(_flat(x)), group)
 
 
-_WARN_UNCALIBRATED = (
-    "the input of {} passes through in float: its quantizer has no scale yet. Call qsam.calibrate(model, batches), "
-    "or run one forward in training mode."
-)
+@torch.no_grad()
+def _observe(quantizer: Quantizer, x: Tensor, group: distributed.ProcessGroup | None = None) -> None:
+    """Set sign and parameters from data: a negative entry in any process makes it signed; parameters are averaged."""
+    facts = torch.stack([(x < 0).any(), ~x.isfinite().all()]).to(torch.int32)
+    if group is not None:
+        distributed.all_reduce(facts, distributed.ReduceOp.MAX, group)
+    negative, broken = facts.tolist()
+    if broken:
+        raise ValueError(
+            f"the input of {shown(_place(quantizer).path)} holds NaN or infinity: its scale cannot be set from it."
+        )
+    quantizer.signed = bool(negative)
+    quantizer.observe_(x)
+    if group is not None:
+        for tensor in filter(Tensor.is_floating_point, quantizer.state_dict().values()):
+            distributed.all_reduce(tensor, distributed.ReduceOp.SUM, group)
+            tensor.div_(group.size())
 
 
-def _warn_uncalibrated(module: nn.Module) -> None:
-    warnings.warn(_WARN_UNCALIBRATED.format(type(module).__name__), UserWarning, stacklevel=3)
+def _data_parallel_group() -> distributed.ProcessGroup | None:
+    """Return the processes of the DistributedDataParallel model whose forward is running, if one is."""
+    active = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    return None if active is None else active.process_group
+
+
+def _is_sharded_within(quantizer: Quantizer) -> bool:
+    """Whether a module above ``quantizer`` is sharded: its parameters are gathered copies now, and writes are lost."""
+    from torch.distributed._composable_state import _module_state_mapping
+
+    return any(is_sharded([m]) and any(quantizer is below for below in m.modules()) for m in _module_state_mapping)
+
+
+def _flat(x: Tensor) -> Tensor:
+    """Return all entries of a tensor in one dimension; of a nested one too."""
+    x = x.detach()
+    return torch.cat([part.flatten() for part in x.unbind()]) if x.is_nested else x.flatten()
+
+
+def _keep_sample(samples: list[Tensor], x: Tensor) -> None:
+    if not x.numel():
+        return
+    samples.append(_sample(_flat(x)))
+    if sum(map(len, samples)) > _TOTAL_ENTRIES:
+        samples[:] = [_sample(torch.cat(samples), _TOTAL_ENTRIES // 2)]
+
+
+def _sample(flat: Tensor, entries: int = _SAMPLE_ENTRIES) -> Tensor:
+    """Return about so many evenly spread entries, and the extremes; everything, if it is little.
+
+    The stride has no factor in common with the number of entries, thus with no dimension of the tensor: otherwise it
+    would visit the same few channels in each row.
+    """
+    stride = max(1, flat.numel() // entries)
+    while math.gcd(stride, flat.numel()) > 1:
+        stride += 1
+    return flat if stride == 1 else torch.cat([flat[::stride], flat.min()[None], flat.max()[None]])
+
+
+def _place(quantizer: Quantizer) -> Place:
+    place: Place = vars(quantizer)[_PLACE]
+    return place
+
+
+def _warn_uncalibrated(quantizer: Quantizer) -> None:
+    place = _place(quantizer)
+    if "uncalibrated" in place.said:
+        return
+    place.said.add("uncalibrated")
+    warnings.warn(
+        f"the input of {shown(place.path)}, and of every other layer whose input quantizer has no scale yet, passes "
+        "through in float. Call qsam.calibrate(model, batches), or run one forward in training mode.",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _refuse_unknown_sign(quantizer: Quantizer) -> None:
+    raise RuntimeError(
+        f"the scale of the input of {shown(_place(quantizer).path)} was loaded, but a state_dict does not say whether "
+        "the input is signed. Rebuild the quantizers with qsam.quantize_(model, spec=...), load the optimizer's "
+        "state_dict too, or call qsam.calibrate(model, batches)."
+    )

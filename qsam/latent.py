@@ -40,12 +40,14 @@ class Slot:
         module: The owner of the Parameter.
         attr: Its name there.
         latent: w, fp32 or the Parameter's dtype if that is wider.
+        shift: What was added to w before it was quantized in the last perturbed pass (SAQ, case 2), until the update.
     """
 
     path: str
     module: nn.Module
     attr: str
     latent: nn.Parameter
+    shift: Tensor | None = None
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -164,7 +166,7 @@ class Latents:
         self._seen = [slot.fingerprint() for slot in self.slots] if changed else self._seen
 
     def pull_back(self, slot: Slot, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the VJP of Q at (w, parameters) applied to ``grad``.
+        """Return the VJP of Q at (w, parameters) applied to ``grad``; at w + e where ``slot.shift`` holds an e.
 
         Args:
             slot: The weight; p holds Q(w).
@@ -178,12 +180,14 @@ class Latents:
         """
         if grad.is_sparse:
             raise TypeError(f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False.")
-        w = slot.latent.detach().requires_grad_()
+        point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
+        w = point.requires_grad_()
         leaves = {name: p.detach().requires_grad_() for name, p in slot.quantizer.named_parameters()}
         with torch.enable_grad():
             out = functional_call(slot.quantizer, leaves, (w,))
         grads = torch.autograd.grad(out, [w, *leaves.values()], grad.to(out.dtype), materialize_grads=True)
-        self._note_value(slot, out.detach())
+        if slot.shift is None:
+            self._note_value(slot, out.detach())
         return grads[0], dict(zip(leaves, grads[1:], strict=True))
 
     def _note_value(self, slot: Slot, out: Tensor) -> None:

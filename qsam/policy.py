@@ -11,7 +11,9 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
+from qsam.functional import integer_limits
 from qsam.registry import nearest
+from qsam.scales import INIT_RULES
 
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Rules = Sequence[tuple[Selector, Mapping[str, Any] | None]]
@@ -31,6 +33,14 @@ class Settings:
     granularity: str = "per_tensor"
     group_size: int | None = None
     init: str = "mse"
+
+    def __post_init__(self) -> None:
+        """Refuse bad values before any layer is looked at; the rest is checked by the quantizers."""
+        _check_bits("bits", self.bits)
+        _check_bits("activation_bits", self.activation_bits)
+        if self.init not in INIT_RULES:
+            hint = nearest(str(self.init), list(INIT_RULES))
+            raise ValueError(f"`init` must be one of {', '.join(INIT_RULES)}, got {self.init!r}.{hint}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +71,20 @@ class Site:
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """What the policy decided for a site: settings, or the reason why it stays float."""
+    """What the policy decided for a site: settings, or the reason why it stays float.
+
+    Attributes:
+        site: The parameter.
+        settings: What it gets; None for float.
+        reason: Why float, or a remark ("head").
+        input_requested: Whether a rule names the input's quantizer; the hook of a layer we do not know would quantize
+            whatever its first input is, so that is done on request only.
+    """
 
     site: Site
     settings: Settings | None
     reason: str = ""
-    input_allowed: bool = True
+    input_requested: bool = False
 
 
 def unwrap_model(model: nn.Module) -> nn.Module:
@@ -85,6 +103,16 @@ def is_hf_conv1d(module: nn.Module) -> bool:
     return any(c.__name__ == "Conv1D" and c.__module__.startswith("transformers.") for c in type(module).__mro__)
 
 
+def is_lora(name: str) -> bool:
+    """Whether a path goes through a LoRA factor, as peft names them."""
+    return any(part.startswith("lora_") for part in name.split("."))
+
+
+def tied(site: Site) -> list[str]:
+    """Return a remark for each other place of a tied weight: ["tied to lm_head"]."""
+    return [f"tied to {name or 'the model itself'}" for name, _, _ in site.aliases]
+
+
 def channel_axis(module: nn.Module, attr: str) -> int | None:
     """Return the output-channel dimension of a weight of a layer we know, or None for every other parameter."""
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
@@ -99,7 +127,11 @@ def channel_axis(module: nn.Module, attr: str) -> int | None:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Return every parameter of the model once, in registration order, with the places that share it."""
+    """Return every parameter of the model once, in registration order, with the places that share it.
+
+    Raises:
+        ValueError: a parameter has no shape yet (lazy modules).
+    """
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -111,6 +143,8 @@ def find_sites(model: nn.Module) -> list[Site]:
     for key, found in places.items():
         module_name, module, attr = found[0]
         name = f"{module_name}.{attr}" if module_name else attr
+        if isinstance(parameters[key], nn.parameter.UninitializedParameter):
+            raise ValueError(f"{name!r} is not initialized yet: run one forward of the lazy module before quantize_.")
         sites.append(Site(name, module_name, module, attr, parameters[key], tuple(found[1:])))
     return sites
 
@@ -128,11 +162,11 @@ def choose(model: nn.Module, call: Settings, rules: Rules | None) -> list[Choice
 
     Raises:
         TypeError: a selector or override of the wrong kind.
-        ValueError: a rule that matches nothing.
+        ValueError: a bad value in a rule, a rule that matches nothing, a chosen parameter without data.
     """
-    checked = [(selector, _checked_overrides(overrides)) for selector, overrides in rules or ()]
+    checked = _checked_rules(rules, call)
     sites = find_sites(model)
-    boundary = _boundary_modules(model, sites)
+    boundary = _boundary_modules(model)
     used = [False] * len(checked)
     choices = []
     for site in sites:
@@ -146,12 +180,19 @@ def choose(model: nn.Module, call: Settings, rules: Rules | None) -> list[Choice
     for (selector, _), was_used in zip(checked, used, strict=True):
         if not was_used:
             raise ValueError(_no_match(selector, sites))
+    for choice in choices:
+        if choice.settings is not None:
+            refuse_meta(choice.site)
     return choices
 
 
+def refuse_meta(site: Site) -> None:
+    """Raise ValueError if a parameter has no data to set scales from."""
+    if site.parameter.is_meta:
+        raise ValueError(f"{site.name!r} is on the meta device: materialize the model before quantize_.")
+
+
 def _cannot_be_quantized(site: Site) -> str:
-    if isinstance(site.parameter, nn.parameter.UninitializedParameter):
-        raise ValueError(f"{site.name!r} is not initialized yet: run one forward of the lazy module before quantize_.")
     if site.parameter.dim() < 2:
         return "fewer than two dimensions"
     return "" if site.parameter.is_floating_point() else f"not floating ({site.parameter.dtype})"
@@ -160,19 +201,17 @@ def _cannot_be_quantized(site: Site) -> str:
 def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> Choice:
     if overrides is None:
         return Choice(site, None, "a rule keeps it float")
-    # The hook of an unknown layer would quantize whatever its first input is: only on request.
-    known = any(channel_axis(module, attr) is not None for _, module, attr in site.owners())
-    return Choice(site, dataclasses.replace(call, **overrides), input_allowed=known or "activations" in overrides)
+    return Choice(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
 
 
 def _by_default(site: Site, call: Settings, boundary: Mapping[int, str]) -> Choice:
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module, _ in site.owners()):
-        return Choice(site, None, "embedding" + (" (tied)" if site.aliases else ""))
-    if any(part.startswith("lora_") for part in site.name.split(".")):
+        return Choice(site, None, ", ".join(["embedding", *tied(site)]))
+    if is_lora(site.name):
         return Choice(site, None, "LoRA factor")
     if channel_axis(site.module, site.attr) is None:
         return Choice(site, None, f"no default for a parameter of {type(site.module).__name__}: name it in `rules`")
-    role = boundary.get(id(site.module))
+    role = next((boundary[id(module)] for _, module, _ in site.owners() if id(module) in boundary), None)
     if role is None:
         return Choice(site, call)
     wide = dataclasses.replace(
@@ -181,9 +220,9 @@ def _by_default(site: Site, call: Settings, boundary: Mapping[int, str]) -> Choi
     return Choice(site, wide, role)
 
 
-def _boundary_modules(model: nn.Module, sites: Sequence[Site]) -> dict[int, str]:
+def _boundary_modules(model: nn.Module) -> dict[int, str]:
     """Return the ids of the modules at the model's two ends, with their role."""
-    owners = [site.module for site in sites if _default_owner(site)]
+    owners = list(_default_owners(model))
     roles: dict[int, str] = {}
     if owners and isinstance(owners[0], _ConvNd):
         roles[id(owners[0])] = "input layer"
@@ -192,9 +231,12 @@ def _boundary_modules(model: nn.Module, sites: Sequence[Site]) -> dict[int, str]
     return roles
 
 
-def _default_owner(site: Site) -> bool:
-    lora = any(part.startswith("lora_") for part in site.name.split("."))
-    return site.parameter.dim() >= 2 and channel_axis(site.module, site.attr) is not None and not lora
+def _default_owners(model: nn.Module) -> Iterator[nn.Module]:
+    """Iterate over the modules whose matrices are quantized by default, those that share another's included."""
+    for name, module in model.named_modules():
+        matrices = (attr for attr, p in module._parameters.items() if p is not None and p.dim() >= 2)
+        if not is_lora(name) and any(channel_axis(module, attr) is not None for attr in matrices):
+            yield module
 
 
 def _head(model: nn.Module, owners: Sequence[nn.Module]) -> nn.Module | None:
@@ -207,7 +249,7 @@ def _head(model: nn.Module, owners: Sequence[nn.Module]) -> nn.Module | None:
             inside = {id(module) for module in found.modules()}
             return next((owner for owner in reversed(owners) if id(owner) in inside), None)
     # A model with a single layer has no head: the bits that were asked for are meant for that layer.
-    return owners[-1] if len({id(owner) for owner in owners}) > 1 else None
+    return owners[-1] if len(owners) > 1 else None
 
 
 def _matches(selector: Selector, site: Site) -> bool:
@@ -227,19 +269,62 @@ def _matches(selector: Selector, site: Site) -> bool:
     return False
 
 
-def _checked_overrides(overrides: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+def _check_bits(name: str, value: int) -> None:
+    try:
+        integer_limits(value, signed=True)
+    except (TypeError, ValueError) as error:
+        raise type(error)(str(error).replace("`bits`", f"`{name}`")) from None
+
+
+def _checked_rules(rules: Rules | None, call: Settings) -> list[tuple[Selector, Mapping[str, Any] | None]]:
+    form = "`rules` must be a sequence of pairs (selector, overrides)"
+    if isinstance(rules, str | Mapping) or not isinstance(rules or (), Sequence):
+        raise TypeError(f"{form}, got {rules!r}.")
+    checked = []
+    for rule in rules or ():
+        if not isinstance(rule, tuple | list) or len(rule) != 2:
+            raise TypeError(f"{form}, got {rule!r} in it.")
+        selector, overrides = rule
+        _check_selector(selector)
+        _check_overrides(overrides)
+        try:
+            dataclasses.replace(call, **(overrides or {}))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"in the rule {selector!r}: {error}") from error
+        checked.append((selector, overrides))
+    return checked
+
+
+def _check_selector(selector: Any) -> None:
+    is_module_type = isinstance(selector, type) and issubclass(selector, nn.Module)
+    is_predicate = callable(selector) and not isinstance(selector, type | nn.Module)
+    if not (isinstance(selector, str) or is_module_type or is_predicate):
+        raise TypeError(
+            "a rule's selector must be a glob, 're:...', a module type or a predicate (name, module) -> bool, "
+            f"got {selector!r}."
+        )
+    if isinstance(selector, str) and selector.startswith("re:"):
+        try:
+            re.compile(selector[3:])
+        except re.error as error:
+            raise ValueError(f"the rule {selector!r} is not a regular expression: {error}.") from error
+
+
+def _check_overrides(overrides: Any) -> None:
     if overrides is None:
-        return None
+        return
     if not isinstance(overrides, Mapping):
-        raise TypeError(f"a rule's overrides must be None (float) or a dict of quantize_'s keywords, got {overrides!r}.")
+        raise TypeError(
+            f"a rule's overrides must be None (float) or a dict of quantize_'s keywords, got {overrides!r}."
+        )
     known = [field.name for field in dataclasses.fields(Settings)]
     for key in overrides:
         if key not in known:
-            raise TypeError(f"a rule cannot override {key!r}.{nearest(key, known) or f' Known: {known}.'}")
-    return overrides
+            raise TypeError(f"a rule cannot override {key!r}.{nearest(str(key), known) or f' Known: {known}.'}")
 
 
 def _no_match(selector: Selector, sites: Sequence[Site]) -> str:
     names = [site.name for site in sites if site.parameter.dim() >= 2]
     hint = nearest(selector, names) if isinstance(selector, str) else ""
-    return f"the rule {selector!r} matches no parameter of two or more dimensions.{hint or f' There are: {names[:8]} ...'}"
+    listed = f" There are: {', '.join(names[:8])}{', ...' if len(names) > 8 else '.'}"
+    return f"the rule {selector!r} matches no parameter of two or more dimensions.{hint or listed}"

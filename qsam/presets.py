@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
-from qsam.policy import Rules
+from qsam.policy import Rules, is_lora
 
 
 def _encoder_linear(name: str, module: nn.Module) -> bool:
     """Whether this is a Linear of a transformer block: a module below a numbered ``layer`` list."""
-    parts = name.split(".")
-    in_block = any(a in {"layer", "layers", "h"} and b.isdigit() for a, b in zip(parts, parts[1:], strict=False))
-    return in_block and isinstance(module, nn.Linear)
+    in_block = any(a in {"layer", "layers", "h"} and b.isdigit() for a, b in pairwise(name.split(".")))
+    return in_block and isinstance(module, nn.Linear) and not is_lora(name)
 
 
 squat_bert: Rules = ((_encoder_linear, {}), ("*", None))

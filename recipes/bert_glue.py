@@ -19,6 +19,7 @@ if not __package__:  # python recipes/bert_glue.py
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm import tqdm
@@ -44,6 +45,9 @@ from recipes.report import report
 from recipes.runs import Json, Run
 from recipes.text_batches import epoch_batches
 
+DIAGNOSTICS_EVERY = 9
+"""Steps between two looks at the optimizer's diagnostics; odd, for SQuAT's `next_batch` has steps of two kinds."""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
@@ -51,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.disable_progress_bar()
     try:
         run_all(arguments)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, SafetensorError) as error:
         print(f"bert_glue: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
@@ -129,12 +133,12 @@ def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 
     progress = restore_(run, model, optimizer, scheduler)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
-    def forward_backward(inputs: dict[str, Tensor], labels: Tensor) -> Tensor:
+    def forward_backward(inputs: dict[str, Tensor], labels: Tensor) -> float:
         optimizer.zero_grad()
         loss = loss_of(data.task, logits_of(model, inputs, config["precision"]), labels)
         loss.backward()
         progress.passes += 1
-        return loss
+        return loss.item()
 
     with tqdm(total=steps, initial=progress.step, desc=run.folder.name, disable=None, dynamic_ncols=True) as bar:
         while progress.step < steps:
@@ -145,22 +149,28 @@ def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 
             for batch in batches[progress.step - start : end - start]:
                 begin = time.perf_counter()
                 closure = partial(forward_backward, *data.train.batch(batch, DEVICE))
-                loss = float(optimizer.step(closure))  # qsam: as often as the method has passes
+                loss = optimizer.step(closure)  # qsam: as often as the method has passes
                 scheduler.step()
-                progress.add_step(loss, time.perf_counter() - begin, diagnostics(optimizer))
+                progress.add_step(loss, time.perf_counter() - begin)
+                if progress.step % DIAGNOSTICS_EVERY == 1:
+                    progress.add(diagnostics(optimizer))
                 bar.set_postfix(loss=f"{loss:.3f}", **last_metric(progress, data.task), refresh=False)
                 bar.update()
                 if progress.step % save_every == 0 and progress.step < end:
                     save_checkpoint(run, progress, parts)
-            progress.end_epoch({key: evaluate(model, data.task, dev, config["precision"]) for key, dev in data.dev.items()})
+            progress.end_epoch(
+                {key: evaluate(model, data.task, dev, config["precision"]) for key, dev in data.dev.items()}
+            )
             save_checkpoint(run, progress, parts)
             tqdm.write(f"{run.folder.name}: {progress.line(steps)}")
     return progress
 
 
 def diagnostics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return what a qsam optimizer says of its last step; nothing for one of torch's."""
-    return optimizer.diagnostics() if hasattr(optimizer, "diagnostics") else {}  # qsam
+    """Return what a qsam optimizer says of its last step: `rise`, what the perturbation adds to the loss, for one."""
+    if not hasattr(optimizer, "diagnostics"):
+        return {}
+    return {name: value for name, value in optimizer.diagnostics().items() if "loss" not in name}  # qsam
 
 
 def last_metric(progress: Progress, task: Task) -> dict[str, str]:

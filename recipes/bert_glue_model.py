@@ -13,7 +13,8 @@ from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qsam
-from recipes.bert_glue_plan import EMBEDDED_MODEL, Rows
+from recipes.bert_glue_options import EMBEDDED_MODEL
+from recipes.bert_glue_plan import Rows
 from recipes.glue_data import Task, compute_metrics, embedded_model_dir, fixed_order
 from recipes.text_batches import Encoded, encode, epoch_batches, sorted_batches
 
@@ -55,12 +56,14 @@ def load_data(rows: Rows, model: str, max_length: int) -> Data:
     Raises:
         OSError: if there is no such tokenizer, or the hub cannot be reached.
     """
-    tokenizer = AutoTokenizer.from_pretrained(_source(model))
+    tokenizer = _from_pretrained(AutoTokenizer, model)
     limit = min(max_length, tokenizer.model_max_length)
     train = rows.splits.train
     part = [train[i] for i in sorted(fixed_order(len(train))[:TRAIN_LOSS_ROWS])]
     dev = {name: encode(tokenizer, some, limit, rows.task) for name, some in rows.splits.dev.items()}
-    return Data(rows.task, encode(tokenizer, train, limit, rows.task), encode(tokenizer, part, limit, rows.task), dev, tokenizer)
+    return Data(
+        rows.task, encode(tokenizer, train, limit, rows.task), encode(tokenizer, part, limit, rows.task), dev, tokenizer
+    )
 
 
 def load_model(model: str, task: Task) -> nn.Module:
@@ -75,13 +78,16 @@ def load_model(model: str, task: Task) -> nn.Module:
     """
     labels: dict[str, Any] = {"num_labels": 1, "problem_type": "regression"}
     if not task.is_regression:
-        labels = {"id2label": dict(enumerate(task.label_names)), "label2id": {n: i for i, n in enumerate(task.label_names)}}
-    loaded = AutoModelForSequenceClassification.from_pretrained(_source(model), dtype=torch.float32, **labels)
-    return loaded.to(DEVICE)  # type: ignore[no-any-return]
+        labels = {
+            "id2label": dict(enumerate(task.label_names)),
+            "label2id": {n: i for i, n in enumerate(task.label_names)},
+        }
+    loaded: nn.Module = _from_pretrained(AutoModelForSequenceClassification, model, dtype=torch.float32, **labels)
+    return loaded.to(DEVICE)
 
 
 def save_model(folder: Path, model: Any, tokenizer: Any, coverage: qsam.Coverage | None) -> None:
-    """Write the model as an ordinary checkpoint, its weights on the grid, and what rebuilds its quantizers beside it."""
+    """Write an ordinary checkpoint, its weights on the grid, and beside it what rebuilds the quantizers."""
     state = {name: value for name, value in model.state_dict().items() if "_quantizer." not in name}
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
@@ -128,5 +134,12 @@ def evaluate(model: nn.Module, task: Task, rows: Encoded, precision: str) -> Met
     return {"loss": loss, **compute_metrics(task, predictions.numpy(), rows.labels.numpy())}
 
 
-def _source(model: str) -> str:
-    return str(embedded_model_dir()) if model == EMBEDDED_MODEL else model
+def _from_pretrained(auto_class: Any, model: str, **arguments: Any) -> Any:
+    if model == EMBEDDED_MODEL:
+        return auto_class.from_pretrained(embedded_model_dir(), **arguments)
+    if not Path(model).is_dir() and (Path(model).is_absolute() or model.startswith(".") or model.count("/") > 1):
+        raise FileNotFoundError(f"the model {model!r} is not a folder, and no name on the hub either.")
+    try:
+        return auto_class.from_pretrained(model, **arguments)
+    except OSError as error:
+        raise OSError(f"the model {model!r} cannot be loaded; no other takes its place. {error}") from error

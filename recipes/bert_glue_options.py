@@ -138,8 +138,13 @@ def _check(options: Options) -> None:
         value = getattr(options, name)
         if not (math.isfinite(value) and value >= 0):
             raise ValueError(f"`{_flag(name)}` must be finite and not negative, got {value}.")
-    if any(not (math.isfinite(rate) and rate >= 0) for rate in options.scale_lr or []) or len(options.scale_lr or []) > 2:
-        raise ValueError(f"`--scale-lr` is one rate, or two (weights, activations), not negative: got {options.scale_lr}.")
+    if (
+        any(not (math.isfinite(rate) and rate >= 0) for rate in options.scale_lr or [])
+        or len(options.scale_lr or []) > 2
+    ):
+        raise ValueError(
+            f"`--scale-lr` is one rate, or two (weights, activations), not negative: got {options.scale_lr}."
+        )
     if options.holdout is not None and not 0 < options.holdout < 1:
         raise ValueError(f"`--holdout` must be a fraction between 0 and 1, got {options.holdout}.")
     if options.max_length < 8:
@@ -170,15 +175,25 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch-size", type=int, help="rows a batch")
     add("--lr", type=float, help="learning rate of quantization-aware training")
     add("--fp32-lr", type=float, help="learning rate of full-precision fine-tuning")
-    add("--scale-lr", type=float, nargs="+", help="rate of the scales: one, or weights' and activations'; else balanced")
+    add(
+        "--scale-lr", type=float, nargs="+", help="rate of the scales: one, or weights' and activations'; else balanced"
+    )
     add("--max-length", type=int, help="tokens after which a row is cut")
     add("--max-steps", type=int, help="cap on the steps of each phase (lsq3x: times 3)")
     add("--seed", type=int, nargs="+", help="one run of everything a seed")
     add("--model", help="folder or hub name (the paper's is bert-base-uncased)")
     add("--glue-dir", type=Path, help="read the rows from this folder, the standard GLUE download")
-    add("--hub", action="store_true", help="read the rows from the hub (else embedded, for stsb and movies with the embedded model)")
+    add(
+        "--hub",
+        action="store_true",
+        help="read the rows from the hub (else embedded, for stsb and movies with the embedded model)",
+    )
     add("--train-rows", type=int, help="use a fixed random subset of the training rows")
-    add("--holdout", type=float, help="set this fraction of the training rows apart and evaluate there, not on the dev set")
+    add(
+        "--holdout",
+        type=float,
+        help="set this fraction of the training rows apart and evaluate there, not on the dev set",
+    )
     add("--threads", type=int, help="threads of torch; a resumed run is exact with the same number")
     add("--precision", choices=("fp32", "bf16"), default=default_precision(), help="bf16 is autocast over fp32 weights")
     add("--output-dir", type=Path, help="where the runs are written")

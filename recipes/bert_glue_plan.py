@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from recipes.bert_glue_options import EMBEDDED_MODEL, PASSES, Options
-from recipes.glue_data import Row, Splits, Task, fixed_order, get_task, load_task
+from recipes.glue_data import Splits, Task, fixed_order, get_task, load_task
 from recipes.runs import Json, Run
 
 EMBEDDED_TASKS = ("stsb", "movies")
-LEARNED_METHODS = {"lsq": ("scale_lr",), "joint": ("scale_lr", "rho"), "saq": ("scale_lr", "rho"), "squat": ("scale_lr", "rho", "schedule")}
+LEARNED_METHODS = {
+    "lsq": ("scale_lr",),
+    "joint": ("scale_lr", "rho"),
+    "saq": ("scale_lr", "rho"),
+    "squat": ("scale_lr", "rho", "schedule"),
+}
 
 
 @dataclass(frozen=True)
@@ -45,15 +49,18 @@ def load_rows(options: Options) -> Rows:
     hub = options.hub or (options.glue_dir is None and not embedded)
     splits = load_task(task, glue_dir=options.glue_dir, hub=hub, train_rows=options.train_rows)
     if options.holdout is None:
-        dev = ", ".join(f"{len(rows):,} {key} rows" for key, rows in splits.dev.items())
-        return Rows(task, splits, f"the full dev set ({dev})")
+        counts = ", ".join(f"{len(rows):,} {key} rows" for key, rows in splits.dev.items())
+        return Rows(task, splits, f"the full dev set ({counts})")
     held = round(options.holdout * len(splits.train))
     if not 0 < held < len(splits.train):
-        raise ValueError(f"`--holdout` {options.holdout} of {len(splits.train)} training rows leaves nothing on one side.")
-    apart, rest = (sorted(part) for part in _cut(fixed_order(len(splits.train)), held))
-    dev = {"holdout": [splits.train[i] for i in apart]}
+        raise ValueError(
+            f"`--holdout` {options.holdout} of {len(splits.train)} training rows leaves nothing on one side."
+        )
+    order = fixed_order(len(splits.train))
+    dev = {"holdout": [splits.train[i] for i in sorted(order[:held])]}
+    train = [splits.train[i] for i in sorted(order[held:])]
     what = f"{held:,} training rows that are held out of training (a fixed random part), not the dev set"
-    return Rows(task, replace(splits, train=[splits.train[i] for i in rest], dev=dev), what)
+    return Rows(task, replace(splits, train=train, dev=dev), what)
 
 
 def planned_runs(options: Options, rows: Rows) -> dict[tuple[str, int], Run]:
@@ -103,10 +110,6 @@ def fingerprint(splits: Splits) -> str:
             digest.update(repr((row.text_a, row.text_b, float(row.label))).encode())
         digest.update(b"|")
     return digest.hexdigest()[:16]
-
-
-def _cut(order: Sequence[int], at: int) -> tuple[Sequence[int], Sequence[int]]:
-    return order[:at], order[at:]
 
 
 def _run(options: Options, rows: Rows, method: str, seed: int) -> Run:

@@ -22,7 +22,7 @@ class Progress:
         step: optimizer steps so far.
         passes: forward-backward passes so far.
         seconds: time of the steps so far, without evaluations.
-        sums: sums over the steps of the present epoch, and their counts.
+        sums: by name, the sum over steps of the present epoch and their count.
         history: one entry a finished epoch.
     """
 
@@ -32,26 +32,29 @@ class Progress:
     sums: dict[str, list[float]] = field(default_factory=dict)
     history: list[Json] = field(default_factory=list)
 
-    def add_step(self, loss: float, seconds: float, diagnostics: Mapping[str, float]) -> None:
+    def add_step(self, loss: float, seconds: float) -> None:
         """Count a step.
 
         Args:
             loss: the loss of its first pass.
             seconds: the time it took.
-            diagnostics: what the optimizer reports of it; `rise`, what the perturbation adds to the loss, is kept.
 
         Raises:
             ValueError: if the loss is not finite.
         """
         if not math.isfinite(loss):
             raise ValueError(
-                f"the loss of step {self.step + 1} is {loss}: the training has diverged. Lower --lr, --scale-lr or --rho; "
-                "the last checkpoint is kept."
+                f"the loss of step {self.step + 1} is {loss}: the training has diverged. Lower --lr, --scale-lr or "
+                "--rho; the last checkpoint is kept."
             )
         self.step += 1
         self.seconds += seconds
-        for name, value in {"loss": loss, **diagnostics}.items():
-            if name in {"loss", "rise"} and math.isfinite(value):
+        self.add({"loss": loss})
+
+    def add(self, values: Mapping[str, float]) -> None:
+        """Add values of a step to the means of the present epoch; those that are not finite are left out."""
+        for name, value in values.items():
+            if math.isfinite(value):
                 total, count = self.sums.get(name, [0.0, 0.0])
                 self.sums[name] = [total + value, count + 1]
 

@@ -25,6 +25,8 @@ from typing import IO, Any
 
 import torch
 
+import qsam
+
 Json = dict[str, Any]
 
 CONFIG = "run.json"
@@ -110,7 +112,9 @@ class Run:
         try:
             state: Json = torch.load(path, map_location="cpu", weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            raise ValueError(f"{path} cannot be read ({error}): delete {self.folder} to start that run again.") from error
+            raise ValueError(
+                f"{path} cannot be read ({error}): delete {self.folder} to start that run again."
+            ) from error
         return state
 
     def finish(self, results: Json, save_model: Callable[[Path], None]) -> Json:
@@ -162,7 +166,11 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes the place of `path` once it is complete and on the disk; on an error nothing changes."""
+    """Open a file that takes the place of `path` once it is complete and on the disk; on an error nothing changes.
+
+    Raises:
+        OSError: if it cannot be written: a full disk, say.
+    """
     partial = path.with_name(f"{path.name}.partial")
     try:
         with partial.open("wb") as handle:
@@ -170,8 +178,11 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+    except BaseException as error:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, f"{path} cannot be written: {error.strerror}. What was there is kept") from error
         raise
 
 
@@ -209,8 +220,13 @@ def restore_rng_(state: Mapping[str, Any]) -> None:
 
 def versions() -> dict[str, str]:
     """Return the versions of Python, the machine's kind, and every package that a recipe's numbers depend on."""
-    found = {"python": platform.python_version(), "platform": platform.platform(), "machine": platform.machine()}
-    for name in ("qsam", "torch", "transformers", "datasets", "scikit-learn", "scipy", "numpy"):
+    found = {
+        "qsam": qsam.__version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "machine": platform.machine(),
+    }
+    for name in ("torch", "transformers", "datasets", "scikit-learn", "scipy", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

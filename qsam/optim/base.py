@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam.latent import Latents, ScaleSlot, coverage_for, input_signs, scale_tensors, set_input_signs
+from qsam.latent import Latents, ScaleSlot, Slot, coverage_for, input_signs, scale_tensors, set_input_signs
 from qsam.optim import state as packing
+from qsam.optim.diagnostics import noise_figures
 from qsam.optim.groups import Base, build_base, pointed_at_latents
 from qsam.optim.passes import Passes
 from qsam.optim.perturbation import Perturbation
@@ -111,7 +112,7 @@ class QuantizedOptimizer(Passes, Optimizer):
             return self._create_state()
         if not self._has_gradients():
             raise RuntimeError("step() found no gradient: run a new backward before each step.")
-        if self.perturbation is not None and not self._perturbed and self.perturbation.due(self.steps):
+        if self.perturbation is not None and not self._perturbed and self.perturbation.passes(self.steps):
             self._say_once(
                 f"{type(self).__name__}.step() without first_pass() and perturbed() is a plain QAT step. A framework that "
                 "does not hand its closure on (Lightning with 16-mixed, AcceleratedOptimizer) does this."
@@ -137,6 +138,8 @@ class QuantizedOptimizer(Passes, Optimizer):
         """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
         latents = self.latents_of
         latents.check()
+        if weights and self.perturbation is not None:
+            self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
         scale_grads = self._pull_back()
         try:
             if weights:
@@ -144,13 +147,23 @@ class QuantizedOptimizer(Passes, Optimizer):
             if scales:
                 self._step_scales(scale_grads)
         finally:
-            for slot in latents.slots:
-                slot.latent.grad = None
-            latents.write()
-            self._clear_gradients()
+            self._clean_up()
         if weights:
-            self._move_state()
-            self.param_groups[0]["qsam_step"] += 1
+            self._count_step()
+
+    def _clean_up(self) -> None:
+        """Let go of all gradients, and leave Q(w) in the model."""
+        for slot in self.latents_of.slots:
+            slot.latent.grad = slot.shift = None
+        self.latents_of.write()
+        self._clear_gradients()
+
+    def _count_step(self) -> None:
+        """Move what moves once a step: the quantizers' state, and the step's number."""
+        for slot in self.latents_of.slots:
+            slot.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
+            slot.quantizer.update(slot.latent.detach())
+        self.param_groups[0]["qsam_step"] += 1
 
     def _pull_back(self, keep: bool = False) -> dict[int, Tensor]:
         """Put dw on the latents and return the scales' gradients by the id of the scale."""
@@ -170,25 +183,28 @@ class QuantizedOptimizer(Passes, Optimizer):
                 grads[id(scale.parameter)] = scale.parameter.grad
         return grads
 
-    def _step_base(self) -> None:
+    def _step_base(self, closure: Closure | None = None) -> Any:
         """Step the base optimizer on the latents; after an exception they are what they were before."""
-        copies = [self._backup(slot) for slot in self.latents_of.slots]
+        copies = [self._backup(slot, in_place=closure is None) for slot in self.latents_of.slots]
         with pointed_at_latents(self.base, self.latents_of):
-            if self.max_grad_norm is not None:
-                torch.nn.utils.clip_grad_norm_(
-                    [p for group in self.base.param_groups for p in group["params"]], self.max_grad_norm
-                )
+            if closure is None:
+                self._clip()
             try:
-                self.base.step()
+                return self.base.step() if closure is None else self.base.step(closure)
             except BaseException:
                 for slot, copy in zip(self.latents_of.slots, copies, strict=True):
                     slot.latent.copy_(copy)
                 raise
 
-    def _backup(self, slot: Any) -> Tensor:
+    def _clip(self) -> None:
+        if self.max_grad_norm is not None:
+            owned = [p for group in self.base.param_groups for p in group["params"]]
+            torch.nn.utils.clip_grad_norm_(owned, self.max_grad_norm)
+
+    def _backup(self, slot: Slot, in_place: bool) -> Tensor:
         """Return a copy of w. A Parameter of w's dtype serves as its place: it is rewritten after the step anyway."""
         p = slot.parameter
-        if p.dtype == slot.latent.dtype:
+        if in_place and p.dtype == slot.latent.dtype:
             p.copy_(slot.latent)
             return p.detach()
         return slot.latent.detach().clone()
@@ -208,11 +224,6 @@ class QuantizedOptimizer(Passes, Optimizer):
         self.scale_base.step()
         for scale in self.scale_slots:
             scale.parameter.grad = None
-
-    def _move_state(self) -> None:
-        for slot in self.latents_of.slots:
-            slot.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
-            slot.quantizer.update(slot.latent.detach())
 
     def _create_state(self) -> None:
         """Create the base's state and nothing else: torch.distributed.checkpoint asks for it with every lr at 0."""
@@ -249,22 +260,23 @@ class QuantizedOptimizer(Passes, Optimizer):
         self.latents_of.take_present_weights()
 
     def diagnostics(self) -> dict[str, float]:
-        """Return figures of the last step.
+        """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
 
         Returns:
-            ``loss`` and ``loss_perturbed`` of ``step(closure)`` and their difference ``rise``; ``gradient_norm``,
-            the norm of the ascent direction, and ``perturbation_norm``; ``quantization_noise_norm``, ||Q(w) - w||;
-            ``clipped_share``, the share of quantized weights that lie outside the grid. What the last step did not
-            have is left out.
+            ``loss`` and ``loss_perturbed`` of ``step(closure)`` and their difference ``rise``; ``direction_norm``, the
+            norm by which the ascent direction was divided; ``quantization_noise_norm``, ||Q(w) - w||, and
+            ``clipped_share``, the share of quantized weights whose gradient the clip mask stops;
+            ``perturbation_norm``*, ||e|| as realised in the quantized weights, ``noise_perturbation_cosine``*, the
+            cosine of e and Q(w) - w, and ``flipped_share``*, the share of codes that e would flip. What has not been
+            measured is left out.
         """
         found = {name: float(value) for name, value in self._losses.items()}
         if len(found) == 2:
             found["rise"] = found["loss_perturbed"] - found["loss"]
         if self.perturbation is not None and self.perturbation.norm is not None:
-            found["gradient_norm"] = float(self.perturbation.norm)
-            usable = 0.0 < found["gradient_norm"] < float("inf")
-            found["perturbation_norm"] = float(self.param_groups[0]["qsam_rho"]) if usable else 0.0
-        return found | _noise(self.latents_of)
+            found["direction_norm"] = float(self.perturbation.norm)
+        self._measure = self.perturbation is not None and bool(self.latents_of.slots)
+        return found | self._measured | noise_figures(self.latents_of)
 
     # --- a torch Optimizer --------------------------------------------------------------------------------------
 
@@ -273,10 +285,9 @@ class QuantizedOptimizer(Passes, Optimizer):
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
         if self.base.state:
+            entries = self._entries()
             for group in self.param_groups:
-                for p in group["params"]:
-                    if entry := self._entry(p):
-                        merged[p] = entry
+                merged.update({p: entries[id(p)] for p in group["params"] if entries[id(p)]})
         return merged
 
     @state.setter
@@ -300,7 +311,9 @@ class QuantizedOptimizer(Passes, Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self.param_groups[0]["qsam_input_signs"] = input_signs(self.coverage)
-        packed = packing.pack(self.param_groups, self._entry)
+        if self.perturbation is not None and self.perturbation.kept_norm is not None:
+            self.param_groups[0]["qsam_kept_norm"] = float(self.perturbation.kept_norm)
+        packed = packing.pack(self.param_groups, self._entries())
         with pointed_at_latents(self.base, self.latents_of):
             own = self.base.state_dict()
         if set(own) != {"state", "param_groups"}:
@@ -350,7 +363,18 @@ class QuantizedOptimizer(Passes, Optimizer):
         for s, value in scales:
             s.copy_(value)
         set_input_signs(self.coverage, self.param_groups[0].get("qsam_input_signs", {}))
+        self._load_memories(state_dict)
         self.latents_of.write()
+
+    def _load_memories(self, state_dict: dict[str, Any]) -> None:
+        paths = {id(p): path for path, p in self.latents_of.root.named_parameters()}
+        for name, memory in self._memories().items():
+            memory.clear()
+            for p, value in packing.entries(state_dict, self.param_groups, name):
+                memory[paths[id(p)]] = value.detach().to(p.device, copy=True)
+        norm = self.param_groups[0].get("qsam_kept_norm")
+        if self.perturbation is not None and norm is not None:
+            self.perturbation.kept_norm = torch.tensor(norm)
 
     def _load_plain(self, state_dict: dict[str, Any]) -> None:
         ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
@@ -387,14 +411,29 @@ class QuantizedOptimizer(Passes, Optimizer):
         self._refuse_inside_block("dequantize_")
         self.latents_of.release()
 
-    def _entry(self, p: Tensor) -> dict[str, Any]:
-        slot = next((slot for slot in self.latents_of.slots if slot.parameter is p), None)
-        if slot is not None:
-            return {**self.base.state.get(slot.latent, {}), "qsam_latent": slot.latent.detach()}
-        if any(scale.parameter is p for scale in self.scale_slots):
-            own = self.scale_base.state.get(p, {}) if self.scale_base is not None else {}
-            return {**own, "qsam_scale": p.detach()}
-        return dict(self.base.state.get(p, {}))
+    def _entries(self) -> dict[int, dict[str, Any]]:
+        """Return every parameter's state by its id: the base's, the scales', and what qsam adds to them."""
+        keys = {id(slot.parameter): slot.latent for slot in self.latents_of.slots}
+        found: dict[int, dict[str, Any]] = {}
+        for group in self.param_groups:
+            for p in group["params"]:
+                found[id(p)] = dict(self.base.state.get(keys.get(id(p), p), {}))
+        for slot in self.latents_of.slots:
+            found.setdefault(id(slot.parameter), {})["qsam_latent"] = slot.latent.detach()
+        for scale in self.scale_slots:
+            own = self.scale_base.state.get(scale.parameter, {}) if self.scale_base is not None else {}
+            found[id(scale.parameter)] = {**own, "qsam_scale": scale.parameter.detach()}
+        for name, memory in self._memories().items():
+            for path, p in self.latents_of.root.named_parameters():
+                if path in memory and id(p) in found:
+                    found[id(p)][name] = memory[path]
+        return found
+
+    def _memories(self) -> dict[str, dict[str, Tensor]]:
+        """Return what the perturbation remembers from step to step, by kind and by the parameter's path."""
+        if self.perturbation is None:
+            return {}
+        return {"qsam_direction": self.perturbation.direction.memory, "qsam_kept": self.perturbation.kept}
 
     def _public_group(self, group: dict[str, Any]) -> dict[str, Any]:
         """Return the group that schedulers see: the scales', with the keys of the base's that they may write."""
@@ -454,20 +493,6 @@ def _check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) 
         raise TypeError(f"`max_grad_norm` must be None or a number > 0, got {max_grad_norm!r}.")
     if max_grad_norm is not None and not max_grad_norm > 0:
         raise ValueError(f"`max_grad_norm` must be > 0, got {max_grad_norm}.")
-
-
-@torch.no_grad()
-def _noise(latents: Latents) -> dict[str, float]:
-    """Return the norm of Q(w) - w and the share of weights whose gradient the quantizer masks."""
-    if not latents.slots:
-        return {}
-    square, clipped, count = 0.0, 0, 0
-    for slot in latents.slots:
-        square += float((slot.quantized().to(slot.latent.dtype) - slot.latent).square().sum())
-        passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent))
-        clipped += int((passed == 0).sum())
-        count += passed.numel()
-    return {"quantization_noise_norm": square**0.5, "clipped_share": clipped / max(count, 1)}
 
 
 OPTIMIZERS: Registry[QuantizedOptimizer] = Registry("optimizer")

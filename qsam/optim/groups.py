@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizer, SparseAdam
 
 from qsam.latent import Latents
 from qsam.registry import nearest
@@ -48,8 +48,33 @@ def build_base(
         if not isinstance(base, Optimizer):
             raise TypeError(f"`base` must build a torch Optimizer, got {type(base).__name__}.")
         _strip_scales(base, scales)
+    _refuse_unusable(method, base)
     _check_owned(base, latents, scales)
     return base
+
+
+def needs_closure(base: Optimizer) -> bool:
+    """Whether ``base.step`` wants a closure that it calls itself, like LBFGS."""
+    closure = inspect.signature(type(base).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
+
+
+def _refuse_unusable(method: str, base: Optimizer) -> None:
+    """Refuse base optimizers that need what a pulled-back gradient does not have.
+
+    Raises:
+        TypeError: with the reason.
+    """
+    name = type(base).__name__
+    if isinstance(base, SparseAdam):
+        raise TypeError("SparseAdam steps on sparse gradients only, and the gradient of a quantized weight is dense: use Adam.")
+    if hasattr(base, "get_trace") or name.lower().startswith(("adahessian", "sophiah")):
+        raise TypeError(
+            f"{name} differentiates the gradients once more (create_graph=True), and a pulled-back gradient has no graph: use "
+            "a first-order optimizer."
+        )
+    if needs_closure(base) and method != "QAT":
+        raise TypeError(f"{name} calls its closure by itself, as often as it likes, so {method} cannot order its passes: use QAT.")
 
 
 @contextlib.contextmanager
@@ -65,6 +90,16 @@ def pointed_at_latents(base: Optimizer, latents: Latents) -> Iterator[None]:
         yield
     finally:
         _exchange(base, back)
+
+
+@contextlib.contextmanager
+def pointed_at_model(base: Optimizer, latents: Latents) -> Iterator[None]:
+    """Within :func:`pointed_at_latents`, let the base's groups hold the model's Parameters for a while."""
+    _exchange(base, {id(slot.latent): slot.parameter for slot in latents.slots})
+    try:
+        yield
+    finally:
+        _exchange(base, {id(slot.parameter): slot.latent for slot in latents.slots})
 
 
 def _exchange(base: Optimizer, table: dict[int, nn.Parameter]) -> None:

@@ -8,8 +8,10 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qsam.inputs import frozen
+from qsam.optim.diagnostics import perturbation_figures
 from qsam.optim.perturbation import Perturbation
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 
@@ -21,7 +23,9 @@ class Passes:
     """The blocks of an optimizer, and what has to be remembered between them."""
 
     latents_of: Latents
+    base: Optimizer
     perturbation: Perturbation | None
+    steps: int
     param_groups: list[dict[str, Any]]
     rng: str
 
@@ -33,6 +37,8 @@ class Passes:
         self._aside: list[tuple[nn.Parameter, Tensor | None]] = []
         self._random_starts: list[RandomState] = []
         self._losses: dict[str, Tensor | float] = {}
+        self._measure = False
+        self._measured: dict[str, float] = {}
         self._said: set[str] = getattr(self, "_said", set())
 
     @contextlib.contextmanager
@@ -46,10 +52,8 @@ class Passes:
         """
         self._refuse_inside_block("first_pass")
         self.latents_of.check()
-        if not self._passes_made:
-            self._random_starts.clear()
+        self._note_random_start()
         self._set_aside()
-        self._random_starts.append(RandomState.now())
         self._block, self._ascent_ready = "first_pass", False
         try:
             yield
@@ -70,27 +74,48 @@ class Passes:
         Raises:
             RuntimeError: inside another block, or without gradients of a first pass.
         """
-        if self.perturbation is None:
-            raise RuntimeError(f"{type(self).__name__} has no perturbed pass: run one backward, then step().")
-        self._refuse_inside_block("perturbed")
-        if not self._ascent_ready:
-            raise RuntimeError("perturbed() needs gradients of a first pass: run backward inside `with optimizer.first_pass():` before.")
-        self._before_perturbation()
+        perturbation = self._begin_perturbed()
+        known = perturbation.passes(self.steps) == 1
+        alone = known and not self._ascent_ready
         self._block, self._ascent_ready = "perturbed", False
         try:
-            with self._later_pass(self._random_starts[-1]), frozen():
+            with contextlib.nullcontext() if alone else self._later_pass(self._random_starts[-1]), frozen():
                 self.latents_of.open_block("perturbed")
-                self.perturbation.apply(self.perturbation.gather(self.latents_of), self._rho_of(), self._ascent_sign())
+                gather = perturbation.gather_known if known else perturbation.gather
+                ascents = gather(self.latents_of, self.base.state)
+                perturbation.apply(ascents, self._rho_of(), self._ascent_sign(), self.steps)
+                if self._measure:
+                    self._measured, self._measure = perturbation_figures(self.latents_of), False
                 self._put_back()
                 yield
         except BaseException:
             self._clear_gradients()
             raise
         finally:
-            self.perturbation.restore_floats()
+            perturbation.restore_floats()
             self.latents_of.write()
             self._block = None
         self._perturbed = True
+
+    def _begin_perturbed(self) -> Perturbation:
+        """Check that a perturbed pass may come now; in a step of one pass it is the first to see the batch."""
+        if self.perturbation is None:
+            raise RuntimeError(f"{type(self).__name__} has no perturbed pass: run one backward, then step().")
+        self._refuse_inside_block("perturbed")
+        if any(slot.shift is not None for slot in self.latents_of.slots):
+            raise RuntimeError(
+                "a second perturbed() before step(): SAQ's case 2 pulls back at w + e, and each micro-batch has its own e. "
+                "Accumulate inside one closure, or use case 3."
+            )
+        if self.perturbation.passes(self.steps) == 1:
+            if not self._ascent_ready:
+                self.latents_of.check()
+                self._note_random_start()
+        elif not self._ascent_ready:
+            raise RuntimeError(
+                "perturbed() needs gradients of a first pass: run backward inside `with optimizer.first_pass():` before."
+            )
+        return self.perturbation
 
     @contextlib.contextmanager
     def scale_phase(self) -> Iterator[None]:
@@ -130,8 +155,11 @@ class Passes:
     def _check_alternates(self, verb: str) -> None:
         raise RuntimeError(f"{type(self).__name__} steps weights and scales together: {verb}() belongs to SQuAT.")
 
-    def _before_perturbation(self) -> None:
-        """What a method does between the first pass and the perturbation."""
+    def _note_random_start(self) -> None:
+        """Remember the random state in which this batch is seen first, one a micro-batch."""
+        if not self._passes_made:
+            self._random_starts.clear()
+        self._random_starts.append(RandomState.now())
 
     @contextlib.contextmanager
     def _later_pass(self, start: RandomState) -> Iterator[None]:

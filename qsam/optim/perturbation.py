@@ -1,13 +1,14 @@
 """The perturbation of a step: which tensors, when, how far, and back again.
 
-    e = rho * d / ||d||_2,    one norm over everything that is perturbed, in fp32
+    e = rho * d / norm,    one norm over everything that is perturbed, in fp32
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,17 +26,33 @@ class Perturbation:
     Args:
         direction: A registered direction.
         perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
-            predicate ``(name, parameter) -> bool`` over the trainable parameters.
+            predicate ``(name, parameter) -> bool`` over the trainable parameters. Scales are never perturbed.
         every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
         start: The first step that may be perturbed, counted from 0. An integer >= 0.
+        reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass; None.
         scope: ``"global"``, one e for all processes.
+        masked: Take ``M * g_Q`` in place of g_Q: the gradient as the quantizer's clip mask lets it through.
+        inside: Add e to w and quantize the sum, ``p <- Q(w + e)``, in place of ``p <- Q(w) + e``.
+        normalize_weights: Take e in units of each tensor's standard deviation, as if its weights had unit variance.
 
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: a bad value.
     """
 
-    def __init__(self, *, direction: str, perturb: Selection, every: int, start: int, scope: str) -> None:
+    def __init__(
+        self,
+        *,
+        direction: str,
+        perturb: Selection,
+        every: int,
+        start: int,
+        reuse: str | None,
+        scope: str,
+        masked: bool = False,
+        inside: bool = False,
+        normalize_weights: bool = False,
+    ) -> None:
         for name, value, least in (("every", every, 1), ("start", start, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
@@ -43,23 +60,39 @@ class Perturbation:
                 raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
         if not callable(perturb) and perturb not in ("quantized", "all"):
             raise ValueError(f"`perturb` must be 'quantized', 'all' or a predicate (name, parameter), got {perturb!r}.")
+        if reuse not in (None, "perturbation"):
+            raise ValueError(f"`reuse` must be None or 'perturbation', got {reuse!r}.")
         if scope != "global":
             raise ValueError(f"`perturbation_scope` must be 'global', got {scope!r}.")
         self.direction = DIRECTIONS.get(direction)()
         self.perturb = perturb
-        self.every = every
-        self.start = start
+        self.every, self.start, self.reuse = every, start, reuse
+        self.masked, self.inside, self.normalize_weights = masked, inside, normalize_weights
         self.norm: Tensor | None = None
-        self.realised: float | None = None
+        self.kept: dict[str, Tensor] = {}
+        self.kept_norm: Tensor | None = None
         self._float_copies: list[tuple[nn.Parameter, Tensor]] = []
         self._warned_16_bit = False
 
     def due(self, step: int) -> bool:
-        """Whether the step of this number is perturbed."""
+        """Whether the step of this number is one that ``every`` and ``start`` perturb."""
         return step >= self.start and (step - self.start) % self.every == 0
 
-    def gather(self, latents: Latents) -> list[Ascent]:
-        """Return what is to be perturbed, with the gradients of the first pass.
+    def passes(self, step: int) -> int:
+        """Return 2: a first and a perturbed pass; 1: a perturbed pass with a known direction; 0: a plain step."""
+        if self.due(step):
+            return self.direction.passes if self.direction.ready(step) else 0
+        return 1 if self.reuse is not None and self.kept and step >= self.start else 0
+
+    def gather(
+        self, latents: Latents, base_state: Mapping[Tensor, Any], given: Mapping[str, Tensor] | None = None
+    ) -> list[Ascent]:
+        """Return what is to be perturbed, with its gradients.
+
+        Args:
+            latents: The model's latents.
+            base_state: The base optimizer's state, by latent or float parameter.
+            given: Gradients by name, in place of those in the Parameters.
 
         Raises:
             TypeError: a sparse gradient.
@@ -67,15 +100,29 @@ class Perturbation:
         slots = {id(slot.parameter): slot for slot in latents.slots}
         found = []
         for name, p in latents.root.named_parameters():
-            if p.grad is None or not self._selects(name, p, slots.get(id(p))):
+            slot = slots.get(id(p))
+            gradient = p.grad if given is None else given.get(name)
+            if gradient is None or not self._selects(name, p, slot):
                 continue
-            if p.grad.is_sparse:
+            if gradient.is_sparse:
                 raise TypeError(f"{name!r} has a sparse gradient, which cannot be perturbed: build its module with sparse=False.")
-            found.append(Ascent(name, p, p.grad, slots.get(id(p))))
+            if slot is not None and self.masked and given is None:
+                gradient = latents.pull_back(slot, gradient)[0]
+            key = p if slot is None else slot.latent
+            found.append(Ascent(name, p, gradient, slot, base_state.get(key, {})))
         return found
 
+    def gather_known(self, latents: Latents, base_state: Mapping[Tensor, Any]) -> list[Ascent]:
+        """Return what is to be perturbed in a step of one pass, with the kept e or what the direction remembers."""
+        known = self.kept or self.direction.memory
+        if not known:  # the direction reads the base's state, and no gradient
+            known = {name: p.detach() for name, p in latents.root.named_parameters() if p.requires_grad}
+        return self.gather(latents, base_state, known)
+
     @torch.no_grad()
-    def apply(self, ascents: Sequence[Ascent], rho_of: Callable[[nn.Parameter], float], sign: float) -> None:
+    def apply(
+        self, ascents: Sequence[Ascent], rho_of: Callable[[nn.Parameter], float], sign: float, step: int
+    ) -> None:
         """Add ``e`` to every target.
 
         A zero or non-finite norm gives e = 0: the step is then the unperturbed one.
@@ -84,19 +131,36 @@ class Perturbation:
             ascents: From :meth:`gather`.
             rho_of: The radius of each parameter's group.
             sign: 1, or -1 where the base maximizes.
+            step: Number of the step.
         """
-        directions = self.direction(ascents)
-        self.norm = _clean_norm_(directions)
+        units = [_unit(a) if self.normalize_weights else None for a in ascents]
+        ascents = [a if u is None else dataclasses.replace(a, gradient=a.gradient * u) for a, u in zip(ascents, units, strict=True)]
+        directions, self.norm = self._directions(ascents, step)
+        _clean_(directions, self.norm)
         self._float_copies = [(a.parameter, a.parameter.detach().clone()) for a in ascents if a.slot is None]
         usable = torch.isfinite(self.norm) & (self.norm > 0)
-        inverse = torch.where(usable, self.norm, math.inf).reciprocal()
-        targets = [
-            (a.parameter, d, inverse * (sign * rho_of(a.parameter)))
-            for a, d in zip(ascents, directions, strict=True)
+        inverse = torch.where(usable, self.norm, math.inf).reciprocal() * sign
+        coefficients = [
+            inverse * rho_of(a.parameter) * (1.0 if u is None else u) for a, u in zip(ascents, units, strict=True)
         ]
+        if self.inside:
+            self._shift(ascents, directions, coefficients)
+            return
+        targets = [(a.parameter, d, c) for a, d, c in zip(ascents, directions, coefficients, strict=True)]
         perturb_(targets)
         if not self._warned_16_bit and any(t.dtype in (torch.float16, torch.bfloat16) for t, _, _ in targets):
             self._warn_16_bit(ascents, targets)
+
+    def _directions(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
+        """Ask the direction, or take the kept one again; keep it for the steps that reuse it."""
+        if not self.due(step):
+            assert self.kept_norm is not None
+            return [ascent.gradient for ascent in ascents], self.kept_norm
+        directions, norm = self.direction(ascents, step)
+        if self.reuse is not None and self.every > 1:
+            self.kept = {a.name: d for a, d in zip(ascents, directions, strict=True)}
+            self.kept_norm = norm
+        return directions, norm
 
     @torch.no_grad()
     def restore_floats(self) -> None:
@@ -105,12 +169,21 @@ class Perturbation:
             p.copy_(values)
         self._float_copies = []
 
+    def _shift(self, ascents: Sequence[Ascent], directions: Sequence[Tensor], coefficients: Sequence[Tensor]) -> None:
+        """Write ``p <- Q(w + e)`` and keep e, which the pull-back needs; float parameters take e directly."""
+        for a, d, c in zip(ascents, directions, coefficients, strict=True):
+            if a.slot is None:
+                perturb_([(a.parameter, d, c)])
+            else:
+                a.slot.shift = d.to(a.slot.latent.dtype) * c.to(a.slot.latent.dtype)
+                a.parameter.copy_(a.slot.quantizer(a.slot.latent + a.slot.shift))
+
     def _selects(self, name: str, p: nn.Parameter, slot: Slot | None) -> bool:
+        if "_quantizer." in name:
+            return False
         if callable(self.perturb):
             return bool(self.perturb(name, p))
-        if slot is not None:
-            return True
-        return self.perturb == "all" and "_quantizer." not in name
+        return slot is not None or self.perturb == "all"
 
     def _warn_16_bit(self, ascents: Sequence[Ascent], targets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Say once how much of e survives the rounding of 16-bit parameters."""
@@ -121,9 +194,8 @@ class Perturbation:
             old = a.slot.quantized() if a.slot is not None else before[id(a.parameter)]
             asked += float((d.float() * c.float()).square().sum())
             got += float((target.float() - old.float()).square().sum())
-        self.realised = got**0.5
         warnings.warn(
-            f"16-bit parameters round the perturbation away: {asked**0.5:.3g} was asked for, {self.realised:.3g} realised. "
+            f"16-bit parameters round the perturbation away: {asked**0.5:.3g} was asked for, {got**0.5:.3g} realised. "
             "Keep the parameters in fp32 and use autocast.",
             UserWarning,
             stacklevel=2,
@@ -144,15 +216,19 @@ def checked_rho(rho: Any) -> float:
     return float(rho)
 
 
-def _clean_norm_(directions: Sequence[Tensor]) -> Tensor:
-    """Return the global norm, and set non-finite entries to 0 in place where the norm is not finite."""
-    if not directions:
-        return torch.zeros(())
-    norms = [torch.linalg.vector_norm(d, dtype=torch.promote_types(d.dtype, torch.float32)) for d in directions]
-    norm = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
-    # 0 * inf is NaN, so e = 0 needs clean directions. On a CPU the norm can be read for free; elsewhere that would
-    # wait for the device, and one more pass over the directions is cheaper.
+def _unit(ascent: Ascent) -> Tensor:
+    """Return the standard deviation of a tensor's weights: the authors divide by it before they quantize."""
+    weight = ascent.parameter if ascent.slot is None else ascent.slot.latent
+    std = weight.detach().float().std(correction=0)
+    return torch.where(std > 0, std, 1.0)
+
+
+def _clean_(directions: Sequence[Tensor], norm: Tensor) -> None:
+    """Set non-finite entries to 0 in place where the norm is not finite: e = 0 must not be 0 * inf = NaN.
+
+    On a CPU the norm can be read for free; elsewhere that would wait for the device, and one more pass over the
+    directions is cheaper.
+    """
     if norm.device.type != "cpu" or not bool(torch.isfinite(norm)):
         for d in directions:
             d.nan_to_num_(0.0, 0.0, 0.0)
-    return norm

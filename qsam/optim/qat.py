@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
 from qsam.optim.base import Closure, QuantizedOptimizer, register_optimizer
-from qsam.optim.groups import Base
+from qsam.optim.groups import Base, needs_closure, pointed_at_model
 from qsam.optim.scale_rates import ScaleRate
 
-_SAM_ONLY = {"rho", "direction", "perturb", "every", "start", "perturbation_scope"}
+_SAM_ONLY = {"rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope"}
 
 
 @register_optimizer("qat")
@@ -35,7 +36,6 @@ class QAT(QuantizedOptimizer):
         arguments: The base's own keywords.
 
     Example:
-        >>> import torch
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
         >>> optimizer = QAT(model, torch.optim.AdamW, lr=1e-3)
         >>> x = torch.randn(16, 4)
@@ -72,7 +72,35 @@ class QAT(QuantizedOptimizer):
         )  # fmt: skip
 
     def _run(self, closure: Closure) -> Any:
+        if needs_closure(self.base):
+            return self._let_base_call(closure)
         loss = closure()
         self._note_loss("loss", loss)
         self._finish_step()
+        return loss
+
+    @torch.no_grad()
+    def _let_base_call(self, closure: Closure) -> Any:
+        """Step a base that calls the closure itself (LBFGS): each call sees Q(w) and leaves dw on the latents."""
+        latents, scale_grads = self.latents_of, {}
+        latents.check()
+
+        def evaluate() -> Any:
+            nonlocal scale_grads
+            with pointed_at_model(self.base, latents):
+                latents.write()
+                self._clear_gradients()
+                with torch.enable_grad():
+                    loss = closure()
+                scale_grads = self._pull_back()
+            self._clip()
+            return loss
+
+        try:
+            loss = self._step_base(evaluate)
+            self._step_scales(scale_grads)
+        finally:
+            self._clean_up()
+        self._note_loss("loss", loss)
+        self._count_step()
         return loss

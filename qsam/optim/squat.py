@@ -66,6 +66,10 @@ class SQuAT(TwoPass):
             raise ValueError(f"`period` must be an integer >= 1, got {period}.")
         self.schedule, self.period = schedule, period
         super().__init__(model, base, **options)
+        assert self.perturbation is not None
+        if schedule == "fused" and self.perturbation.direction.passes == 1:
+            self.latents_of.release()
+            raise ValueError("schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks.")
 
     def _run(self, closure: Closure) -> Any:
         if self.schedule == "next_batch" and self._scales_due():
@@ -73,21 +77,18 @@ class SQuAT(TwoPass):
                 loss = self._call(closure, "loss")
             self.step_scales()
             return loss
-        if not self._perturbs_now():
-            return super()._run(closure)
-        with self.first_pass():
-            loss = self._call(closure, "loss")
-        if self.schedule == "fused" and self._scales_due(ahead=1):
-            self.step_scales()
-        if self._ascent_ready:
-            with self.perturbed():
-                self._call(closure, "loss_perturbed")
+        loss = self._make_passes(closure)
+        alternates = self._perturbed
         self._finish_step()
-        if self.schedule == "same_batch" and self._scales_due():
+        if self.schedule == "same_batch" and alternates and self._scales_due():
             with self.scale_phase():
                 closure()
             self.step_scales()
         return loss
+
+    def _between_passes(self) -> None:
+        if self.schedule == "fused" and self._ascent_ready and self._scales_due(ahead=1):
+            self.step_scales()
 
     def _finish_step(self) -> None:
         if not self._perturbed:  # a plain QAT step: w and s together

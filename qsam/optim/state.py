@@ -6,7 +6,7 @@ The format is torch's own (``state`` by index, ``param_groups``). Beside the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,12 @@ from torch import Tensor
 Group = dict[str, Any]
 
 
-def pack(groups: Sequence[Group], entry: Callable[[Tensor], Mapping[str, Any]]) -> dict[str, Any]:
+def pack(groups: Sequence[Group], entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
     """Return ``{"state": ..., "param_groups": ...}`` with parameters replaced by indices in order.
 
     Args:
         groups: Live groups.
-        entry: Returns a parameter's state.
+        entries: Each parameter's state, by its id.
     """
     state: dict[int, Mapping[str, Any]] = {}
     packed = []
@@ -29,7 +29,7 @@ def pack(groups: Sequence[Group], entry: Callable[[Tensor], Mapping[str, Any]]) 
         indices = list(range(index, index + len(group["params"])))
         packed.append({**{k: v for k, v in group.items() if k != "params"}, "params": indices})
         for i, p in zip(indices, group["params"], strict=True):
-            if found := dict(entry(p)):
+            if found := entries[id(p)]:
                 state[i] = found
         index += len(indices)
     return {"state": state, "param_groups": packed}

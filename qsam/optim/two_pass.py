@@ -27,6 +27,8 @@ class TwoPass(QuantizedOptimizer):
         perturb: ``"quantized"``, ``"all"``, or a predicate ``(name, parameter) -> bool``.
         every: Perturb each k-th step; the others are plain QAT steps.
         start: The first step that is perturbed, counted from 0.
+        reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass each.
+        normalize_weights: e in units of each tensor's standard deviation, as if its weights had unit variance.
         ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
         rng: ``"shared"``: all passes of a step see the same dropout; ``"independent"``: each its own.
         max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
@@ -43,6 +45,12 @@ class TwoPass(QuantizedOptimizer):
         RuntimeError: another optimizer owns the model's weights.
     """
 
+    masked = False
+    """Whether the ascent direction is the gradient behind the quantizer's clip mask."""
+
+    inside = False
+    """Whether e is added before the quantizer."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -53,6 +61,8 @@ class TwoPass(QuantizedOptimizer):
         perturb: Selection = "quantized",
         every: int = 1,
         start: int = 0,
+        reuse: str | None = None,
+        normalize_weights: bool = False,
         ste: str = "clipped",
         rng: str = "shared",
         max_grad_norm: float | None = None,
@@ -63,8 +73,9 @@ class TwoPass(QuantizedOptimizer):
         **arguments: Any,
     ) -> None:
         perturbation = Perturbation(
-            direction=direction, perturb=perturb, every=every, start=start, scope=perturbation_scope
-        )
+            direction=direction, perturb=perturb, every=every, start=start, reuse=reuse, scope=perturbation_scope,
+            masked=self.masked, inside=self.inside, normalize_weights=normalize_weights,
+        )  # fmt: skip
         ours = set(TwoPass.__init__.__annotations__) - {"model", "base", "arguments", "return"}
         super().__init__(
             model, base, perturbation=perturbation, rho=checked_rho(rho), ste=ste, rng=rng,
@@ -73,24 +84,30 @@ class TwoPass(QuantizedOptimizer):
         )  # fmt: skip
 
     def _run(self, closure: Closure) -> Any:
-        if self._perturbs_now():
-            loss = self._two_passes(closure)
-        else:
-            loss = self._call(closure, "loss")
+        loss = self._make_passes(closure)
         self._finish_step()
         return loss
 
-    def _perturbs_now(self) -> bool:
+    def _make_passes(self, closure: Closure) -> Any:
+        """Call ``closure`` twice, once perturbed, or once plainly, as the step's number and the direction want it."""
         assert self.perturbation is not None
-        return self.perturbation.due(self.steps)
-
-    def _two_passes(self, closure: Closure) -> Any:
+        self._losses.clear()
+        passes = self.perturbation.passes(self.steps)
+        if passes == 0:
+            return self._call(closure, "loss")
+        if passes == 1:
+            with self.perturbed():
+                return self._call(closure, "loss_perturbed")
         with self.first_pass():
             loss = self._call(closure, "loss")
+        self._between_passes()
         if self._ascent_ready:
             with self.perturbed():
                 self._call(closure, "loss_perturbed")
         return loss
+
+    def _between_passes(self) -> None:
+        """What a method does between the first pass and the perturbation."""
 
     def _call(self, closure: Closure, name: str) -> Any:
         loss = closure()

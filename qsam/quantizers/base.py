@@ -77,6 +77,10 @@ class Quantizer(nn.Module):
         """Return Q(x), of the shape and dtype of ``x``, with its straight-through gradient."""
         raise NotImplementedError
 
+    def step_size(self, x: Tensor) -> Tensor | None:
+        """Return the distance of neighbouring grid values, broadcastable against ``x``; None without a uniform grid."""
+        return None
+
     def update(self, w: Tensor) -> None:
         """Move state (ranges, counters) by one optimizer step; called once a step with the latent weight."""
 

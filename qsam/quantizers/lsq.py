@@ -79,6 +79,13 @@ class LSQ(Quantizer):
         """Return ``codes * s`` in fp32, of the shape of ``codes``."""
         return self._ungroup(self._group(codes.to(torch.float32)) * positive(self.scale), codes)
 
+    @torch.no_grad()
+    def step_size(self, x: Tensor) -> Tensor:
+        """Return s, broadcastable against ``x``."""
+        if self.group_size is None:
+            return positive(self.scale)
+        return self.dequantize(torch.ones_like(x))
+
     def _hold(self, scale: Tensor) -> Tensor:
         return nn.Parameter(scale, requires_grad=self.scale.requires_grad)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ _SHOWN = 3
 """How many offending entries a message shows."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
     """A quantizer class in one setting, and one input.
 
@@ -34,6 +35,11 @@ class Case:
     scale: Tensor | None = None
     label: str = "input"
 
+    @functools.cached_property
+    def quantizer(self) -> Quantizer:
+        """The quantizer as :meth:`build` gives it, one for all laws that leave its state alone."""
+        return self.build()
+
     def build(self, x: Tensor | None = None, **changes: Any) -> Quantizer:
         """Return a new quantizer, set from ``x`` (default: the case's own input), with ``changes`` to the setting.
 
@@ -41,7 +47,7 @@ class Case:
         """
         q = self.cls(**{**self.config, **changes})
         q.init = "lsq"
-        q.observe_(self.x if x is None else x)
+        q.observe_((self.x if x is None else x).clone())  # a copy: a class under test may write its data
         if self.scale is not None and holds_scale(q) and scale_of(q).numel() == self.scale.numel():
             set_scale(q, self.scale)
         return q

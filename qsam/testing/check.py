@@ -9,7 +9,7 @@ from typing import Any
 from qsam.quantizers import QUANTIZERS, Quantizer
 from qsam.quantizers.base import GRANULARITIES
 from qsam.registry import nearest
-from qsam.testing.battery import GROUP_SIZE, MIDDLE, battery, normal, shape_of
+from qsam.testing.battery import GROUP_SIZE, NARROWER, battery, normal, shape_of
 from qsam.testing.case import Case
 from qsam.testing.table import LAWS, Law
 
@@ -26,8 +26,8 @@ def check_quantizer(
     """Check that a quantizer keeps every law that applies to it.
 
     A setting that the class refuses with ValueError is skipped. A class that breaks a law on purpose says so in a
-    class attribute ``exempt_laws: dict[str, str]``, law -> reason. The narrowest and the widest grid are asked on the
-    whole battery, those between on ordinary inputs, ties and bounds.
+    class attribute ``exempt_laws: dict[str, str]``, law -> reason. The widest grid is asked on the whole battery, the
+    narrower ones on ordinary inputs, ties and bounds.
 
     Args:
         name_or_class: A registered name, or a subclass of ``qsam.Quantizer``.
@@ -56,7 +56,7 @@ def check_quantizer(
     widths = range(2, 9) if bits is None else (bits,) if isinstance(bits, int) else bits
     widths = sorted(set(widths))
     for config in _settings(widths, signed, granularities, axes):
-        inputs = None if config["bits"] in (widths[0], widths[-1]) else MIDDLE
+        inputs = None if config["bits"] == max(widths) else NARROWER
         for case, law in _questions(cls, config, chosen, inputs):
             law(case)
             asked[law.name] += 1

@@ -52,7 +52,7 @@ def plain(q: Quantizer, x: Tensor) -> Plain:
 @law(is_uniform, inputs=("normal",))
 def limits_fit_in_the_bits(case: Case) -> None:
     """-2^(bits-1) <= Qn <= 0 < Qp <= 2^(bits-1) - 1; unsigned: Qn = 0, Qp <= 2^bits - 1."""
-    q = case.build()
+    q = case.quantizer
     half = 2 ** (q.bits - 1)
     low, high = (0, 2 * half - 1) if q.signed is False else (-half, half - 1)
     sentence = f"`quant_min` and `quant_max` must lie in [{low}, {high}], with zero inside,"
@@ -62,21 +62,18 @@ def limits_fit_in_the_bits(case: Case) -> None:
 @law(is_uniform, inputs=(*SHORT, "zeros", "subnormal", "huge"))
 def one_positive_fp32_scale_a_row(case: Case) -> None:
     """``scale`` is fp32, positive, never 0-dimensional, with one entry a tensor, channel or group."""
-    q = case.build()
-    rows = row_count(q, case.x)
-    claim(
-        scale_of(q).numel() == rows,
-        f"`scale` must have {rows} entries, one a row, got shape {tuple(scale_of(q).shape)}.",
-    )
-    claim(scale_of(q).dim() > 0, "`scale` must have shape (1,), not (): FSDP2 refuses scalars.")
-    claim(scale_of(q).dtype == torch.float32, f"`scale` must be fp32 whatever the input is, got {scale_of(q).dtype}.")
-    claim(scale_of(q) > 0, "the initial `scale` must be positive.", got=scale_of(q))
+    q = case.quantizer
+    rows, scale = row_count(q, case.x), scale_of(q)
+    claim(scale.numel() == rows, f"`scale` must have {rows} entries, one a row, got shape {tuple(scale.shape)}.")
+    claim(scale.dim() > 0, "`scale` must have shape (1,), not (): FSDP2 refuses scalars.")
+    claim(scale.dtype == torch.float32, f"`scale` must be fp32 whatever the input is, got {scale.dtype}.")
+    claim(scale > 0, "the initial `scale` must be positive.", got=scale)
 
 
 @law(is_uniform)
 def codes_are_integers_in_range(case: Case) -> None:
     """``codes`` are of an integer dtype, of the shape of x, in [quant_min, quant_max]."""
-    q = case.build()
+    q = case.quantizer
     codes = codes_of(q, case.x)
     claim(not codes.is_floating_point(), f"`codes` must have an integer dtype, got {codes.dtype}.")
     claim(codes.shape == case.x.shape, f"`codes` must have the shape of x, got {tuple(codes.shape)}.")
@@ -87,7 +84,7 @@ def codes_are_integers_in_range(case: Case) -> None:
 @law(is_uniform)
 def on_the_grid(case: Case) -> None:
     """Q(x) is codes * scale, bit for bit (but for the sign of zero), rounded once to the dtype of x."""
-    q = case.build()
+    q = case.quantizer
     grid, got = plain(q, case.x), q(case.x)
     expected = (codes_of(q, case.x).to(grid.s.dtype) * grid.s).to(case.x.dtype)
     sentence = "the output must be codes * scale, bit for bit: never change the value to scale a gradient."
@@ -97,7 +94,7 @@ def on_the_grid(case: Case) -> None:
 @law(is_uniform, inputs=("normal", "heavy", "zero_channel", "edges", "spread", "normal_float64"))
 def error_within_half_a_step(case: Case) -> None:
     """Inside the limits |Q(x) - x| <= s / 2: each entry goes to the nearest level."""
-    q = case.build()
+    q = case.quantizer
     grid, got = plain(q, case.x), q(case.x)
     inside = (grid.v >= grid.low) & (grid.v <= grid.high)
     slack = 1 + 2 * (grid.high - grid.low) * torch.finfo(case.x.dtype).eps  # x and Q(x) carry one rounding each
@@ -120,7 +117,7 @@ def ties_go_to_even(case: Case) -> None:
 @law(is_uniform)
 def codes_by_true_division(case: Case) -> None:
     """``codes`` are round(clip(x / s, Qn, Qp)) with x / s a division in fp32 (fp64 for fp64)."""
-    q = case.build()
+    q = case.quantizer
     grid, got = plain(q, case.x), codes_of(q, case.x)
     sentence = "codes must be round(clip(x / s, Qn, Qp)) in fp32: divide, do not multiply by 1 / s."
     claim(got.to(grid.v.dtype) == grid.codes, sentence, x=case.x, v=grid.v, got=got, expected=grid.codes)
@@ -131,7 +128,7 @@ def half_equals_fp32_rounded(case: Case) -> None:
     """A 16-bit input gives the fp32 result, rounded once: 16-bit arithmetic gives wrong codes."""
     if case.x.dtype not in (torch.bfloat16, torch.float16):
         return
-    q = case.build()
+    q = case.quantizer
     got, expected = q(case.x), q(case.x.float()).to(case.x.dtype)
     sentence = "a 16-bit input must give the fp32 result rounded once: compute in fp32."
     claim(same(got, expected), sentence, x=case.x, got=got, expected=expected)
@@ -167,7 +164,7 @@ def channels_commute(case: Case) -> None:
 @law(holds_scale, inputs=("normal", "edges"))
 def one_channel_is_per_tensor(case: Case) -> None:
     """On a tensor of one channel (one group) per_channel (per_group) is per_tensor, in values and gradients."""
-    if case.build().granularity == "per_tensor":
+    if case.quantizer.granularity == "per_tensor":
         return
     x = case.x.narrow(case.config["axis"], 0, 1)
     group_size = x.numel() if case.config.get("group_size") else None
@@ -181,7 +178,9 @@ def one_channel_is_per_tensor(case: Case) -> None:
     claim(same(one(x), tensor(x)), f"{sentence} values.", x=x, got=one(x), expected=tensor(x))
     grad = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
     for got, expected in zip(gradients(one, x, grad), gradients(tensor, x, grad), strict=True):
-        claim(torch.allclose(got.flatten(), expected.flatten()), f"{sentence} gradients, got {got} for {expected}.")
+        slack = 1e-5 * (x.numel() * one.quant_max) ** 0.5  # of the largest sum that g in [-1, 1] can give
+        ok = (got.flatten() - expected.flatten()).abs() <= slack
+        claim(ok, f"{sentence} gradients.", got=got.flatten(), expected=expected.flatten())
 
 
 @law(holds_scale, inputs=SHORT)

@@ -1,10 +1,15 @@
-"""What an ascent direction is: it turns the first pass's gradients into d; the optimizer adds ``e = rho * d / ||d||``."""
+"""What an ascent direction is: from the gradients of a pass to d, and the norm that rho refers to.
+
+    e = rho * d / norm
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from qsam.latent import Slot
@@ -18,22 +23,59 @@ class Ascent:
     Attributes:
         name: Its path in the model.
         parameter: The model's Parameter, which holds Q(w) (or the float weight).
-        gradient: Its gradient of the first pass.
+        gradient: Its gradient of the first pass; for a direction of one pass what its memory holds (without a memory:
+            the parameter itself, of no meaning).
         slot: Its latent and quantizer; None for a float parameter.
+        base_state: What the base optimizer keeps for it: moments.
     """
 
     name: str
     parameter: nn.Parameter
     gradient: Tensor
     slot: Slot | None
+    base_state: Mapping[str, Any]
 
 
 class Direction:
-    """Base class of the directions."""
+    """Base class of the directions.
 
-    def __call__(self, ascents: Sequence[Ascent]) -> list[Tensor]:
-        """Return one direction an ascent, of its shape; the gradients may be overwritten and returned."""
+    Attributes:
+        passes: 2: the direction comes from a first pass at Q(w). 1: it is known before the step, from what ``learn``
+            and the base optimizer's state hold.
+        memory: One tensor a perturbed parameter, by name, if the direction keeps any; it is saved with the optimizer.
+    """
+
+    passes = 2
+
+    def __init__(self) -> None:
+        self.memory: dict[str, Tensor] = {}
+
+    def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
+        """Return d and the norm.
+
+        Args:
+            ascents: What is perturbed. The gradients may be overwritten and returned.
+            step: The number of the step, a seed for directions that draw.
+
+        Returns:
+            One direction an ascent, of its shape, and a scalar.
+        """
         raise NotImplementedError
+
+    def ready(self, step: int) -> bool:
+        """Whether there is a direction for the step of this number."""
+        return self.passes == 2 or step > 0
+
+    def learn(self, ascents: Sequence[Ascent]) -> None:
+        """See the gradients that update the weights, before they are consumed."""
+
+
+def global_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the L2 norm of all entries together, in fp32 or wider, without a temporary of their size."""
+    if not tensors:
+        return torch.zeros(())
+    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
 
 
 def _check(cls: type[Direction]) -> None:
@@ -46,5 +88,10 @@ DIRECTIONS: Registry[Direction] = Registry("direction", check=_check)
 
 
 def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]]:
-    """Return a decorator that registers a :class:`Direction` subclass as ``name``."""
+    """Return a decorator that registers a :class:`Direction` subclass as ``name``.
+
+    Raises:
+        TypeError: not a Direction, or without a ``__call__``.
+        ValueError: the name is taken.
+    """
     return DIRECTIONS.register(name)

@@ -1,0 +1,58 @@
+"""Figures of quantization noise and perturbation: SAQ's two terms, and the faults of its cases 1 and 2."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsam.latent import Latents, Slot
+
+
+@torch.no_grad()
+def noise_figures(latents: Latents) -> dict[str, float]:
+    """Return the norm of the quantization noise Q(w) - w, and the share of weights that the clip mask stops.
+
+    The clipped weights are what makes SAQ's case 1 mismatch.
+    """
+    if not latents.slots:
+        return {}
+    square, clipped, count = 0.0, 0, 0
+    for slot in latents.slots:
+        square += float(_noise(slot).square().sum())
+        passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent))
+        clipped += int((passed == 0).sum())
+        count += passed.numel()
+    return {"quantization_noise_norm": square**0.5, "clipped_share": clipped / max(count, 1)}
+
+
+@torch.no_grad()
+def perturbation_figures(latents: Latents) -> dict[str, float]:
+    """Return what only exists inside a perturbed pass: the cosine of noise and e, and the share of codes e flips.
+
+    ``flipped_share`` is how many of the Q(w + e) differ from Q(w), whether or not the method quantizes the sum: where it
+    is near 0, a perturbation inside the quantizer (SAQ's case 2) diminishes.
+    """
+    dot, noise_square, e_square, flipped, count = 0.0, 0.0, 0.0, 0, 0
+    for slot in latents.slots:
+        noise, e = _noise(slot), _perturbation(slot)
+        dot += float((noise * e).sum())
+        noise_square += float(noise.square().sum())
+        e_square += float(e.square().sum())
+        flipped += int((slot.quantizer(slot.latent + e) != slot.quantizer(slot.latent)).sum())
+        count += e.numel()
+    product = (noise_square * e_square) ** 0.5
+    return {
+        "perturbation_norm": e_square**0.5,
+        "noise_perturbation_cosine": dot / product if product > 0 else 0.0,
+        "flipped_share": flipped / max(count, 1),
+    }
+
+
+def _noise(slot: Slot) -> Tensor:
+    return slot.quantizer(slot.latent.detach()) - slot.latent.detach()
+
+
+def _perturbation(slot: Slot) -> Tensor:
+    if slot.shift is not None:
+        return slot.shift
+    return slot.parameter.detach().to(slot.latent.dtype) - slot.quantized().to(slot.latent.dtype)

@@ -1,0 +1,161 @@
+"""Every registered method, SQuAT once a schedule, and the loops that drive them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import AdamW
+
+from qsam.optim import OPTIMIZERS, QuantizedOptimizer
+from qsam.optim.squat import SCHEDULES
+from qsam.optim.two_pass import TwoPass
+from tests.models import Batch, Task
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A registered method with the options that make it one more method: a schedule."""
+
+    name: str
+    cls: type[QuantizedOptimizer]
+    schedule: str | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.schedule is None else f"{self.name}-{self.schedule}"
+
+    def __call__(self, model: nn.Module, base: Any = AdamW, **options: Any) -> QuantizedOptimizer:
+        if not isinstance(base, torch.optim.Optimizer):
+            options.setdefault("lr", 1e-3)
+        if self.schedule is not None:
+            options.setdefault("schedule", self.schedule)
+        return self.cls(model, base, **options)
+
+    def model(self, task: Task, **options: Any) -> nn.Module:
+        """Return the model this method trains: quantized, or float for SAM."""
+        return task.quantized(**options) if self.quantizes else task.build()
+
+    @property
+    def quantizes(self) -> bool:
+        return self.cls.quantizes
+
+    @property
+    def perturbs(self) -> bool:
+        return issubclass(self.cls, TwoPass)
+
+    @property
+    def alternates(self) -> bool:
+        return self.schedule is not None
+
+
+def _methods() -> Iterator[Method]:
+    for name in OPTIMIZERS:
+        cls = OPTIMIZERS.get(name)
+        for schedule in SCHEDULES if name == "squat" else (None,):
+            yield Method(name, cls, schedule)
+
+
+METHODS = list(_methods())
+QUANTIZING = [method for method in METHODS if method.quantizes]
+PERTURBING = [method for method in METHODS if method.perturbs]
+ALTERNATING = [method for method in METHODS if method.alternates]
+
+
+def closure_of(optimizer: QuantizedOptimizer, model: nn.Module, task: Task, batch: Batch) -> Callable[[], Tensor]:
+    """Return torch's closure."""
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = task.loss(model, batch)
+        loss.backward()
+        return loss
+
+    return closure
+
+
+def train(optimizer: QuantizedOptimizer, model: nn.Module, task: Task, steps: int, start: int = 0) -> list[float]:
+    """Take ``steps`` steps with a closure, each on a batch of its own; return the losses."""
+    closures = (closure_of(optimizer, model, task, task.batch(i)) for i in range(start, start + steps))
+    return [float(optimizer.step(closure).detach()) for closure in closures]
+
+
+def train_by_hand(
+    method: Method, optimizer: QuantizedOptimizer, model: nn.Module, task: Task, steps: int, start: int = 0
+) -> None:
+    """Do what :func:`train` does with the blocks instead of a closure."""
+    for i in range(start, start + steps):
+
+        def run(batch: Batch = task.batch(i)) -> None:
+            task.loss(model, batch).backward()
+
+        if method.schedule == "next_batch" and (i - start) % 2:
+            step_scales_by_hand(optimizer, run)
+            continue
+        with optimizer.first_pass():
+            run()
+        if method.schedule == "fused":
+            optimizer.step_scales()
+        if method.perturbs:
+            with optimizer.perturbed():
+                run()
+        optimizer.step()
+        if method.schedule == "same_batch":
+            step_scales_by_hand(optimizer, run)
+
+
+def step_scales_by_hand(optimizer: QuantizedOptimizer, run: Callable[[], None]) -> None:
+    with optimizer.scale_phase():
+        run()
+    optimizer.step_scales()
+
+
+# --- what a run leaves behind -------------------------------------------------------------------------------------
+
+
+def latents(optimizer: QuantizedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return w and the float parameters by name, without the scales."""
+    scales = scales_of(model)
+    with optimizer.latents():
+        return {name: p.detach().clone() for name, p in model.named_parameters() if name not in scales}
+
+
+def scales_of(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters of all quantizers by name."""
+    from qsam import Quantizer
+
+    owners = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)]
+    return {f"{name}.{key}": p.detach() for name, module in owners for key, p in module.named_parameters()}
+
+
+def buffers_of(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_buffers())
+
+
+def everything(optimizer: QuantizedOptimizer, model: nn.Module) -> dict[str, Tensor]:
+    """Return the model's tensors, w, and the state of both optimizers, copied."""
+    kept = {f"model.{name}": tensor.clone() for name, tensor in model.state_dict().items()}
+    kept |= {f"latent.{name}": tensor for name, tensor in latents(optimizer, model).items()}
+    for i, entry in optimizer.state_dict()["state"].items():
+        kept |= {f"state.{i}.{k}": v.clone() for k, v in entry.items() if isinstance(v, Tensor)}
+    return kept
+
+
+def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
+    """Assert the same names, and each tensor equal bit for bit (NaN equals NaN)."""
+    assert ours.keys() == theirs.keys()
+    differing = {
+        name: float((ours[name].double() - theirs[name].double()).abs().max())
+        for name in ours
+        if not torch.equal(ours[name].nan_to_num(7e7), theirs[name].nan_to_num(7e7))
+    }
+    assert not differing
+
+
+def assert_on_grid(optimizer: QuantizedOptimizer) -> None:
+    """Assert that each p is exactly Q(w)."""
+    for slot in optimizer.latents_of.slots:
+        q = slot.quantizer(slot.latent.detach()).to(slot.parameter.dtype)
+        assert torch.equal(slot.parameter.detach().nan_to_num(7e7), q.nan_to_num(7e7)), slot.path
