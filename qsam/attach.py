@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.coverage import Coverage, Input, Weight, owner_of, quantizer_path, read_spec, set_owner
+from qsam.coverage import Coverage, Input, Weight, owner_of, read_spec, set_owner
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.inputs import Place, attach_input_, collecting, detach_input_, is_sharded, shown
 from qsam.policy import (
@@ -219,13 +219,12 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 def _plan(choices: list[Choice]) -> Coverage:
     """Build every quantizer before anything is attached, so that an error leaves the model as it was."""
-    weights = tuple(_plan_weight(choice) for choice in choices)
-    inputs = tuple(_plan_inputs(choices))
-    if not any(row.quantizer for row in (*weights, *inputs)):
+    coverage = Coverage(tuple(_plan_weight(choice) for choice in choices), tuple(_plan_inputs(choices)))
+    if not coverage.quantizers:
         raise ValueError(
             "nothing was quantized: no layer that qsam knows, or every one is kept float. Name some in `rules`."
         )
-    return Coverage(weights, inputs)
+    return coverage
 
 
 def _plan_weight(choice: Choice) -> Weight:
@@ -263,8 +262,8 @@ def _plan_inputs(choices: list[Choice]) -> Iterator[Input]:
     """Yield one row for each module that uses a chosen weight: a tied one has several."""
     dead = {id(c.site.module.out_proj) for c in choices if isinstance(c.site.module, nn.MultiheadAttention)}
     seen: set[int] = set()
-    for choice in choices:
-        for name, module, attr in choice.site.owners() if choice.settings is not None else ():
+    for choice in (choice for choice in choices if choice.settings is not None):
+        for name, module, attr in choice.site.owners():
             if id(module) not in seen:
                 seen.add(id(module))
                 reason = _input_reason(choice, module, attr, dead)
@@ -289,7 +288,7 @@ def _input_reason(choice: Choice, module: nn.Module, attr: str, dead: set[int]) 
 def _input_remark(choice: Choice, module: nn.Module) -> str:
     if module is not choice.site.module:
         return f"shares {choice.site.name}"
-    return "the hidden state stays float" if isinstance(module, nn.RNNBase | nn.RNNCellBase) else ""
+    return "the hidden states stay float" if isinstance(module, nn.RNNBase | nn.RNNCellBase) else ""
 
 
 def _input_quantizer(choice: Choice, name: str, module: nn.Module) -> Quantizer:
@@ -354,19 +353,23 @@ def _forget_compiled() -> None:
 
 
 def _rebuilt(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) -> Coverage:
-    """Build the quantizers of a spec, with its scales where there are any; else the weights' are set from the weights."""
+    """Build the quantizers of a spec; without its scales, those of the weights are set from the weights."""
     content, tensors = read_spec(spec)
     sites = {site.name: site for site in find_sites(root)}
     modules = dict(root.named_modules())
     _check_names(content, sites, modules)
     floats = {**dict.fromkeys(sites, "not in the spec"), **content.get("float", {})}
-    weights = tuple(_rebuilt_weight(site, content["weights"].get(name), floats) for name, site in sites.items())
+    weights = [_rebuilt_weight(site, content["weights"].get(name), floats) for name, site in sites.items()]
     inputs = [_rebuilt_input(name, modules[name], entry) for name, entry in content["inputs"].items()]
     inputs += [Input(name, None, why, modules[name]) for name, why in content.get("float_inputs", {}).items()]
-    coverage = Coverage(weights, tuple(inputs))
-    for row in (*coverage.quantized, *coverage.inputs):
-        if row.quantizer is not None:
-            _load_scales(row, tensors)
+    coverage = Coverage(tuple(weights), tuple(inputs))
+    for path, quantizer in coverage.quantizers.items():
+        if tensors is not None:
+            _load_scales(quantizer, path, tensors)
+    for row in inputs:
+        # A dict holds no scales: a state_dict that is loaded next does.
+        if row.quantizer is not None and (tensors is not None or not row.quantizer.state_dict()):
+            row.quantizer.calibrated = bool(content["inputs"][row.name]["calibrated"])
     return coverage
 
 
@@ -395,28 +398,20 @@ def _rebuilt_weight(site: Site, entry: Mapping[str, Any] | None, floats: Mapping
 def _rebuilt_input(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Input:
     _check_owner(module, name, INPUT_NAME)
     quantizer = _from_entry(entry, f"the input of {shown(name)}").to(next(module.parameters()).device)
-    quantizer.calibrated = bool(entry["calibrated"])
     return Input(name, quantizer, entry.get("reason", ""), module)
 
 
 def _from_entry(entry: Mapping[str, Any], where: str) -> Quantizer:
-    keys = ("bits", "signed", "granularity", "axis", "group_size")
     try:
-        return _build(entry["quantizer"], where, entry["init"], **{key: entry[key] for key in keys})
+        arguments = {key: entry[key] for key in ("bits", "signed", "granularity", "axis", "group_size")}
+        return _build(entry["quantizer"], where, entry["init"], **arguments)
     except KeyError as error:
         raise ValueError(f"{where}: its entry in the spec lacks {error}.") from error
 
 
-def _load_scales(row: Weight | Input, tensors: Mapping[str, Tensor] | None) -> None:
-    quantizer = row.quantizer
-    assert quantizer is not None
-    if tensors is None:  # a dict holds no scales: a state_dict that is loaded next does
-        quantizer.calibrated = quantizer.calibrated and (isinstance(row, Weight) or not quantizer.state_dict())
-        return
-    prefix = f"{quantizer_path(row)}."
-    calibrated = quantizer.calibrated
+def _load_scales(quantizer: Quantizer, path: str, tensors: Mapping[str, Tensor]) -> None:
+    own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
     try:
-        quantizer.load_state_dict({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+        quantizer.load_state_dict(own)
     except RuntimeError as error:
-        raise ValueError(f"the scales of {prefix[:-1]!r} do not fit this model: {error}") from error
-    quantizer.calibrated = calibrated
+        raise ValueError(f"the scales of {path!r} do not fit this model: {error}") from error

@@ -85,6 +85,13 @@ class Coverage:
         return tuple(row for row in self.weights if row.quantizer is not None)
 
     @property
+    def quantizers(self) -> dict[str, Quantizer]:
+        """All quantizers by their path in the model: "fc.weight_quantizer", "fc.input_quantizer"."""
+        weights = {f"{row.name}_quantizer": row.quantizer for row in self.weights}
+        inputs = {f"{row.name}.input_quantizer".lstrip("."): row.quantizer for row in self.inputs}
+        return {path: quantizer for path, quantizer in {**weights, **inputs}.items() if quantizer is not None}
+
+    @property
     def share(self) -> float:
         """Share of the model's parameters that are quantized, in [0, 1]."""
         return sum(row.numel for row in self.weights if row.bits < 32) / max(1, sum(row.numel for row in self.weights))
@@ -92,7 +99,7 @@ class Coverage:
     @property
     def size_bytes(self) -> int:
         """Bytes of all parameters once packed: low-bit codes, fp32 scales (the inputs' too), fp32 for what is float."""
-        own = sum(value.numel() for _, value in self._tensors())
+        own = sum(value.numel() for value in self._tensors.values())
         return -(-sum(row.bits * row.numel for row in self.weights) // 8) + 4 * own
 
     @property
@@ -130,18 +137,21 @@ class Coverage:
         """
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.detach().contiguous().clone() for key, value in self._tensors()}
+        tensors = {key: value.detach().contiguous().clone() for key, value in self._tensors.items()}
         packed = safetensors.torch.save(tensors, metadata={"qsam_format": str(FORMAT)})
         content = {**self.to_spec(), _DIGEST: hashlib.sha256(packed).hexdigest()}
         _replace(folder / TENSORS_NAME, packed)
         _replace(folder / SPEC_NAME, json.dumps(content, indent=1).encode())
         return folder / SPEC_NAME
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        for row in (*self.quantized, *self.inputs):
-            if row.quantizer is not None:
-                for key, value in row.quantizer.state_dict().items():
-                    yield f"{quantizer_path(row)}.{key}", value
+    @property
+    def _tensors(self) -> dict[str, Tensor]:
+        """What the quantizers hold, by its key in the model's state_dict."""
+        return {
+            f"{path}.{key}": value
+            for path, quantizer in self.quantizers.items()
+            for key, value in quantizer.state_dict().items()
+        }
 
 
 _OWNERS: weakref.WeakKeyDictionary[Coverage, weakref.ref[Any]] = weakref.WeakKeyDictionary()
@@ -160,11 +170,6 @@ def set_owner(coverage: Coverage, owner: Any | None) -> None:
         _OWNERS.pop(coverage, None)
     else:
         _OWNERS[coverage] = weakref.ref(owner)
-
-
-def quantizer_path(row: Weight | Input) -> str:
-    """Return the path of a row's quantizer in the model: "fc.weight_quantizer", "fc.input_quantizer"."""
-    return f"{row.name}_quantizer" if isinstance(row, Weight) else f"{row.name}.input_quantizer".lstrip(".")
 
 
 def quantizer_name(quantizer: Quantizer) -> str:

@@ -73,7 +73,7 @@ def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor
         tensor([-2., -0.,  0.,  1.,  1.])
     """
     wide = wide_dtype(x.dtype)
-    return torch.round(torch.clamp(x.to(wide) / positive(scale).to(wide), quant_min, quant_max))
+    return (x.to(wide) / positive(scale).to(wide)).clamp_(quant_min, quant_max).round_()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -85,7 +85,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Tensor:
         """Return ``s * round(clip(x / s, Qn, Qp))`` in the dtype of ``x``."""
         codes = quantize(x, scale, quant_min, quant_max)
-        return (codes * positive(scale).to(codes.dtype)).to(x.dtype)
+        return codes.mul_(positive(scale).to(codes.dtype)).to(x.dtype)
 
     @staticmethod
     def setup_context(
@@ -102,13 +102,14 @@ class _FakeQuantize(torch.autograd.Function):
         quant_min, quant_max, grad_scale = ctx.limits  # type: ignore[attr-defined]
         wide = wide_dtype(x.dtype)
         v = x.to(wide) / positive(scale).to(wide)
-        below, above = v <= quant_min, v >= quant_max
+        outside = (v <= quant_min).logical_or_(v >= quant_max)
         grad_x = grad_s = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            grad_x = grad.masked_fill(below | above, 0)
+            grad_x = grad.masked_fill(outside, 0)
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            slope = (torch.round(v) - v).masked_fill(below, quant_min).masked_fill(above, quant_max)
-            grad_s = (grad.to(wide) * slope).sum_to_size(scale.shape) * grad_scale
+            # codes - v inside, the limit outside; in place, for this is where an eager step spends its time.
+            slope = torch.clamp(v, quant_min, quant_max).round_().sub_(v.masked_fill_(outside, 0))
+            grad_s = slope.mul_(grad).sum_to_size(scale.shape) * grad_scale
             # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
             grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)
         return grad_x, grad_s, None, None, None

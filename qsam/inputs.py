@@ -11,7 +11,7 @@ import dataclasses
 import math
 import warnings
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
@@ -108,7 +108,7 @@ def collecting(quantizers: list[Quantizer]) -> Iterator[None]:
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
     """Whether ``fully_shard`` (FSDP2) was called on one of these modules."""
-    if not distributed.is_available():
+    if not _in_process_group():
         return False
     from torch.distributed.fsdp import FSDPModule
 
@@ -146,7 +146,7 @@ def _quantize_attention_inputs(
     return (*swap, *args[3:]), {k: done.get(id(v), v) if k in names else v for k, v in kwargs.items()}
 
 
-def _is_floating(value: Any) -> bool:
+def _is_floating(value: Any) -> TypeGuard[Tensor]:
     return isinstance(value, Tensor) and value.is_floating_point()
 
 
@@ -170,15 +170,12 @@ def _quantized(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:
-    group = None
-    if distributed.is_available() and distributed.is_initialized():
-        if _is_sharded_within(quantizer):
-            raise RuntimeError(
-                f"the input of {shown(_place(quantizer).path)} has no scale yet, and under FSDP2 a forward cannot set it: "
-                "call qsam.calibrate(model, batches) before fully_shard."
-            )
-        group = _data_parallel_group()
-    _observe(quantizer, _sample(_flat(x)), group)
+    if _is_sharded_within(quantizer):
+        raise RuntimeError(
+            f"the input of {shown(_place(quantizer).path)} has no scale yet, and under FSDP2 a forward cannot set it: "
+            "call qsam.calibrate(model, batches) before fully_shard."
+        )
+    _observe(quantizer, _sample(_flat(x)), _data_parallel_group())
 
 
 @torch.no_grad()
@@ -200,14 +197,22 @@ def _observe(quantizer: Quantizer, x: Tensor, group: distributed.ProcessGroup | 
             tensor.div_(group.size())
 
 
+def _in_process_group() -> bool:
+    return distributed.is_available() and distributed.is_initialized()
+
+
 def _data_parallel_group() -> distributed.ProcessGroup | None:
     """Return the processes of the DistributedDataParallel model whose forward is running, if one is."""
-    active = nn.parallel.DistributedDataParallel._get_active_ddp_module()
+    if not _in_process_group():
+        return None
+    active = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
     return None if active is None else active.process_group
 
 
 def _is_sharded_within(quantizer: Quantizer) -> bool:
     """Whether a module above ``quantizer`` is sharded: its parameters are gathered copies now, and writes are lost."""
+    if not _in_process_group():
+        return False
     from torch.distributed._composable_state import _module_state_mapping
 
     return any(is_sharded([m]) and any(quantizer is below for below in m.modules()) for m in _module_state_mapping)

@@ -10,6 +10,7 @@ is looked up at each verb, because Accelerate and FSDP replace Parameters.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import warnings
@@ -24,7 +25,7 @@ from qsam.attach import coverage_of, quantize_
 from qsam.coverage import Coverage, owner_of, set_owner
 from qsam.functional import wide_dtype
 from qsam.policy import unwrap_model
-from qsam.quantizers import Identity, Quantizer
+from qsam.quantizers import Identity, Noise, Quantizer
 
 _log = logging.getLogger("qsam")
 _BLOCK = "_qsam_block"
@@ -79,6 +80,9 @@ class Latents:
         owner: The optimizer; a model's latents have one owner.
         coverage: The model's coverage; None for a float model, which has no slots.
 
+    Attributes:
+        noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
+
     Raises:
         RuntimeError: another optimizer owns this model's weights.
     """
@@ -89,6 +93,8 @@ class Latents:
         self.slots: list[Slot] = []
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[Tensor] = []
+        self.noisy = False
+        self.noises = _noises(coverage)
         if coverage is None:
             return
         if owner_of(coverage) is not None:
@@ -98,7 +104,6 @@ class Latents:
         self.slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
         self.claim(owner)
         self._say_if_on_grid()
-        self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
         self.write()
 
     def claim(self, owner: Any) -> None:
@@ -114,7 +119,7 @@ class Latents:
                 del self.root._state_dict_pre_hooks[key]
         if self.coverage is not None:
             set_owner(self.coverage, None)
-        self.slots = []
+        self.slots, self.noises = [], []
 
     @torch.no_grad()
     def write(self) -> None:
@@ -144,6 +149,45 @@ class Latents:
     def open_block(self, name: str) -> None:
         """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
         vars(self.root)[_BLOCK] = name
+
+    @contextlib.contextmanager
+    def noise(self, block: str) -> Iterator[None]:
+        """Within this context noise quantizers draw: p holds the noisy Q(w), and outside the exact one again.
+
+        Gradients taken inside are pulled back with the same draw. Without noise quantizers nothing happens.
+
+        Args:
+            block: What is running, for messages.
+        """
+        if not self.noises:
+            yield
+            return
+        self.noisy = True
+        try:
+            with self._drawing():
+                self.write()
+                self.open_block(block)
+                yield
+        finally:
+            self.write()
+
+    @contextlib.contextmanager
+    def _drawing(self) -> Iterator[None]:
+        before = [noise.on for noise in self.noises]
+        for noise in self.noises:
+            noise.on = True
+        try:
+            yield
+        finally:
+            for noise, on in zip(self.noises, before, strict=True):
+                noise.on = on
+
+    def move_input_noise(self) -> None:
+        """Go on to the next draw of the inputs' noise: ``update`` does it for the weights', but there is no w here."""
+        weights = {id(noise) for slot in self.slots for noise in slot.quantizer.modules()}
+        for noise in self.noises:
+            if id(noise) not in weights:
+                noise.advance()
 
     def check(self) -> None:
         """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`.
@@ -183,11 +227,11 @@ class Latents:
         point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
         w = point.requires_grad_()
         leaves = {name: p.detach().requires_grad_() for name, p in slot.quantizer.named_parameters()}
-        with torch.enable_grad():
+        with torch.enable_grad(), self._drawing() if self.noisy else contextlib.nullcontext():
             out = functional_call(slot.quantizer, leaves, (w,))
         grads = torch.autograd.grad(out, [w, *leaves.values()], grad.to(out.dtype), materialize_grads=True)
         if slot.shift is None:
-            self._note_value(slot, out.detach())
+            self._note_value(slot, slot.quantized() if self.noisy else out.detach())
         return grads[0], dict(zip(leaves, grads[1:], strict=True))
 
     def _note_value(self, slot: Slot, out: Tensor) -> None:
@@ -293,6 +337,14 @@ def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> Iterator[Scal
         if quantizer is not None:
             for attr, _ in quantizer.named_parameters():
                 yield ScaleSlot(f"{path}.{attr}", quantizer, attr)
+
+
+def _noises(coverage: Coverage | None) -> list[Noise]:
+    """Return the streams of noise of all quantizers, the weights' and the inputs'."""
+    if coverage is None:
+        return []
+    owners = (row.quantizer for row in (*coverage.quantized, *coverage.inputs) if row.quantizer is not None)
+    return [module for owner in owners for module in owner.modules() if isinstance(module, Noise)]
 
 
 def _slot(path: str, module: nn.Module, attr: str) -> Slot:

@@ -45,8 +45,8 @@ from recipes.report import report
 from recipes.runs import Json, Run
 from recipes.text_batches import epoch_batches
 
-DIAGNOSTICS_EVERY = 9
-"""Steps between two looks at the optimizer's diagnostics; odd, for SQuAT's `next_batch` has steps of two kinds."""
+DIAGNOSTICS_EVERY = 10
+"""Steps between two looks at the optimizer's diagnostics; even, for SQuAT's `next_batch` perturbs in odd steps only."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,10 +167,11 @@ def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 
 
 
 def diagnostics(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    """Return what a qsam optimizer says of its last step: `rise`, what the perturbation adds to the loss, for one."""
+    """Return what a qsam optimizer says of its last step: what the perturbation added to the loss, and the rounding."""
     if not hasattr(optimizer, "diagnostics"):
         return {}
-    return {name: value for name, value in optimizer.diagnostics().items() if "loss" not in name}  # qsam
+    found = optimizer.diagnostics()  # qsam
+    return {name: found[name] for name in ("rise", "quantization_noise_norm", "clipped_share") if name in found}
 
 
 def last_metric(progress: Progress, task: Task) -> dict[str, str]:

@@ -82,6 +82,7 @@ def load_model(model: str, task: Task) -> nn.Module:
             "id2label": dict(enumerate(task.label_names)),
             "label2id": {n: i for i, n in enumerate(task.label_names)},
         }
+    labels |= {"ignore_mismatched_sizes": True}  # a head of another task is drawn anew, like one that is missing
     loaded: nn.Module = _from_pretrained(AutoModelForSequenceClassification, model, dtype=torch.float32, **labels)
     return loaded.to(DEVICE)
 

@@ -41,7 +41,10 @@ def _takes(setting: Setting) -> bool:
     group_size = 2 if setting.granularity == "per_group" else None
     cls = QUANTIZERS.get(setting.name)
     try:
-        return cls(bits=4, granularity=setting.granularity, axis=axis, group_size=group_size).granularity == setting.granularity
+        return (
+            cls(bits=4, granularity=setting.granularity, axis=axis, group_size=group_size).granularity
+            == setting.granularity
+        )
     except ValueError:
         return False
 

@@ -13,8 +13,9 @@ from qsam.testing.case import is_uniform, owners
 from tests.strategies import cases, normal_tensors, settings_of_the_registry
 
 SETTINGS = settings_of_the_registry()
-VALUE_LAWS = [law for law in LAWS.values() if law.inputs is None or law.inputs & {"edges", "zeros"}]
-"""Those that ask about values; test_laws.py asks them all, of the same quantizers."""
+OF_VALUES = {"heavy", "ties", "zero_channel", "edges_float64", "edges_bfloat16"}
+VALUE_LAWS = [law for law in LAWS.values() if law.inputs is None or law.inputs & OF_VALUES]
+"""Not those that no value can break, like pickling: test_laws.py asks all laws of the same quantizers."""
 
 WEIGHT = torch.randn(4, 6, 2, generator=torch.Generator().manual_seed(0))
 KINDS = [
@@ -45,6 +46,7 @@ def test_dequantized_codes_are_the_output(setting, data):
         assert torch.equal(q.dequantize(q.codes(x)), q(x))
 
 
+@pytest.mark.xfail(reason="clamp_ has no batching rule, and warns", raises=UserWarning, strict=True)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @settings(max_examples=20)
 @given(data=st.data())
@@ -89,6 +91,13 @@ def test_scale_has_one_entry_a_row(cls, kind, shape):
     q = cls(bits=4, **kind)
     q.observe_(WEIGHT)
     assert q.scale.shape == shape
+
+
+def test_step_size_is_the_scale_of_each_entry_and_none_without_a_grid():
+    q = LSQ(bits=4, granularity="per_group", axis=1, group_size=4)
+    q.observe_(WEIGHT)
+    assert torch.equal(q.step_size(WEIGHT), q.scale.detach().flatten()[owners(q, WEIGHT)])
+    assert Identity(bits=4).step_size(WEIGHT) is None
 
 
 @pytest.mark.parametrize("init", INIT_RULES)
@@ -226,7 +235,11 @@ def test_the_base_class_leaves_init_and_forward_open():
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ({"bits": 1}, ValueError, r"`bits` must be an integer in \[2, 8\], got 1\. To keep a tensor in float, give None"),
+        (
+            {"bits": 1},
+            ValueError,
+            r"`bits` must be an integer in \[2, 8\], got 1\. To keep a tensor in float, give None",
+        ),
         ({"bits": 9}, ValueError, r"`bits` must be an integer in \[2, 8\], got 9"),
         ({"bits": 4.0}, TypeError, r"`bits` must be an integer in \[2, 8\], got 4\.0 of type float"),
         ({"bits": True}, TypeError, r"`bits` must be an integer in \[2, 8\], got True of type bool"),
@@ -260,10 +273,18 @@ def test_a_setting_that_means_nothing_is_refused(cls, kind, error, message):
 
 
 def test_per_channel_refuses_groups_and_activations():
-    with pytest.raises(ValueError, match="'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'"):
+    with pytest.raises(
+        ValueError, match="'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'"
+    ):
         PerChannel(bits=4, granularity="per_group", axis=0, group_size=2)
     with pytest.raises(ValueError, match="'per_channel' needs `axis`"):
         PerChannel(bits=4)
+
+
+@pytest.mark.xfail(reason="the group size is dropped in silence", strict=True)
+def test_per_channel_refuses_a_group_size():
+    with pytest.raises(ValueError, match="`group_size` belongs to granularity 'per_group'"):
+        PerChannel(bits=4, axis=0, group_size=4)
 
 
 def test_a_group_size_that_does_not_divide_is_refused():

@@ -73,7 +73,7 @@ def test_a_taken_name_is_refused_for_the_same_class_too(registry, cls):
 
 @pytest.mark.parametrize("name", ["", None, Cat])
 def test_a_name_must_be_a_non_empty_string(registry, name):
-    with pytest.raises(TypeError, match="A animal's name must be a non-empty string, got|animal's name must be"):
+    with pytest.raises(TypeError, match=r"animal's name must be a non-empty string, got"):
         registry.register(name)
 
 

@@ -81,7 +81,9 @@ class QuantizedOptimizer(Passes, Optimizer):
         self.__setstate__({"defaults": self.base.defaults, "param_groups": []})
         self.param_groups[:] = self.base.param_groups
         for group in self.param_groups:
-            group["qsam_rho"] = group.pop("rho", rho) if perturbation is not None else rho
+            # "rho" in a group is ours, unless the base has a setting of that name (Adadelta): then it is "qsam_rho".
+            own = "rho" not in self.base.defaults and "rho" in group and perturbation is not None
+            group.setdefault("qsam_rho", group.pop("rho") if own else rho)
         if self.scale_base is not None:
             self.param_groups += [self._public_group(group) for group in self.scale_base.param_groups]
         self.param_groups[0].update(qsam_step=0, qsam_phase=0, qsam_quantizers=self._describe_quantizers())
@@ -163,7 +165,9 @@ class QuantizedOptimizer(Passes, Optimizer):
         for slot in self.latents_of.slots:
             slot.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
             slot.quantizer.update(slot.latent.detach())
+        self.latents_of.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
+        self._passes_made = 0
 
     def _pull_back(self, keep: bool = False) -> dict[int, Tensor]:
         """Put dw on the latents and return the scales' gradients by the id of the scale."""

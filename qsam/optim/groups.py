@@ -50,6 +50,7 @@ def build_base(
         _strip_scales(base, scales)
     _refuse_unusable(method, base)
     _check_owned(base, latents, scales)
+    _key_by_latents(base, latents)
     return base
 
 
@@ -75,6 +76,15 @@ def _refuse_unusable(method: str, base: Optimizer) -> None:
         )
     if needs_closure(base) and method != "QAT":
         raise TypeError(f"{name} calls its closure by itself, as often as it likes, so {method} cannot order its passes: use QAT.")
+
+
+def _key_by_latents(base: Optimizer, latents: Latents) -> None:
+    """Move the state that some optimizers (Adagrad) create at construction from the Parameters to the latents."""
+    if "_optimizer_state_dict_pre_hooks" not in vars(base):  # a wrapper that never called Optimizer.__init__
+        Optimizer.__setstate__(base, {"defaults": getattr(base, "defaults", {})})
+    for slot in latents.slots:
+        if slot.parameter in base.state:
+            base.state[slot.latent] = base.state.pop(slot.parameter)
 
 
 @contextlib.contextmanager
@@ -118,7 +128,7 @@ def _strip_scales(base: Optimizer, scales: set[int]) -> None:
     for group in base.param_groups:
         kept = [p for p in group["params"] if id(p) not in scales]
         found += len(group["params"]) - len(kept)
-        group["params"] = kept
+        group["params"][:] = kept  # in place: LBFGS and wrappers hold on to the list
     if found:
         warnings.warn(
             f"{found} scales were in the base optimizer's groups and are moved to the scale optimizer: they step with "

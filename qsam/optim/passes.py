@@ -56,10 +56,12 @@ class Passes:
         self._set_aside()
         self._block, self._ascent_ready = "first_pass", False
         try:
-            yield
+            with self.latents_of.noise("first_pass"):
+                yield
             self._ascent_ready = self._has_gradients()
         except BaseException:
             self._put_back()
+            self._random_starts.pop()
             raise
         finally:
             self._block = None
@@ -79,7 +81,11 @@ class Passes:
         alone = known and not self._ascent_ready
         self._block, self._ascent_ready = "perturbed", False
         try:
-            with contextlib.nullcontext() if alone else self._later_pass(self._random_starts[-1]), frozen():
+            with (
+                contextlib.nullcontext() if alone else self._later_pass(self._random_starts[-1]),
+                frozen(),
+                self.latents_of.noise("perturbed"),
+            ):
                 self.latents_of.open_block("perturbed")
                 gather = perturbation.gather_known if known else perturbation.gather
                 ascents = gather(self.latents_of, self.base.state)
@@ -111,7 +117,7 @@ class Passes:
             if not self._ascent_ready:
                 self.latents_of.check()
                 self._note_random_start()
-        elif not self._ascent_ready:
+        elif not (self._ascent_ready and self._has_gradients()):
             raise RuntimeError(
                 "perturbed() needs gradients of a first pass: run backward inside `with optimizer.first_pass():` before."
             )
@@ -128,13 +134,14 @@ class Passes:
         self._refuse_inside_block("scale_phase")
         self._check_alternates("scale_phase")
         self.latents_of.check()
+        if self._perturbed:  # a GradScaler skipped the weights' step: their gradients are not the scales'
+            self._clear_gradients()
         start = self._random_starts.pop(0) if self._random_starts else None
         self._block = "scale_phase"
         try:
-            if start is None:  # a batch of its own: this is the first pass that sees it
-                yield
-            else:
-                with self._later_pass(start):
+            # Without a start the batch is its own: this is the first pass that sees it.
+            with contextlib.nullcontext() if start is None else self._later_pass(start):
+                with self.latents_of.noise("scale_phase"):
                     yield
         except BaseException:
             self._clear_gradients()
@@ -157,7 +164,8 @@ class Passes:
 
     def _note_random_start(self) -> None:
         """Remember the random state in which this batch is seen first, one a micro-batch."""
-        if not self._passes_made:
+        # Without accumulated gradients this is the first micro-batch, also after a step that a GradScaler skipped.
+        if not self._passes_made or not self._has_gradients():
             self._random_starts.clear()
         self._random_starts.append(RandomState.now())
 
@@ -166,6 +174,12 @@ class Passes:
         """A pass that leaves buffers as they were, and random generators too if they are shared."""
         with buffers_kept(self.latents_of.root), same_random_numbers(start if self.rng == "shared" else None):
             yield
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, as :meth:`torch.optim.Optimizer.zero_grad`; outside a block its pass is void then."""
+        super().zero_grad(set_to_none)  # type: ignore[misc]
+        if self._block is None:
+            self._perturbed = self._ascent_ready = False
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -183,7 +197,7 @@ class Passes:
     def _clear_gradients(self) -> None:
         for p in self._parameters():
             p.grad = None
-        self._perturbed = self._ascent_ready = False
+        self._perturbed = self._ascent_ready = self.latents_of.noisy = False
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._parameters())

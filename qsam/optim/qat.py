@@ -74,7 +74,8 @@ class QAT(QuantizedOptimizer):
     def _run(self, closure: Closure) -> Any:
         if needs_closure(self.base):
             return self._let_base_call(closure)
-        loss = closure()
+        with self.latents_of.noise("step"):
+            loss = closure()
         self._note_loss("loss", loss)
         self._finish_step()
         return loss
@@ -90,7 +91,7 @@ class QAT(QuantizedOptimizer):
             with pointed_at_model(self.base, latents):
                 latents.write()
                 self._clear_gradients()
-                with torch.enable_grad():
+                with torch.enable_grad(), latents.noise("step"):
                     loss = closure()
                 scale_grads = self._pull_back()
             self._clip()

@@ -145,7 +145,7 @@ def balanced_rate(base: Optimizer, slots: Sequence[Slot]) -> tuple[bool, float]:
     step_square, weight_square, lr_sum, count = 0.0, 0.0, 0.0, 0
     for group in base.param_groups:
         found = [by_parameter[id(p)] for p in group["params"] if id(p) in by_parameter]
-        lr, entries = float(group.get("lr") or 0.0), sum(slot.latent.numel() for slot in found)
+        lr, entries = _learning_rate(group), sum(slot.latent.numel() for slot in found)
         step_square += lr**2 * entries
         lr_sum += lr / (1 - float(group.get("momentum") or 0.0)) * entries
         weight_square += sum(float(slot.latent.detach().square().sum()) for slot in found)
@@ -154,6 +154,12 @@ def balanced_rate(base: Optimizer, slots: Sequence[Slot]) -> tuple[bool, float]:
         return False, lr_sum / max(count, 1)
     relative = (step_square / weight_square) ** 0.5 if weight_square > 0 else 0.0
     return True, min(relative, MAX_RELATIVE_STEP)
+
+
+def _learning_rate(group: dict[str, Any]) -> float:
+    """Return the group's rate. One that sets its rate by itself (None, or no such entry) counts as 1e-3, Adam's own."""
+    lr = group.get("lr")
+    return 1e-3 if lr is None else float(lr)
 
 
 def _checked_rates(scale_lr: ScaleRate) -> tuple[float, float] | None:

@@ -54,7 +54,11 @@ def same_random_numbers(start: RandomState | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put every buffer of the model back at the end: identity, and values where they were written."""
+    """Put every buffer of the model back at the end: identity, and values where they may have been written.
+
+    BatchNorm writes its statistics without counting a version, so the version alone tells too little; comparing values
+    would wait for the device. An expanded buffer cannot be written, and is not.
+    """
     kept = [
         (module, name, buffer, buffer._version, buffer.clone())
         for module in model.modules()
@@ -66,6 +70,6 @@ def buffers_kept(model: nn.Module) -> Iterator[None]:
     finally:
         with torch.no_grad():
             for module, name, buffer, version, values in kept:
-                if buffer._version != version:
+                if buffer._version != version or (buffer.is_floating_point() and buffer.is_contiguous()):
                     buffer.copy_(values)
                 module._buffers[name] = buffer

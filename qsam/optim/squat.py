@@ -66,6 +66,8 @@ class SQuAT(TwoPass):
             raise ValueError(f"`period` must be an integer >= 1, got {period}.")
         self.schedule, self.period = schedule, period
         super().__init__(model, base, **options)
+        # Where it is fused, the scales' turn comes before the weights' in the same step.
+        self._phase = 1 if schedule == "fused" else 0
         assert self.perturbation is not None
         if schedule == "fused" and self.perturbation.direction.passes == 1:
             self.latents_of.release()
@@ -87,7 +89,7 @@ class SQuAT(TwoPass):
         return loss
 
     def _between_passes(self) -> None:
-        if self.schedule == "fused" and self._ascent_ready and self._scales_due(ahead=1):
+        if self.schedule == "fused" and self._ascent_ready and self._scales_due():
             self.step_scales()
 
     def _finish_step(self) -> None:
@@ -97,7 +99,6 @@ class SQuAT(TwoPass):
         self._update(weights=True, scales=False)
         self._phase += 1
         if self.schedule == "next_batch":
-            self._passes_made = 0
             self._random_starts.clear()
 
     def step_scales(self) -> None:
@@ -109,6 +110,8 @@ class SQuAT(TwoPass):
         self._refuse_inside_block("step_scales")
         if not self._has_gradients():
             raise RuntimeError("step_scales() found no gradient: run a backward inside `with optimizer.scale_phase():` before.")
+        if self._perturbed:
+            raise RuntimeError("step_scales() found the gradients of perturbed(), which are the weights': call step() first.")
         if self._ascent_ready:
             self._step_scales_between_passes()
         else:
@@ -123,14 +126,16 @@ class SQuAT(TwoPass):
         grads = self._pull_back(keep=True)
         for slot in self.latents_of.slots:
             slot.latent.grad = None
-        self._step_scales(grads)
-        self.latents_of.write()
+        try:
+            self._step_scales(grads)
+        finally:
+            self.latents_of.write()
 
     def _check_alternates(self, verb: str) -> None:
         """Allow the scale phase."""
 
-    def _scales_due(self, ahead: int = 0) -> bool:
-        return self._phase + ahead >= self.period
+    def _scales_due(self) -> bool:
+        return self._phase >= self.period
 
     @property
     def _phase(self) -> int:

@@ -94,14 +94,15 @@ class TwoPass(QuantizedOptimizer):
         self._losses.clear()
         passes = self.perturbation.passes(self.steps)
         if passes == 0:
-            return self._call(closure, "loss")
+            with self.latents_of.noise("step"):
+                return self._call(closure, "loss")
         if passes == 1:
             with self.perturbed():
                 return self._call(closure, "loss_perturbed")
         with self.first_pass():
             loss = self._call(closure, "loss")
         self._between_passes()
-        if self._ascent_ready:
+        if self._ascent_ready and self._has_gradients():
             with self.perturbed():
                 self._call(closure, "loss_perturbed")
         return loss

@@ -27,7 +27,7 @@ def check_quantizer(
 
     A setting that the class refuses with ValueError is skipped. A class that breaks a law on purpose says so in a
     class attribute ``exempt_laws: dict[str, str]``, law -> reason. The widest grid is asked on the whole battery, the
-    narrower ones on ordinary inputs, ties and bounds.
+    narrower ones on ties and bounds.
 
     Args:
         name_or_class: A registered name, or a subclass of ``qsam.Quantizer``.
@@ -52,16 +52,16 @@ def check_quantizer(
     """
     cls = _resolve(name_or_class)
     chosen = _chosen(cls, laws)
-    asked: Counter[str] = Counter()
     widths = range(2, 9) if bits is None else (bits,) if isinstance(bits, int) else bits
-    widths = sorted(set(widths))
-    for config in _settings(widths, signed, granularities, axes):
-        inputs = None if config["bits"] == max(widths) else NARROWER
-        for case, law in _questions(cls, config, chosen, inputs):
+    settings = [setting for setting in _settings(widths, signed, granularities, axes) if _takes(cls, setting)]
+    if not settings:
+        raise AssertionError(f"{cls.__name__} refused every setting with ValueError: there was nothing to check.")
+    widest = max(setting["bits"] for setting in settings)
+    asked: Counter[str] = Counter()
+    for setting in settings:
+        for case, law in _questions(cls, setting, chosen, None if setting["bits"] == widest else NARROWER):
             law(case)
             asked[law.name] += 1
-    if not asked:
-        raise AssertionError(f"{cls.__name__} refused every setting with ValueError: there was nothing to check.")
     return asked
 
 
@@ -100,18 +100,28 @@ def _settings(
                 yield {"bits": width, "signed": sign, "granularity": granularity, "axis": axis, "group_size": size}
 
 
-def _questions(
-    cls: type[Quantizer], config: dict[str, Any], laws: list[Law], inputs: tuple[str, ...] | None
-) -> Iterator[tuple[Case, Law]]:
-    """Yield what to ask in one setting, on ``inputs`` (None for all); nothing where the class refuses the setting."""
+def _takes(cls: type[Quantizer], setting: dict[str, Any]) -> bool:
+    """Whether the class takes a setting, on ordinary data; it refuses one with ValueError."""
     try:
-        q = cls(**config)
-        q.observe_(normal(shape_of(q), q.signed is not False))
+        _probe(cls, setting)
     except ValueError:
-        return
+        return False
+    return True
+
+
+def _probe(cls: type[Quantizer], setting: dict[str, Any]) -> Quantizer:
+    q = cls(**setting)
+    q.observe_(normal(shape_of(q), q.signed is not False))
+    return q
+
+
+def _questions(
+    cls: type[Quantizer], setting: dict[str, Any], laws: list[Law], inputs: tuple[str, ...] | None
+) -> Iterator[tuple[Case, Law]]:
+    """Yield what to ask in one setting, on ``inputs`` (None for all)."""
+    q = _probe(cls, setting)
     laws = [law for law in laws if law.applies(q)]
     for label, x, scale in battery(q):
-        if inputs is not None and label not in inputs:
-            continue
-        case = Case(cls, x, config, scale, label)
-        yield from ((case, law) for law in laws if law.inputs is None or label in law.inputs)
+        if inputs is None or label in inputs:
+            case = Case(cls, x, setting, scale, label)
+            yield from ((case, law) for law in laws if law.inputs is None or label in law.inputs)

@@ -22,7 +22,7 @@ from qsam.testing.case import (
     set_scale,
 )
 from qsam.testing.table import law
-from qsam.testing.universal import gradients
+from qsam.testing.universal import PLAIN, gradients
 
 _RANGE = (1e-20, 1e20)
 """Between these, a factor of 2^5 neither overflows nor leaves the normal numbers."""
@@ -49,7 +49,7 @@ def plain(q: Quantizer, x: Tensor) -> Plain:
     return Plain(x.to(wide) / s, s, q.quant_min, q.quant_max)
 
 
-@law(is_uniform, inputs=("normal",))
+@law(is_uniform, inputs=("edges",))
 def limits_fit_in_the_bits(case: Case) -> None:
     """-2^(bits-1) <= Qn <= 0 < Qp <= 2^(bits-1) - 1; unsigned: Qn = 0, Qp <= 2^bits - 1."""
     q = case.quantizer
@@ -89,6 +89,17 @@ def on_the_grid(case: Case) -> None:
     expected = (codes_of(q, case.x).to(grid.s.dtype) * grid.s).to(case.x.dtype)
     sentence = "the output must be codes * scale, bit for bit: never change the value to scale a gradient."
     claim(same(got, expected), sentence, x=case.x, got=got, expected=expected)
+
+
+@law(is_uniform, inputs=(*PLAIN, "edges"))
+def step_size_is_that_of_the_grid(case: Case) -> None:
+    """``step_size(x)``, where it is implemented, is the scale of each entry, broadcastable against x."""
+    q = case.quantizer
+    got, expected = q.step_size(case.x), plain(q, case.x).s
+    if got is not None:
+        got = got.to(expected.dtype).expand(case.x.shape)
+        sentence = "`step_size` must be |scale|, of each entry its own row's."
+        claim(got == expected, sentence, got=got, expected=expected)
 
 
 @law(is_uniform, inputs=("normal", "heavy", "zero_channel", "edges", "spread", "normal_float64"))
@@ -161,7 +172,7 @@ def channels_commute(case: Case) -> None:
     claim(same(got, out.flip(q.axis)), sentence, x=case.x, got=got, expected=out.flip(q.axis))
 
 
-@law(holds_scale, inputs=("normal", "edges"))
+@law(holds_scale, inputs=("edges", "ties"))
 def one_channel_is_per_tensor(case: Case) -> None:
     """On a tensor of one channel (one group) per_channel (per_group) is per_tensor, in values and gradients."""
     if case.quantizer.granularity == "per_tensor":

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from qsam import Quantizer
 from qsam.optim import OPTIMIZERS, QuantizedOptimizer
 from qsam.optim.squat import SCHEDULES
 from qsam.optim.two_pass import TwoPass
@@ -83,33 +84,45 @@ def train(optimizer: QuantizedOptimizer, model: nn.Module, task: Task, steps: in
 
 
 def train_by_hand(
-    method: Method, optimizer: QuantizedOptimizer, model: nn.Module, task: Task, steps: int, start: int = 0
+    method: Method,
+    optimizer: QuantizedOptimizer,
+    model: nn.Module,
+    task: Task,
+    steps: int,
+    start: int = 0,
+    scaler: torch.amp.GradScaler | None = None,
 ) -> None:
-    """Do what :func:`train` does with the blocks instead of a closure."""
+    """Do what :func:`train` does with the blocks instead of a closure, with a GradScaler if one is given."""
+
+    def run(number: int) -> None:
+        loss = task.loss(model, task.batch(number))
+        (loss if scaler is None else scaler.scale(loss)).backward()
+
+    def step(stepper: Any) -> None:
+        stepper.step() if scaler is None else scaler.step(stepper)
+
+    def scale_phase(number: int) -> None:
+        with optimizer.scale_phase():
+            run(number)
+        step(optimizer.scales)
+
     for i in range(start, start + steps):
-
-        def run(batch: Batch = task.batch(i)) -> None:
-            task.loss(model, batch).backward()
-
+        optimizer.zero_grad()
         if method.schedule == "next_batch" and (i - start) % 2:
-            step_scales_by_hand(optimizer, run)
-            continue
-        with optimizer.first_pass():
-            run()
-        if method.schedule == "fused":
-            optimizer.step_scales()
-        if method.perturbs:
-            with optimizer.perturbed():
-                run()
-        optimizer.step()
-        if method.schedule == "same_batch":
-            step_scales_by_hand(optimizer, run)
-
-
-def step_scales_by_hand(optimizer: QuantizedOptimizer, run: Callable[[], None]) -> None:
-    with optimizer.scale_phase():
-        run()
-    optimizer.step_scales()
+            scale_phase(i)
+        else:
+            with optimizer.first_pass():
+                run(i)
+            if method.schedule == "fused":
+                step(optimizer.scales)
+            if method.perturbs:
+                with optimizer.perturbed():
+                    run(i)
+            step(optimizer)
+            if method.schedule == "same_batch":
+                scale_phase(i)
+        if scaler is not None:
+            scaler.update()
 
 
 # --- what a run leaves behind -------------------------------------------------------------------------------------
@@ -124,8 +137,6 @@ def latents(optimizer: QuantizedOptimizer, model: nn.Module) -> dict[str, Tensor
 
 def scales_of(model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters of all quantizers by name."""
-    from qsam import Quantizer
-
     owners = [(name, module) for name, module in model.named_modules() if isinstance(module, Quantizer)]
     return {f"{name}.{key}": p.detach() for name, module in owners for key, p in module.named_parameters()}
 

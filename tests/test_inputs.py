@@ -1,0 +1,661 @@
+import copy
+import io
+import math
+import pickle
+import warnings
+from datetime import timedelta
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
+
+import qsam
+from qsam.inputs import frozen
+
+INPUTS_ONLY = {"weights": None, "activation_bits": 3}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def mlp():
+    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def model():
+    return mlp()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(5, 6)
+
+
+@pytest.fixture
+def calibrated(model, x):
+    qsam.quantize_(model)
+    qsam.calibrate(model, [x])
+    return model
+
+
+def quantizers(model):
+    return [module.input_quantizer for module in model.modules() if hasattr(module, "input_quantizer")]
+
+
+def hf_conv1d():
+    return pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 6)
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+LAYERS = {
+    "Linear": (lambda: nn.Linear(6, 4), (5, 6)),
+    "Conv1d": (lambda: nn.Conv1d(2, 4, 3), (5, 2, 7)),
+    "Conv2d": (lambda: nn.Conv2d(2, 4, 3), (5, 2, 7, 7)),
+    "Conv3d": (lambda: nn.Conv3d(2, 4, 3), (2, 2, 5, 5, 5)),
+    "ConvTranspose1d": (lambda: nn.ConvTranspose1d(2, 4, 3), (5, 2, 7)),
+    "ConvTranspose2d": (lambda: nn.ConvTranspose2d(2, 4, 3), (5, 2, 7, 7)),
+    "ConvTranspose3d": (lambda: nn.ConvTranspose3d(2, 4, 3), (2, 2, 5, 5, 5)),
+    "LSTM": (lambda: nn.LSTM(6, 4, bidirectional=True), (7, 5, 6)),
+    "GRU": (lambda: nn.GRU(6, 4), (7, 5, 6)),
+    "RNN": (lambda: nn.RNN(6, 4), (7, 5, 6)),
+    "LSTMCell": (lambda: nn.LSTMCell(6, 4), (5, 6)),
+    "GRUCell": (lambda: nn.GRUCell(6, 4), (5, 6)),
+    "RNNCell": (lambda: nn.RNNCell(6, 4), (5, 6)),
+}
+
+
+class TestLayers:
+    @pytest.mark.parametrize("keyword", [False, True], ids=["by position", "by keyword"])
+    @pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
+    def test_a_layer_sees_its_input_quantized(self, build, shape, keyword):
+        layer, x = build(), torch.randn(shape)
+        plain = copy.deepcopy(layer)
+        qsam.quantize_(layer, **INPUTS_ONLY)
+        qsam.calibrate(layer, [{"input": x} if keyword else x])
+        out = layer(input=x) if keyword else layer(x)
+        assert torch.equal(first(out), first(plain(layer.input_quantizer(x))))
+        assert not torch.equal(first(out), first(plain(x)))
+
+    def test_hugging_face_conv1d(self):
+        layer, x = hf_conv1d(), torch.randn(5, 6)
+        plain = copy.deepcopy(layer)
+        qsam.quantize_(layer, **INPUTS_ONLY)
+        qsam.calibrate(layer, [x])
+        assert torch.equal(layer(x), plain(layer.input_quantizer(x)))
+
+    def test_the_gradient_reaches_input_and_scale(self, model, x):
+        qsam.quantize_(model, **INPUTS_ONLY)
+        model(x.requires_grad_()).sum().backward()
+        assert x.grad.any()
+        assert all(q.scale.requires_grad and q.scale.grad is not None for q in quantizers(model))
+
+    def test_the_scale_of_a_weight_has_no_gradient(self, calibrated, x):
+        calibrated(x).sum().backward()
+        assert not any(calibrated[i].weight_quantizer.scale.requires_grad for i in (0, 2, 4))
+        assert all(p.grad is not None for p in calibrated.parameters() if p.requires_grad)
+
+    def test_a_layer_that_is_called_twice_quantizes_twice(self, x):
+        layer = nn.Linear(6, 6)
+        plain = copy.deepcopy(layer)
+        qsam.quantize_(layer, **INPUTS_ONLY)
+        q = layer.input_quantizer
+        y = layer(layer(x))
+        assert torch.equal(y, plain(q(plain(q(x)))))
+
+    def test_of_several_inputs_the_first_floating_one_is_quantized(self):
+        class Picks(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.table = nn.Parameter(torch.randn(4, 6))
+
+            def forward(self, index, x, y):
+                return self.table[index] * x, y
+
+        layer = Picks()
+        index, a, b = torch.tensor([3, 1]), torch.randn(2, 6), torch.randn(2, 6)
+        qsam.quantize_(layer, rules=[("table", {"activations": "lsq", "weights": None, "activation_bits": 3})])
+        qsam.calibrate(layer, [(index, a, b)])
+        out, untouched = layer(index, a, b)
+        assert torch.equal(out, layer.table[index] * layer.input_quantizer(a))
+        assert untouched is b
+
+    def test_embedding_indices_are_never_quantized(self):
+        layer = nn.Embedding(5, 4)
+        coverage = qsam.quantize_(layer, rules=[(nn.Embedding, {"activations": "lsq"})])
+        assert [(row.quantizer, row.reason) for row in coverage.inputs] == [(None, "its input is indices")]
+        assert not layer._forward_pre_hooks
+        assert layer(torch.tensor([4, 0])).shape == (2, 4)
+
+    def test_an_empty_batch_passes_and_sets_no_scale(self, model):
+        qsam.quantize_(model)
+        assert model(torch.randn(0, 6)).shape == (0, 3)
+        assert not any(q.calibrated for q in quantizers(model))
+
+    def test_a_tied_layer_quantizes_its_own_input(self, model, x):
+        model[4] = nn.Linear(8, 8)
+        model[4].weight = model[2].weight
+        qsam.quantize_(model)
+        qsam.calibrate(model, [x])
+        assert model[4].input_quantizer.calibrated
+        assert model[4].input_quantizer is not model[2].input_quantizer
+
+
+class TestRecurrent:
+    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+    @pytest.mark.parametrize("with_state", [False, True])
+    def test_a_packed_sequence_and_its_state_pass_as_float(self, kind, with_state):
+        layer = kind(6, 4)
+        plain = copy.deepcopy(layer)
+        qsam.quantize_(layer, **INPUTS_ONLY)
+        packed = pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([7, 4, 2]))
+        h = torch.randn(1, 3, 4)
+        state = ((h, h) if kind is nn.LSTM else h) if with_state else None
+        for out in (layer(packed, state), layer(input=packed, hx=state), layer(hx=state, input=packed)):
+            assert torch.equal(pad_packed_sequence(out[0])[0], pad_packed_sequence(plain(packed, state)[0])[0])
+        assert not layer.input_quantizer.calibrated
+
+    def test_of_keywords_the_input_is_quantized_and_the_state_is_not(self):
+        layer, x, h = nn.GRU(6, 4), torch.randn(7, 3, 6), torch.randn(1, 3, 4)
+        plain = copy.deepcopy(layer)
+        qsam.quantize_(layer, **INPUTS_ONLY)
+        out, _ = layer(hx=h, input=x)
+        assert torch.equal(out, plain(layer.input_quantizer(x), h)[0])
+
+    def test_calibrating_with_packed_sequences_only_is_refused(self):
+        layer = nn.LSTM(6, 4)
+        qsam.quantize_(layer)
+        packed = pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([7, 4, 2]))
+        with pytest.raises(RuntimeError, match="no batch reached the input of the model itself: .*PackedSequence"):
+            qsam.calibrate(layer, [{"input": packed}])
+
+
+class Spy:
+    """A pre-hook behind ours: what the layer is given."""
+
+    def __init__(self, layer):
+        layer.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(self, module, args, kwargs):
+        self.seen = [*args, *kwargs.values()]
+
+
+class TestAttention:
+    CALLS = {
+        "by position": lambda layer, q, k, v: layer(q, k, v),
+        "by keyword": lambda layer, q, k, v: layer(query=q, key=k, value=v),
+        "mixed": lambda layer, q, k, v: layer(q, value=v, key=k),
+    }
+
+    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+    @pytest.mark.parametrize("dims", [{}, {"kdim": 6, "vdim": 10}], ids=["one size", "three sizes"])
+    def test_query_key_and_value_are_quantized(self, call, dims):
+        layer = nn.MultiheadAttention(4, 2, **dims)
+        plain = copy.deepcopy(layer)
+        q, k, v = torch.randn(3, 2, 4), torch.randn(5, 2, dims.get("kdim", 4)), torch.randn(5, 2, dims.get("vdim", 4))
+        qsam.quantize_(layer, **INPUTS_ONLY)
+        qsam.calibrate(layer, [(q, k, v)])
+        given = [layer.input_quantizer(value) for value in (q, k, v)]
+        assert torch.equal(call(layer, q, k, v)[0], plain(*given)[0])
+
+    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+    def test_self_attention_still_sees_one_tensor(self, call):
+        layer, x = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4)
+        qsam.quantize_(layer)
+        spy = Spy(layer)
+        call(layer, x, x, x)
+        assert spy.seen[0] is spy.seen[1] is spy.seen[2] is not x
+
+    def test_key_and_value_that_are_one_tensor_stay_one(self):
+        layer, q, k = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4), torch.randn(5, 2, 4)
+        qsam.quantize_(layer)
+        spy = Spy(layer)
+        layer(q, k, k)
+        assert spy.seen[1] is spy.seen[2] is not spy.seen[0]
+
+    def test_a_floating_mask_is_left_alone(self):
+        layer, x, mask = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4), torch.randn(3, 3)
+        qsam.quantize_(layer)
+        spy = Spy(layer)
+        layer(x, x, x, attn_mask=mask)
+        assert spy.seen[-1] is mask
+
+    def test_only_the_weights_of_its_out_proj_are_quantized(self):
+        layer = nn.MultiheadAttention(4, 2)
+        rows = {row.name: row for row in qsam.quantize_(layer).inputs}
+        assert rows["out_proj"].quantizer is None
+        assert "never calls its out_proj" in rows["out_proj"].reason
+        assert not layer.out_proj._forward_pre_hooks
+        assert hasattr(layer.out_proj, "weight_quantizer")
+
+    def test_the_native_fast_path_is_taken_in_eval_and_agrees_with_training(self, monkeypatch):
+        calls = []
+        native = torch._native_multi_head_attention
+        monkeypatch.setattr(torch, "_native_multi_head_attention", lambda *a: calls.append(1) or native(*a))
+        layer, x = nn.MultiheadAttention(4, 2, batch_first=True), torch.randn(3, 5, 4)
+        qsam.quantize_(layer)
+        qsam.calibrate(layer, [(x, x, x)])
+        calls.clear()
+        trained = layer(x, x, x)[0].detach()
+        assert not calls
+        with torch.no_grad():
+            evaluated = layer.eval()(x, x, x)[0]
+        assert calls
+        torch.testing.assert_close(trained, evaluated)  # two kernels: torch's own tolerance between them
+
+    @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+    def test_an_encoder_that_nests_its_padded_batch_agrees_with_training(self):
+        model = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True), 2)
+        x, padding = torch.randn(3, 5, 8), torch.zeros(3, 5, dtype=torch.bool)
+        padding[0, 3:] = True
+        qsam.quantize_(model)
+        qsam.calibrate(model, [{"src": x, "src_key_padding_mask": padding}])
+        trained = model(x, src_key_padding_mask=padding).detach()
+        with torch.no_grad():
+            evaluated = model.eval()(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(trained[~padding], evaluated[~padding])
+
+
+class TestCalibrate:
+    @pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"input": x}])
+    def test_batches_are_tensors_tuples_lists_or_dicts(self, model, x, form):
+        qsam.quantize_(model)
+        qsam.calibrate(model, (form(batch) for batch in x.split(2)))
+        assert all(q.calibrated for q in quantizers(model))
+
+    def test_the_scale_is_that_of_all_batches(self, model, x):
+        qsam.quantize_(model, init="absmax")
+        qsam.calibrate(model, x.split(1))
+        q = model[0].input_quantizer
+        torch.testing.assert_close(q.scale.item(), x.abs().max().item() / q.quant_max)
+
+    def test_inputs_are_observed_before_any_of_them_is_quantized(self, model, x):
+        plain = copy.deepcopy(model)
+        qsam.quantize_(model, init="absmax", activation_bits=2)
+        qsam.calibrate(model, [x])
+        hidden = plain[:4](x)
+        torch.testing.assert_close(model[4].input_quantizer.scale.item(), hidden.max().item() / 255)  # the head: 8 bits
+
+    def test_a_large_batch_is_sampled_evenly(self):
+        model = nn.Linear(768, 2)
+        qsam.quantize_(model, init="lsq")
+        x = torch.randn(2048, 768) * torch.where(torch.arange(768) % 24 == 0, 20.0, 1.0)
+        qsam.calibrate(model, [x])
+        q = model.input_quantizer
+        # Stride 24, which 2048 * 768 / 2^16 suggests, would see the large channels only: 11 times this.
+        assert q.scale.item() == pytest.approx(2 * x.abs().mean().item() / math.sqrt(q.quant_max), rel=0.05)
+
+    def test_the_extremes_of_a_large_batch_are_always_seen(self):
+        model = nn.Linear(8, 2)
+        qsam.quantize_(model, init="absmax")
+        x = torch.rand(2**15, 8)
+        x[12345, 3], x[321, 5] = 100.0, -1.0
+        qsam.calibrate(model, [x])
+        q = model.input_quantizer
+        assert q.signed
+        torch.testing.assert_close(q.scale.item(), 100 / q.quant_max)
+
+    def test_what_is_kept_of_many_batches_is_bounded(self):
+        model = nn.Linear(64, 2)
+        qsam.quantize_(model)
+        sizes = []
+
+        def batches():
+            for _ in range(24):
+                yield torch.randn(2**10, 64)
+                sizes.append(sum(map(len, model.input_quantizer.samples)))
+
+        qsam.calibrate(model, batches())
+        assert max(sizes) <= 2**20 < 24 * 2**16
+        assert model.input_quantizer.samples is None
+
+    def test_modes_are_restored(self, model, x):
+        qsam.quantize_(model)
+        model.train()
+        model[2].eval()
+        modes = [module.training for module in model.modules()]
+        qsam.calibrate(model, [x])
+        assert [module.training for module in model.modules()] == modes
+
+    def test_it_runs_in_eval_mode_without_gradient(self, x):
+        class Asserts(nn.Linear):
+            def forward(self, x):
+                assert not self.training and not torch.is_grad_enabled()
+                return super().forward(x)
+
+        model = nn.Sequential(Asserts(6, 6), nn.Dropout(0.5), nn.Linear(6, 6))
+        qsam.quantize_(model)
+        qsam.calibrate(model, [x])
+        assert torch.is_grad_enabled()
+
+    def test_a_failing_batch_leaves_modes_and_scales_as_they_were(self, model, x):
+        qsam.quantize_(model)
+        with pytest.raises(RuntimeError, match="shape"):
+            qsam.calibrate(model, [x, torch.randn(2, 5)])
+        assert all(module.training for module in model.modules())
+        assert all(q.samples is None and not q.calibrated for q in quantizers(model))
+
+    def test_inputs_that_no_batch_reaches_are_named(self, x):
+        class Half(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.used, self.unused = nn.Linear(6, 2), nn.Linear(6, 2)
+
+            def forward(self, x):
+                return self.used(x)
+
+        model = Half()
+        qsam.quantize_(model)
+        with pytest.raises(RuntimeError, match="no batch reached the input of 'unused': give batches that use it"):
+            qsam.calibrate(model, [x])
+        assert model.used.input_quantizer.calibrated
+
+    @pytest.mark.parametrize("batches", [[], iter(())])
+    def test_no_batch_is_refused(self, model, batches):
+        qsam.quantize_(model)
+        with pytest.raises(ValueError, match="`batches` is empty"):
+            qsam.calibrate(model, batches)
+
+    @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+    def test_data_that_is_not_finite_is_refused_with_the_path(self, model, x, poison):
+        qsam.quantize_(model)
+        bad = x.clone()
+        bad[1, 2] = poison
+        with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):
+            qsam.calibrate(model, [x, bad])
+        with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):
+            model(bad)
+        assert model[0].input_quantizer.signed is None
+        qsam.calibrate(model, [x])
+        assert model[0].input_quantizer.signed
+
+    def test_a_float_model_is_refused(self, model, x):
+        with pytest.raises(RuntimeError, match=r"calibrate needs a quantized model: call qsam.quantize_\(model\) first"):
+            qsam.calibrate(model, [x])
+
+    def test_a_compiled_model(self, model, x):
+        qsam.quantize_(model)
+        qsam.calibrate(torch.compile(model, backend="eager"), [x])
+        again = copy.deepcopy(model)
+        qsam.calibrate(again, [x])
+        assert all(torch.equal(a.scale, b.scale) for a, b in zip(quantizers(model), quantizers(again), strict=True))
+
+
+class TestSign:
+    def test_it_is_decided_by_the_data(self, calibrated):
+        assert [q.signed for q in quantizers(calibrated)] == [True, False, False]
+        assert [(q.quant_min, q.quant_max) for q in quantizers(calibrated)] == [(-128, 127), (0, 255), (0, 255)]
+
+    def test_calibrating_again_decides_again(self, calibrated, x):
+        qsam.calibrate(calibrated, [x.abs()])
+        assert not calibrated[0].input_quantizer.signed
+        qsam.calibrate(calibrated, [x])
+        assert calibrated[0].input_quantizer.signed
+
+    def test_calibrating_again_keeps_the_parameter(self, calibrated, x):
+        before = [q.scale for q in quantizers(calibrated)]
+        qsam.calibrate(calibrated, [3 * x])
+        assert all(q.scale is scale for q, scale in zip(quantizers(calibrated), before, strict=True))
+
+    def test_a_loaded_scale_without_its_sign_is_refused(self, calibrated, x):
+        other = mlp()
+        qsam.quantize_(other)
+        other.load_state_dict(calibrated.state_dict())
+        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded, .* spec=.* calibrate"):
+            other(x)
+        qsam.calibrate(other, [x])
+        assert torch.equal(other(x), calibrated(x))
+
+
+class TestFirstForward:
+    def test_in_training_mode_it_calibrates(self, model, x):
+        qsam.quantize_(model, init="absmax")
+        model(x)
+        q = model[0].input_quantizer
+        assert all(q.calibrated for q in quantizers(model))
+        torch.testing.assert_close(q.scale.item(), x.abs().max().item() / 127)
+
+    def test_later_ones_do_not(self, model, x):
+        qsam.quantize_(model)
+        model(x)
+        before = [q.scale.clone() for q in quantizers(model)]
+        model(100 * x)
+        assert all(torch.equal(q.scale, scale) for q, scale in zip(quantizers(model), before, strict=True))
+
+    @pytest.mark.parametrize("action", ["default", "always", "error"])
+    def test_in_eval_mode_it_passes_as_float_and_warns_once(self, model, x, action):
+        expected = model(x)
+        qsam.quantize_(model)
+        model.eval()
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter(action)
+            if action == "error":
+                with pytest.raises(UserWarning, match="the input of '0', and of every other layer"):
+                    model(x)
+            for _ in range(3):
+                assert torch.equal(model(x), expected)
+        assert len(seen) == (action != "error")
+        assert not any(q.calibrated for q in quantizers(model))
+
+    def test_the_warning_names_the_cure(self, model, x):
+        qsam.quantize_(model)
+        with pytest.warns(UserWarning, match=r"Call qsam.calibrate\(model, batches\), or run one forward in training mode"):
+            model.eval()(x)
+
+    def test_a_copy_warns_for_itself(self, model, x):
+        qsam.quantize_(model)
+        other = copy.deepcopy(model).eval()
+        for each in (model.eval(), other):
+            with pytest.warns(UserWarning, match="passes through in float"):
+                each(x)
+
+    def test_never_in_a_perturbed_pass(self, model, x):
+        qsam.quantize_(model)
+        with frozen(), pytest.warns(UserWarning, match="passes through in float"):
+            model(x)
+        assert not any(q.calibrated for q in quantizers(model))
+        model(x)
+        assert all(q.calibrated for q in quantizers(model))
+
+    def test_an_optimizer_calibrates_in_its_first_pass(self, model, x):
+        optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.1, rho=0.5)
+        with optimizer.first_pass():
+            model(x).sum().backward()
+        before = [q.scale.clone() for q in quantizers(model)]
+        with optimizer.perturbed():
+            model(x).sum().backward()
+        assert all(torch.equal(q.scale, scale) for q, scale in zip(quantizers(model), before, strict=True))
+
+
+class TestCopies:
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    def test_a_copy_runs_its_own_quantizers(self, calibrated, x, copied):
+        expected = calibrated(x)
+        other = copied(calibrated)
+        assert torch.equal(other(x), expected)
+        with torch.no_grad():
+            for q in quantizers(other):
+                q.scale.mul_(3)
+        assert torch.equal(calibrated(x), expected)
+        assert not torch.equal(other(x), expected)
+
+    def test_torch_save_keeps_the_quantizers(self, calibrated, x):
+        buffer = io.BytesIO()
+        torch.save(calibrated, buffer)
+        buffer.seek(0)
+        assert torch.equal(torch.load(buffer, weights_only=False)(x), calibrated(x))
+
+    def test_the_hook_is_a_function_of_the_module(self, calibrated):
+        (hook,) = calibrated[0]._forward_pre_hooks.values()
+        assert pickle.loads(pickle.dumps(hook)) is hook
+
+    @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
+    def test_casting_the_model_keeps_the_scales(self, calibrated, x, cast):
+        before = {name: value.clone() for name, value in calibrated.state_dict().items() if "quantizer" in name}
+        getattr(calibrated, cast)()
+        after = calibrated.state_dict()
+        assert all(after[name].dtype == torch.float32 and torch.equal(after[name], value) for name, value in before.items())
+        dtype = calibrated[0].weight.dtype
+        assert dtype != torch.float32
+        assert calibrated(x.to(dtype)).dtype == dtype
+
+
+class TestEngines:
+    def test_a_compiled_graph_is_whole(self, calibrated, x):
+        compiled = torch.compile(calibrated, backend="aot_eager", fullgraph=True)
+        inputs = [p for p in calibrated.parameters() if p.requires_grad]
+        for batch in (x, 2 * x):
+            expected, got = calibrated(batch), compiled(batch)
+            assert torch.equal(got, expected)
+            grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (expected, got)]
+            assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+    def test_inductor_agrees(self, calibrated, x):
+        torch.testing.assert_close(torch.compile(calibrated, fullgraph=True)(x), calibrated(x))
+
+    def test_compiled_attention_is_whole(self):
+        model, x = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4)
+        qsam.quantize_(model)
+        expected = model(x, x, x)[0]
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x, x, x)[0], expected)
+        assert torch.equal(compiled(query=x, key=x, value=x)[0], expected)
+
+    def test_a_graph_compiled_before_quantize_is_not_used_after_it(self, model, x):
+        compiled = torch.compile(model, backend="eager")
+        expected = compiled(x)
+        qsam.quantize_(model, **INPUTS_ONLY)
+        qsam.calibrate(model, [x])
+        assert torch.equal(compiled(x), model(x))
+        assert not torch.equal(compiled(x), expected)
+        qsam.dequantize_(model)
+        assert torch.equal(compiled(x), expected)
+
+    def test_a_graph_of_another_model_with_the_same_code_is_not_used(self, model, x):
+        torch.compile(copy.deepcopy(model), backend="eager")(x)
+        qsam.quantize_(model)
+        qsam.calibrate(model, [x])
+        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
+
+    def test_calibrating_a_compiled_model_takes_effect(self, model, x):
+        qsam.quantize_(model)
+        compiled = torch.compile(model.eval(), backend="eager")
+        with torch.no_grad(), pytest.warns(UserWarning, match="passes through in float"):
+            compiled(x)
+        qsam.calibrate(model, [x])
+        assert torch.equal(compiled(x), model(x))
+
+    def test_per_sample_gradients(self, calibrated, x):
+        parameters = {name: p.detach() for name, p in calibrated.named_parameters()}
+
+        def loss(parameters, sample):
+            return torch.func.functional_call(calibrated, parameters, (sample[None],)).square().sum()
+
+        got = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, x)
+        for i, sample in enumerate(x):
+            expected = torch.func.grad(loss)(parameters, sample)
+            for name, value in expected.items():
+                torch.testing.assert_close(got[name][i], value)  # a batched matmul adds in another order
+
+    def test_export(self, calibrated, x):
+        exported = torch.export.export(calibrated.eval(), (x,)).module()
+        assert torch.equal(exported(x), calibrated(x))
+        assert torch.equal(exported(3 * x), calibrated(3 * x))
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    @pytest.mark.parametrize("fresh", [False, True], ids=["calibrated", "first forward"])
+    def test_activation_checkpointing_changes_nothing(self, model, x, reentrant, fresh):
+        qsam.quantize_(model)
+        if not fresh:
+            qsam.calibrate(model, [x])
+        other = copy.deepcopy(model)
+        x = x.requires_grad_()
+        model(x).square().sum().backward()
+        checkpoint(other, x, use_reentrant=reentrant).square().sum().backward()
+        for p, q in zip(model.parameters(), other.parameters(), strict=True):
+            assert torch.equal(p, q)
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+def run_rank(rank, path):
+    """One of two processes of test_a_first_forward_under_ddp_sets_the_same_scales."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
+    qsam.quantize_(model, init="absmax")
+    data = torch.rand(2, 4, 6)
+    data[1] -= 0.5  # negative in one process only
+    nn.parallel.DistributedDataParallel(model)(data[rank]).sum().backward()
+    first = model[0].input_quantizer
+    expected = data.abs().amax(dim=(1, 2)).mean() / 127
+    torch.testing.assert_close(first.scale.detach(), expected[None])
+    for q in quantizers(model):
+        everywhere = [torch.zeros(1), torch.zeros(1)]
+        distributed.all_gather(everywhere, q.scale.detach())
+        assert torch.equal(*everywhere)
+        assert q.signed
+    bad = copy.deepcopy(model[0])
+    bad.input_quantizer.calibrated = False
+    wrapped = nn.parallel.DistributedDataParallel(bad)
+    with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):  # in both, or one would wait for ever
+        wrapped(data[rank] / (torch.arange(2)[rank]))
+    distributed.destroy_process_group()
+
+
+def test_a_first_forward_under_ddp_sets_the_same_scales(tmp_path):
+    torch.multiprocessing.spawn(run_rank, args=(tmp_path / "store",), nprocs=2)
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group(
+        "gloo", store=distributed.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=60)
+    )
+    yield
+    distributed.destroy_process_group()
+
+
+class TestSharded:
+    """FSDP2 gathers copies of the scales for the forward: what is written to them is lost."""
+
+    @pytest.fixture
+    def shard(self, process_group):
+        mesh = distributed.init_device_mesh("cpu", (1,))
+        return lambda module: distributed.fsdp.fully_shard(module, mesh=mesh)
+
+    def test_a_first_forward_is_refused(self, model, x, shard):
+        qsam.quantize_(model)
+        shard(model)
+        with pytest.raises(RuntimeError, match=r"input of '0' has no scale yet, and under FSDP2 .* before fully_shard"):
+            model(x)
+
+    def test_calibrate_is_refused(self, model, x, shard):
+        qsam.quantize_(model)
+        shard(model)
+        with pytest.raises(RuntimeError, match="sharded already, and its scales with it: call calibrate before fully_shard"):
+            qsam.calibrate(model, [x])
+
+    def test_quantize_is_refused(self, model, shard):
+        shard(model)
+        with pytest.raises(RuntimeError, match="sharded already: call quantize_ before fully_shard"):
+            qsam.quantize_(model)
+
+    def test_a_calibrated_model_runs_as_before(self, calibrated, x, shard):
+        expected = calibrated(x)
+        shard(calibrated)
+        assert torch.equal(calibrated(x), expected)
+
+    def test_another_model_is_not_concerned(self, model, x, shard):
+        shard(mlp())
+        qsam.quantize_(model)
+        model(x)
+        assert all(q.calibrated for q in quantizers(model))
