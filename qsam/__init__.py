@@ -9,6 +9,7 @@ The optimizer owns the full-precision weights; the model always holds the weight
 from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.coverage import Coverage
+from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 
@@ -24,9 +25,12 @@ __all__ = [
     "SQuAT",
     "calibrate",
     "dequantize_",
+    "hessian_top_eigenvalue",
     "list_quantizers",
+    "loss_slice",
     "presets",
     "quantize_",
     "register_quantizer",
+    "sharpness",
     "write_",
 ]

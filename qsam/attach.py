@@ -55,6 +55,9 @@ def quantize_(
     layers are quantized; an input convolution and the head get 8 bits; embeddings, norms, biases, position tables
     and LoRA factors stay float. The result lists every one of them with its reason.
 
+    Graphs that ``torch.compile`` made before are dropped, for they would not see the hooks. ``torch.jit.script`` does
+    not take a model with these hooks; ``torch.export`` does.
+
     Args:
         model: Any module; its Parameters keep identity, address and name.
         weights: A registered quantizer for the weights, or None for float.

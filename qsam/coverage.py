@@ -244,7 +244,7 @@ def _table(coverage: Coverage) -> Iterator[str]:
     lines = [("parameter", "shape", "weight", "input", ""), *_merged(_rows(coverage))]
     small = sum(len(row.shape) < 2 for row in coverage.weights)
     if small:
-        lines.append((f"{small} vectors and scalars", "", "float", "", "biases, norms: fewer than two dimensions"))
+        lines.append((f"vectors and scalars ({small})", "", "float", "", "biases, norms: fewer than two dimensions"))
     name, shape, weight, given, _ = (max(map(len, column)) for column in zip(*lines, strict=True))
     for line in lines:
         a, b, c, d, note = line

@@ -88,15 +88,13 @@ class _FakeQuantize(torch.autograd.Function):
         return codes.mul_(positive(scale).to(codes.dtype)).to(x.dtype)
 
     @staticmethod
-    def setup_context(
-        ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor
-    ) -> None:
+    def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
         """Keep what the backward needs."""
         x, scale, *ctx.limits = inputs  # type: ignore[attr-defined]
         ctx.save_for_backward(x, scale)
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:  # type: ignore[override]
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         quant_min, quant_max, grad_scale = ctx.limits  # type: ignore[attr-defined]
@@ -141,13 +139,13 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
         >>> x = torch.tensor([0.3, 7.2]).requires_grad_()
         >>> s = torch.ones(1).requires_grad_()
         >>> fake_quantize(x, s, -8, 7).sum().backward()
-        >>> x.grad, s.grad          # (0 - .3) + 7: the entry at 7.2 is clipped although it rounds to 7
+        >>> x.grad, s.grad  # (0 - .3) + 7: the entry at 7.2 is clipped although it rounds to 7
         (tensor([1., 0.]), tensor([6.7000]))
 
     References:
         Esser et al., ICLR 2020, Eq 1-3 and section 2.2.
     """
-    return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return, no-untyped-call]
+    return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
 
 
 def lsq_grad_scale(count: int, quant_max: int) -> float:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qsam.attach import coverage_of, quantize_
-from qsam.coverage import Coverage, owner_of, set_owner
+from qsam.coverage import Coverage, Input, Weight, owner_of, set_owner
 from qsam.functional import wide_dtype
 from qsam.policy import unwrap_model
 from qsam.quantizers import Identity, Noise, Quantizer
@@ -92,16 +92,20 @@ class Latents:
         self.coverage = coverage
         self.slots: list[Slot] = []
         self._seen: list[tuple[Any, ...]] = []
-        self._suspects: list[Tensor] = []
+        self._suspects: list[tuple[str, Tensor]] = []
         self.noisy = False
-        self.noises = _noises(coverage)
-        if coverage is None:
-            return
-        if owner_of(coverage) is not None:
+        self.noises: list[Noise] = []
+        self._input_noises: list[Noise] = []
+        if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
                 "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
             )
+        self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
+        if coverage is None:
+            return
         self.slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
+        self._input_noises = list(_streams(coverage.inputs))
+        self.noises = [*_streams(coverage.quantized), *self._input_noises]
         self.claim(owner)
         self._say_if_on_grid()
         self.write()
@@ -119,7 +123,7 @@ class Latents:
                 del self.root._state_dict_pre_hooks[key]
         if self.coverage is not None:
             set_owner(self.coverage, None)
-        self.slots, self.noises = [], []
+        self.slots, self.noises, self._input_noises = [], [], []
 
     @torch.no_grad()
     def write(self) -> None:
@@ -145,6 +149,14 @@ class Latents:
             slot.latent.copy_(slot.parameter)
         self._suspects.clear()
         self.write()
+
+    @torch.no_grad()
+    def take_frozen(self, slot: Slot, saved: Tensor | None) -> None:
+        """Set the latent of a weight that no group holds: as saved, else from a p that was loaded since."""
+        if saved is not None:
+            slot.latent.copy_(saved)
+        elif not _same(slot.parameter, slot.quantized()):
+            slot.latent.copy_(slot.parameter)
 
     def open_block(self, name: str) -> None:
         """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
@@ -183,11 +195,9 @@ class Latents:
                 noise.on = on
 
     def move_input_noise(self) -> None:
-        """Go on to the next draw of the inputs' noise: ``update`` does it for the weights', but there is no w here."""
-        weights = {id(noise) for slot in self.slots for noise in slot.quantizer.modules()}
-        for noise in self.noises:
-            if id(noise) not in weights:
-                noise.advance()
+        """Go on to the next draw of the inputs' noise; the weights' is moved by ``update``, and here there is no w."""
+        for noise in self._input_noises:
+            noise.advance()
 
     def check(self) -> None:
         """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`.
@@ -197,24 +207,31 @@ class Latents:
         Raises:
             RuntimeError: the model's weights are not the Q(w) that were left there.
         """
-        late = [bool(flag) for flag in self._suspects]
+        late = [path for path, flag in self._suspects if bool(flag)]
         self._suspects.clear()
         changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
-        foreign = [slot.path for slot in changed if not _same(slot.parameter, slot.quantized())]
-        if foreign or any(late):
-            where = f"{foreign[0]!r} and {len(foreign) - 1} more" if len(foreign) > 1 else repr(foreign[0] if foreign else "a weight")
+        foreign = list(dict.fromkeys([s.path for s in changed if not _same(s.parameter, s.quantized())] + late))
+        if foreign:
+            where = repr(foreign[0]) + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
             raise RuntimeError(
                 f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
                 "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
             )
         self._seen = [slot.fingerprint() for slot in self.slots] if changed else self._seen
 
-    def pull_back(self, slot: Slot, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    @torch.no_grad()
+    def compare(self) -> None:
+        """Note whether each p holds Q(w), for a step whose perturbed pass writes p before the pull-back compares it."""
+        for slot in self.slots:
+            self._note_value(slot, slot.quantized())
+
+    def pull_back(self, slot: Slot, grad: Tensor, *, compare: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the VJP of Q at (w, parameters) applied to ``grad``; at w + e where ``slot.shift`` holds an e.
 
         Args:
             slot: The weight; p holds Q(w).
             grad: dL/dQ, of the shape of p.
+            compare: Whether p should hold Q(w) now, so that the guard may compare the two.
 
         Returns:
             dw in the latent's dtype, and the gradient of each Parameter of the quantizer by name.
@@ -223,14 +240,16 @@ class Latents:
             TypeError: a sparse gradient.
         """
         if grad.is_sparse:
-            raise TypeError(f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False.")
+            raise TypeError(
+                f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False."
+            )
         point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
         w = point.requires_grad_()
         leaves = {name: p.detach().requires_grad_() for name, p in slot.quantizer.named_parameters()}
         with torch.enable_grad(), self._drawing() if self.noisy else contextlib.nullcontext():
             out = functional_call(slot.quantizer, leaves, (w,))
         grads = torch.autograd.grad(out, [w, *leaves.values()], grad.to(out.dtype), materialize_grads=True)
-        if slot.shift is None:
+        if compare and slot.shift is None:
             self._note_value(slot, slot.quantized() if self.noisy else out.detach())
         return grads[0], dict(zip(leaves, grads[1:], strict=True))
 
@@ -241,7 +260,7 @@ class Latents:
         """
         p = slot.parameter.detach()
         same = out.to(p.dtype) == p
-        self._suspects.append((~same & ~torch.isnan(p)).any())
+        self._suspects.append((slot.path, (~same & ~torch.isnan(p)).any()))
 
     def _say_if_on_grid(self) -> None:
         rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity) and bool(slot.latent.any())]
@@ -267,7 +286,9 @@ def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
     coverage = coverage_of(unwrap_model(model))
     if not wanted:
         if coverage is not None:
-            raise RuntimeError("SAM trains a float model, and this one is quantized: use JointSAM or SAQ, or dequantize_ it.")
+            raise RuntimeError(
+                "SAM trains a float model, and this one is quantized: use JointSAM or SAQ, or dequantize_ it."
+            )
         return None
     if coverage is None:
         coverage = quantize_(model)
@@ -339,12 +360,11 @@ def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> Iterator[Scal
                 yield ScaleSlot(f"{path}.{attr}", quantizer, attr)
 
 
-def _noises(coverage: Coverage | None) -> list[Noise]:
-    """Return the streams of noise of all quantizers, the weights' and the inputs'."""
-    if coverage is None:
-        return []
-    owners = (row.quantizer for row in (*coverage.quantized, *coverage.inputs) if row.quantizer is not None)
-    return [module for owner in owners for module in owner.modules() if isinstance(module, Noise)]
+def _streams(rows: Iterable[Weight | Input]) -> Iterator[Noise]:
+    """Yield the streams of noise that the quantizers of these rows hold."""
+    for row in rows:
+        if row.quantizer is not None:
+            yield from (module for module in row.quantizer.modules() if isinstance(module, Noise))
 
 
 def _slot(path: str, module: nn.Module, attr: str) -> Slot:
@@ -364,4 +384,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
     block = vars(module).get(_BLOCK)
     if block is not None:
-        raise RuntimeError(f"model.state_dict() inside {block}() would save weights that are not Q(w): save outside the block.")
+        raise RuntimeError(
+            f"model.state_dict() inside {block}() would save weights that are not Q(w): save outside the block."
+        )

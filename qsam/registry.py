@@ -52,7 +52,8 @@ class Registry(Generic[T]):
             if name in self._classes:
                 owner = self._classes[name]
                 raise ValueError(
-                    f"The {self.kind} name {name!r} is taken by {owner.__module__}.{owner.__qualname__}: choose another."
+                    f"The {self.kind} name {name!r} is taken by "
+                    f"{owner.__module__}.{owner.__qualname__}: choose another."
                 )
             if self._check is not None:
                 self._check(cls)

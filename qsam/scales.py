@@ -39,7 +39,9 @@ def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Te
         tensor([1.])
     """
     if init not in INIT_RULES:
-        raise ValueError(f"`init` must be one of {', '.join(INIT_RULES)}, got {init!r}.{nearest(str(init), list(INIT_RULES))}")
+        raise ValueError(
+            f"`init` must be one of {', '.join(INIT_RULES)}, got {init!r}.{nearest(str(init), list(INIT_RULES))}"
+        )
     rows = rows.detach().to(torch.float64)  # in which 1e-45 is still a normal number
     largest = rows.abs().amax(dim=1, keepdim=True) if rows.numel() else rows.new_zeros(rows.shape[0], 1)
     if not bool(torch.isfinite(largest).all()):
@@ -53,7 +55,8 @@ def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Te
 
 
 def _lsq(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    return 2 * rows.abs().mean(dim=1) / quant_max**0.5
+    mean: Tensor = rows.abs().mean(dim=1)
+    return mean * (2 / float(quant_max) ** 0.5)
 
 
 def _absmax(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:

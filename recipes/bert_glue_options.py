@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -149,6 +150,8 @@ def _check(options: Options) -> None:
         raise ValueError(f"`--holdout` must be a fraction between 0 and 1, got {options.holdout}.")
     if options.max_length < 8:
         raise ValueError(f"`--max-length` must be at least 8, got {options.max_length}.")
+    if options.tag is not None and not re.fullmatch(r"[\w.=-]+", options.tag):
+        raise ValueError(f"`--tag` must be letters, digits and . _ = - only, got {options.tag!r}.")
     if any(seed < 0 for seed in options.seed):
         raise ValueError(f"`--seed` must not be negative, got {options.seed}.")
 

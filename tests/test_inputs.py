@@ -173,7 +173,7 @@ class TestRecurrent:
         layer = nn.LSTM(6, 4)
         qsam.quantize_(layer)
         packed = pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([7, 4, 2]))
-        with pytest.raises(RuntimeError, match="no batch reached the input of the model itself: .*PackedSequence"):
+        with pytest.raises(RuntimeError, match=r"no batch reached the input of the model itself: .*PackedSequence"):
             qsam.calibrate(layer, [{"input": packed}])
 
 
@@ -187,13 +187,14 @@ class Spy:
         self.seen = [*args, *kwargs.values()]
 
 
-class TestAttention:
-    CALLS = {
-        "by position": lambda layer, q, k, v: layer(q, k, v),
-        "by keyword": lambda layer, q, k, v: layer(query=q, key=k, value=v),
-        "mixed": lambda layer, q, k, v: layer(q, value=v, key=k),
-    }
+CALLS = {
+    "by position": lambda layer, q, k, v: layer(q, k, v),
+    "by keyword": lambda layer, q, k, v: layer(query=q, key=k, value=v),
+    "mixed": lambda layer, q, k, v: layer(q, value=v, key=k),
+}
 
+
+class TestAttention:
     @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
     @pytest.mark.parametrize("dims", [{}, {"kdim": 6, "vdim": 10}], ids=["one size", "three sizes"])
     def test_query_key_and_value_are_quantized(self, call, dims):
@@ -377,7 +378,9 @@ class TestCalibrate:
         assert model[0].input_quantizer.signed
 
     def test_a_float_model_is_refused(self, model, x):
-        with pytest.raises(RuntimeError, match=r"calibrate needs a quantized model: call qsam.quantize_\(model\) first"):
+        with pytest.raises(
+            RuntimeError, match=r"calibrate needs a quantized model: call qsam.quantize_\(model\) first"
+        ):
             qsam.calibrate(model, [x])
 
     def test_a_compiled_model(self, model, x):
@@ -408,7 +411,7 @@ class TestSign:
         other = mlp()
         qsam.quantize_(other)
         other.load_state_dict(calibrated.state_dict())
-        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded, .* spec=.* calibrate"):
+        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded, .*spec=.*calibrate"):
             other(x)
         qsam.calibrate(other, [x])
         assert torch.equal(other(x), calibrated(x))
@@ -446,7 +449,9 @@ class TestFirstForward:
 
     def test_the_warning_names_the_cure(self, model, x):
         qsam.quantize_(model)
-        with pytest.warns(UserWarning, match=r"Call qsam.calibrate\(model, batches\), or run one forward in training mode"):
+        with pytest.warns(
+            UserWarning, match=r"Call qsam.calibrate\(model, batches\), or run one forward in training mode"
+        ):
             model.eval()(x)
 
     def test_a_copy_warns_for_itself(self, model, x):
@@ -501,7 +506,9 @@ class TestCopies:
         before = {name: value.clone() for name, value in calibrated.state_dict().items() if "quantizer" in name}
         getattr(calibrated, cast)()
         after = calibrated.state_dict()
-        assert all(after[name].dtype == torch.float32 and torch.equal(after[name], value) for name, value in before.items())
+        assert all(
+            after[name].dtype == torch.float32 and torch.equal(after[name], value) for name, value in before.items()
+        )
         dtype = calibrated[0].weight.dtype
         assert dtype != torch.float32
         assert calibrated(x.to(dtype)).dtype == dtype
@@ -517,6 +524,7 @@ class TestEngines:
             grads = [torch.autograd.grad(out.square().sum(), inputs) for out in (expected, got)]
             assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
+    @pytest.mark.long
     def test_inductor_agrees(self, calibrated, x):
         torch.testing.assert_close(torch.compile(calibrated, fullgraph=True)(x), calibrated(x))
 
@@ -606,11 +614,14 @@ def run_rank(rank, path):
     bad = copy.deepcopy(model[0])
     bad.input_quantizer.calibrated = False
     wrapped = nn.parallel.DistributedDataParallel(bad)
-    with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):  # in both, or one would wait for ever
+    with pytest.raises(
+        ValueError, match="the input of '0' holds NaN or infinity"
+    ):  # in both, or one would wait for ever
         wrapped(data[rank] / (torch.arange(2)[rank]))
     distributed.destroy_process_group()
 
 
+@pytest.mark.long
 def test_a_first_forward_under_ddp_sets_the_same_scales(tmp_path):
     torch.multiprocessing.spawn(run_rank, args=(tmp_path / "store",), nprocs=2)
 
@@ -622,6 +633,16 @@ def process_group():
     )
     yield
     distributed.destroy_process_group()
+
+
+def test_a_first_forward_under_ddp_is_that_of_the_model_alone_in_one_process(model, x, process_group):
+    qsam.quantize_(model)
+    alone = copy.deepcopy(model)
+    alone(x)
+    nn.parallel.DistributedDataParallel(model)(x)
+    for q, expected in zip(quantizers(model), quantizers(alone), strict=True):
+        assert q.signed == expected.signed
+        assert torch.equal(q.scale, expected.scale)
 
 
 class TestSharded:
@@ -641,7 +662,9 @@ class TestSharded:
     def test_calibrate_is_refused(self, model, x, shard):
         qsam.quantize_(model)
         shard(model)
-        with pytest.raises(RuntimeError, match="sharded already, and its scales with it: call calibrate before fully_shard"):
+        with pytest.raises(
+            RuntimeError, match="sharded already, and its scales with it: call calibrate before fully_shard"
+        ):
             qsam.calibrate(model, [x])
 
     def test_quantize_is_refused(self, model, shard):

@@ -104,7 +104,7 @@ def test_settings_leave_out_what_a_quantizer_refuses():
     assert Setting("per_channel", "per_tensor", True) not in SETTINGS
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("setting", LSQ_SETTINGS, ids=str)
 @given(data=st.data())
 def test_cases_can_be_built(setting, data):
     case = data.draw(cases(setting))

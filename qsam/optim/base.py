@@ -1,7 +1,7 @@
 """The optimizer round an optimizer: its passes, its step, and what a torch Optimizer must be able to do.
 
-The base optimizer steps the latents; the scales have an optimizer of their own; the model holds Q(w) outside the blocks.
-A method says in its own file how passes and updates follow each other.
+The base optimizer steps the latents; the scales have an optimizer of their own; outside the blocks the model holds
+Q(w). A method says in its own file how passes and updates follow each other.
 """
 
 from __future__ import annotations
@@ -68,11 +68,15 @@ class QuantizedOptimizer(Passes, Optimizer):
         coverage = coverage_for(model, self.quantizes)
         self.latents_of = Latents(model, self, coverage)
         try:
-            self.base = build_base(type(self).__name__, base, self.latents_of, params, arguments, ours)
+            self.base = build_base(
+                type(self).__name__, base, self.latents_of, params=params, arguments=arguments, ours=ours
+            )
             weights, inputs = scale_tensors(coverage)
             self.scale_slots: list[ScaleSlot] = [*weights, *inputs]
             slots = self.latents_of.slots
-            self.scale_base = build_scale_optimizer(weights, inputs, scale_lr, scale_optimizer, self.base, slots)
+            self.scale_base = build_scale_optimizer(
+                weights, inputs, scale_lr=scale_lr, scale_optimizer=scale_optimizer, base=self.base, slots=slots
+            )
         except BaseException:
             self.latents_of.release()
             raise
@@ -87,12 +91,13 @@ class QuantizedOptimizer(Passes, Optimizer):
         if self.scale_base is not None:
             self.param_groups += [self._public_group(group) for group in self.scale_base.param_groups]
         self.param_groups[0].update(qsam_step=0, qsam_phase=0, qsam_quantizers=self._describe_quantizers())
+        self._state_created = False
         self._start_passes()
         self.scales = ScaleFacade(self)
 
     # --- the step -----------------------------------------------------------------------------------------------
 
-    def step(self, closure: Closure | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Closure | None = None) -> Any:
         """Take one step.
 
         Args:
@@ -110,14 +115,18 @@ class QuantizedOptimizer(Passes, Optimizer):
             self._clear_gradients()
             with torch.enable_grad():
                 return self._run(closure)
-        if not self._passes_made and packing.all_lr_zero(self.param_groups) and packing.no_gradient_but_zeros(self.param_groups):
+        if (
+            not self._passes_made
+            and packing.all_lr_zero(self.param_groups)
+            and packing.no_gradient_but_zeros(self.param_groups)
+        ):
             return self._create_state()
         if not self._has_gradients():
             raise RuntimeError("step() found no gradient: run a new backward before each step.")
         if self.perturbation is not None and not self._perturbed and self.perturbation.passes(self.steps):
             self._say_once(
-                f"{type(self).__name__}.step() without first_pass() and perturbed() is a plain QAT step. A framework that "
-                "does not hand its closure on (Lightning with 16-mixed, AcceleratedOptimizer) does this."
+                f"{type(self).__name__}.step() without first_pass() and perturbed() is a plain QAT step. A "
+                "framework that does not hand its closure on (Lightning with 16-mixed, AcceleratedOptimizer) does this."
             )
         self._finish_step()
         return None
@@ -128,22 +137,23 @@ class QuantizedOptimizer(Passes, Optimizer):
 
     def _finish_step(self) -> None:
         """Update from the gradients in place: w and s together, in a method that does not alternate."""
+        if self.latents_of.noises and not self.latents_of.noisy:
+            self._say_once(
+                "noise quantizers draw inside first_pass(), perturbed(), scale_phase() and "
+                "step(closure) only: this step's "
+                "gradients were taken at the rounded weights."
+            )
         self._update(weights=True, scales=True)
-
-    @property
-    def steps(self) -> int:
-        """Number of steps of the weights so far."""
-        return int(self.param_groups[0]["qsam_step"])
 
     @torch.no_grad()
     def _update(self, *, weights: bool, scales: bool) -> None:
         """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
         latents = self.latents_of
         latents.check()
-        if weights and self.perturbation is not None:
-            self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
-        scale_grads = self._pull_back()
         try:
+            if weights and self.perturbation is not None:
+                self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
+            scale_grads = self._pull_back()
             if weights:
                 self._step_base()
             if scales:
@@ -172,10 +182,16 @@ class QuantizedOptimizer(Passes, Optimizer):
     def _pull_back(self, keep: bool = False) -> dict[int, Tensor]:
         """Put dw on the latents and return the scales' gradients by the id of the scale."""
         grads: dict[int, Tensor] = {}
+        owned = {id(p) for p in self._parameters()}
         for slot in self.latents_of.slots:
             p = slot.parameter
             if p.grad is None:
                 continue
+            if id(p) not in owned:
+                raise RuntimeError(
+                    f"the quantized weight {slot.path!r} has a gradient, but its Parameter is in no group: it was unfrozen "
+                    "(call add_param_group), or replaced (build the optimizer afterwards)."
+                )
             dw, ds = self.latents_of.pull_back(slot, p.grad)
             slot.latent.grad = dw if self.ste == "clipped" else p.grad.to(dw.dtype)
             for name, gradient in ds.items():
@@ -235,8 +251,10 @@ class QuantizedOptimizer(Passes, Optimizer):
             slot.latent.grad = torch.zeros_like(slot.latent)
         with pointed_at_latents(self.base, self.latents_of):
             self.base.step()
+        self._step_scales({id(s.parameter): torch.zeros_like(s.parameter) for s in self.scale_slots})
         for slot in self.latents_of.slots:
             slot.latent.grad = None
+        self._state_created = True
 
     # --- what users read and do ---------------------------------------------------------------------------------
 
@@ -285,10 +303,10 @@ class QuantizedOptimizer(Passes, Optimizer):
     # --- a torch Optimizer --------------------------------------------------------------------------------------
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
-        if self.base.state:
+        if self.base.state or self._state_created or self.steps:  # plain SGD never has a state of its own
             entries = self._entries()
             for group in self.param_groups:
                 merged.update({p: entries[id(p)] for p in group["params"] if entries[id(p)]})
@@ -322,12 +340,16 @@ class QuantizedOptimizer(Passes, Optimizer):
             own = self.base.state_dict()
         if set(own) != {"state", "param_groups"}:
             packed["qsam_base"] = own
-        for hook in self._optimizer_state_dict_post_hooks.values():
-            packed = hook(self, packed) or packed
+        owned = {id(p) for p in self._parameters()}
+        frozen = {s.path: s.latent.detach() for s in self.latents_of.slots if id(s.parameter) not in owned}
+        if frozen:
+            packed["qsam_frozen"] = frozen
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = post_hook(self, packed) or packed
         return packed
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, or a bare base optimizer's. Load the model first, then this.
 
         The latents win over the model's weights and are written. A bare checkpoint has none: they start from the
@@ -340,7 +362,7 @@ class QuantizedOptimizer(Passes, Optimizer):
         self._refuse_inside_block("load_state_dict")
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict  # type: ignore[func-returns-value]
+            state_dict = hook(self, state_dict) or state_dict
         if packing.is_plain(state_dict):
             self._load_plain(state_dict)
         else:
@@ -363,9 +385,11 @@ class QuantizedOptimizer(Passes, Optimizer):
                 group["params"] = self.param_groups[i]["params"]
         by_parameter = {id(slot.parameter): slot for slot in self.latents_of.slots}
         for p, value in found:
-            by_parameter[id(p)].latent.copy_(value)
+            by_parameter.pop(id(p)).latent.copy_(value)
         for s, value in scales:
             s.copy_(value)
+        for slot in by_parameter.values():
+            self.latents_of.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
         set_input_signs(self.coverage, self.param_groups[0].get("qsam_input_signs", {}))
         self._load_memories(state_dict)
         self.latents_of.write()
@@ -454,9 +478,14 @@ class QuantizedOptimizer(Passes, Optimizer):
         return bool(self.base.param_groups[0].get("maximize", False))
 
     def _describe_quantizers(self) -> dict[str, str]:
-        return {
-            slot.path: f"{type(slot.quantizer).__name__}({slot.quantizer.extra_repr()})" for slot in self.latents_of.slots
+        found = {
+            slot.path: f"{type(slot.quantizer).__name__}({slot.quantizer.extra_repr()})"
+            for slot in self.latents_of.slots
         }
+        for row in self.coverage.inputs if self.coverage is not None else ():
+            if row.quantizer is not None:  # its sign is not part of its identity: the first batch decides it
+                found[f"{row.name}.input".lstrip(".")] = f"{type(row.quantizer).__name__}(bits={row.quantizer.bits})"
+        return found
 
 
 class ScaleFacade(Optimizer):
@@ -488,7 +517,9 @@ class ScaleFacade(Optimizer):
 
 def _check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) -> None:
     if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}: the model comes first, then the optimizer.")
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}: the model comes first, then the optimizer."
+        )
     if ste not in ("clipped", "identity"):
         raise ValueError(f"`ste` must be 'clipped' or 'identity', got {ste!r}.")
     if rng not in ("shared", "independent"):

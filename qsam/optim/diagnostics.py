@@ -19,7 +19,7 @@ def noise_figures(latents: Latents) -> dict[str, float]:
     square, clipped, count = 0.0, 0, 0
     for slot in latents.slots:
         square += float(_noise(slot).square().sum())
-        passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent))
+        passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent), compare=False)
         clipped += int((passed == 0).sum())
         count += passed.numel()
     return {"quantization_noise_norm": square**0.5, "clipped_share": clipped / max(count, 1)}
@@ -29,8 +29,8 @@ def noise_figures(latents: Latents) -> dict[str, float]:
 def perturbation_figures(latents: Latents) -> dict[str, float]:
     """Return what only exists inside a perturbed pass: the cosine of noise and e, and the share of codes e flips.
 
-    ``flipped_share`` is how many of the Q(w + e) differ from Q(w), whether or not the method quantizes the sum: where it
-    is near 0, a perturbation inside the quantizer (SAQ's case 2) diminishes.
+    ``flipped_share`` is how many of the Q(w + e) differ from Q(w), whether or not the method quantizes the sum. Where
+    it is near 0, a perturbation inside the quantizer (SAQ's case 2) diminishes.
     """
     dot, noise_square, e_square, flipped, count = 0.0, 0.0, 0.0, 0, 0
     for slot in latents.slots:
@@ -49,7 +49,8 @@ def perturbation_figures(latents: Latents) -> dict[str, float]:
 
 
 def _noise(slot: Slot) -> Tensor:
-    return slot.quantizer(slot.latent.detach()) - slot.latent.detach()
+    quantized: Tensor = slot.quantizer(slot.latent.detach())
+    return quantized - slot.latent.detach()
 
 
 def _perturbation(slot: Slot) -> Tensor:

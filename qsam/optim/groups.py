@@ -18,7 +18,13 @@ Base = Optimizer | Callable[..., Optimizer]
 
 
 def build_base(
-    method: str, base: Base, latents: Latents, params: Iterable[Any] | None, arguments: dict[str, Any], ours: set[str]
+    method: str,
+    base: Base,
+    latents: Latents,
+    *,
+    params: Iterable[Any] | None,
+    arguments: dict[str, Any],
+    ours: set[str],
 ) -> Optimizer:
     """Return the base optimizer, its groups holding the model's Parameters without any scale.
 
@@ -38,7 +44,9 @@ def build_base(
     if isinstance(base, Optimizer):
         if arguments or params is not None:
             given = sorted(arguments) + (["params"] if params is not None else [])
-            raise TypeError(f"{method} was given an optimizer instance, which has its own groups and settings: drop {given}.")
+            raise TypeError(
+                f"{method} was given an optimizer instance, which has its own groups and settings: drop {given}."
+            )
         _strip_scales(base, scales)
     else:
         _check_arguments(method, base, arguments, ours)
@@ -68,14 +76,19 @@ def _refuse_unusable(method: str, base: Optimizer) -> None:
     """
     name = type(base).__name__
     if isinstance(base, SparseAdam):
-        raise TypeError("SparseAdam steps on sparse gradients only, and the gradient of a quantized weight is dense: use Adam.")
+        raise TypeError(
+            "SparseAdam steps on sparse gradients only, and the gradient of a quantized weight is dense: use Adam."
+        )
     if hasattr(base, "get_trace") or name.lower().startswith(("adahessian", "sophiah")):
         raise TypeError(
-            f"{name} differentiates the gradients once more (create_graph=True), and a pulled-back gradient has no graph: use "
+            f"{name} differentiates the gradients once more (create_graph=True), and a pulled-back "
+            "gradient has no graph: use "
             "a first-order optimizer."
         )
     if needs_closure(base) and method != "QAT":
-        raise TypeError(f"{name} calls its closure by itself, as often as it likes, so {method} cannot order its passes: use QAT.")
+        raise TypeError(
+            f"{name} calls its closure by itself, as often as it likes, so {method} cannot order its passes: use QAT."
+        )
 
 
 def _key_by_latents(base: Optimizer, latents: Latents) -> None:
@@ -143,15 +156,19 @@ def _check_owned(base: Optimizer, latents: Latents, scales: set[int]) -> None:
     for slot in latents.slots:
         if slot.parameter.requires_grad and id(slot.parameter) not in owned:
             raise RuntimeError(
-                f"the quantized weight {slot.path!r} is in no parameter group of the base optimizer: add it, or freeze it "
+                f"the quantized weight {slot.path!r} is in no parameter group of the base optimizer: "
+                "add it, or freeze it "
                 "with requires_grad_(False)."
             )
     missing = [
-        name for name, p in latents.root.named_parameters() if p.requires_grad and id(p) not in owned and id(p) not in scales
+        name
+        for name, p in latents.root.named_parameters()
+        if p.requires_grad and id(p) not in owned and id(p) not in scales
     ]
     if missing:
         warnings.warn(
-            f"{len(missing)} trainable parameters are in no group of the base optimizer and will not move: {missing[:8]}.",
+            f"{len(missing)} trainable parameters are in no group of the base optimizer and will not "
+            f"move: {missing[:8]}.",
             UserWarning,
             stacklevel=5,
         )

@@ -1,6 +1,6 @@
 """Joint SAM: SQuAT's ablation, in which w and s step together.
 
-    e = rho * g_Q / ||g_Q||;   h = dL/dQ at Q(w) + e;   dw = h (no clip mask),   ds = gs * <h, dQ/ds>
+e = rho * g_Q / ||g_Q||;   h = dL/dQ at Q(w) + e;   dw = h (no clip mask),   ds = gs * <h, dQ/ds>
 """
 
 from __future__ import annotations

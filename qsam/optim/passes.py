@@ -25,9 +25,13 @@ class Passes:
     latents_of: Latents
     base: Optimizer
     perturbation: Perturbation | None
-    steps: int
     param_groups: list[dict[str, Any]]
     rng: str
+
+    @property
+    def steps(self) -> int:
+        """Number of steps of the weights so far."""
+        return int(self.param_groups[0]["qsam_step"])
 
     def _start_passes(self) -> None:
         self._block: str | None = None
@@ -51,9 +55,11 @@ class Passes:
             RuntimeError: inside another block, or after somebody else wrote the weights.
         """
         self._refuse_inside_block("first_pass")
-        self.latents_of.check()
+        self._check_weights()
         self._note_random_start()
-        self._set_aside()
+        perturbed = self._perturbed
+        if self.perturbation is not None:  # without one, gradients add up as in any loop
+            self._set_aside()
         self._block, self._ascent_ready = "first_pass", False
         try:
             with self.latents_of.noise("first_pass"):
@@ -61,6 +67,7 @@ class Passes:
             self._ascent_ready = self._has_gradients()
         except BaseException:
             self._put_back()
+            self._perturbed = perturbed
             self._random_starts.pop()
             raise
         finally:
@@ -110,16 +117,18 @@ class Passes:
         self._refuse_inside_block("perturbed")
         if any(slot.shift is not None for slot in self.latents_of.slots):
             raise RuntimeError(
-                "a second perturbed() before step(): SAQ's case 2 pulls back at w + e, and each micro-batch has its own e. "
+                "a second perturbed() before step(): SAQ's case 2 pulls back at w + e, and each "
+                "micro-batch has its own e. "
                 "Accumulate inside one closure, or use case 3."
             )
         if self.perturbation.passes(self.steps) == 1:
             if not self._ascent_ready:
-                self.latents_of.check()
+                self._check_weights()
                 self._note_random_start()
         elif not (self._ascent_ready and self._has_gradients()):
             raise RuntimeError(
-                "perturbed() needs gradients of a first pass: run backward inside `with optimizer.first_pass():` before."
+                "perturbed() needs gradients of a first pass: run backward inside `with "
+                "optimizer.first_pass():` before."
             )
         return self.perturbation
 
@@ -161,6 +170,12 @@ class Passes:
 
     def _check_alternates(self, verb: str) -> None:
         raise RuntimeError(f"{type(self).__name__} steps weights and scales together: {verb}() belongs to SQuAT.")
+
+    def _check_weights(self) -> None:
+        """Refuse to start where somebody else wrote the weights; a write through ``.data`` shows at the update."""
+        self.latents_of.check()
+        if self.perturbation is not None:
+            self.latents_of.compare()
 
     def _note_random_start(self) -> None:
         """Remember the random state in which this batch is seen first, one a micro-batch."""

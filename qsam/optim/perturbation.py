@@ -1,6 +1,6 @@
 """The perturbation of a step: which tensors, when, how far, and back again.
 
-    e = rho * d / norm,    one norm over everything that is perturbed, in fp32
+e = rho * d / norm,    one norm over everything that is perturbed, in fp32
 """
 
 from __future__ import annotations
@@ -105,7 +105,9 @@ class Perturbation:
             if gradient is None or not self._selects(name, p, slot):
                 continue
             if gradient.is_sparse:
-                raise TypeError(f"{name!r} has a sparse gradient, which cannot be perturbed: build its module with sparse=False.")
+                raise TypeError(
+                    f"{name!r} has a sparse gradient, which cannot be perturbed: build its module with sparse=False."
+                )
             if slot is not None and self.masked and given is None:
                 gradient = latents.pull_back(slot, gradient)[0]
             key = p if slot is None else slot.latent
@@ -120,9 +122,7 @@ class Perturbation:
         return self.gather(latents, base_state, known)
 
     @torch.no_grad()
-    def apply(
-        self, ascents: Sequence[Ascent], rho_of: Callable[[nn.Parameter], float], sign: float, step: int
-    ) -> None:
+    def apply(self, ascents: Sequence[Ascent], rho_of: Callable[[nn.Parameter], float], sign: float, step: int) -> None:
         """Add ``e`` to every target.
 
         A zero or non-finite norm gives e = 0: the step is then the unperturbed one.
@@ -134,7 +134,10 @@ class Perturbation:
             step: Number of the step.
         """
         units = [_unit(a) if self.normalize_weights else None for a in ascents]
-        ascents = [a if u is None else dataclasses.replace(a, gradient=a.gradient * u) for a, u in zip(ascents, units, strict=True)]
+        ascents = [
+            a if u is None else dataclasses.replace(a, gradient=a.gradient * u)
+            for a, u in zip(ascents, units, strict=True)
+        ]
         directions, self.norm = self._directions(ascents, step)
         _clean_(directions, self.norm)
         self._float_copies = [(a.parameter, a.parameter.detach().clone()) for a in ascents if a.slot is None]

@@ -1,6 +1,6 @@
 """QAT: quantization-aware training, one pass a step.
 
-    g = dL/dQ at Q(w);   (dw, ds) = VJP of Q;   w and s step
+g = dL/dQ at Q(w);   (dw, ds) = VJP of Q;   w and s step
 """
 
 from __future__ import annotations

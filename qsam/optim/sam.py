@@ -1,6 +1,6 @@
 """SAM: sharpness-aware minimization of a float model.
 
-    e = rho * g / ||g||,   g = dL/dw at w;   h = dL/dw at w + e;   w steps with h
+e = rho * g / ||g||,   g = dL/dw at w;   h = dL/dw at w + e;   w steps with h
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
 """SAQ: sharpness-aware quantization, in its three cases.
 
-    case 1   L(Q(w) + e),   e = rho * M*g_Q / ||M*g_Q||      the perturbation ignores the noise
-    case 2   L(Q(w + e)),   e as in case 1                   the noise depends on the perturbation
-    case 3   L(Q(w) + e),   e = rho * g_Q / ||g_Q||          the perturbation depends on the noise: SAQ proper
+case 1   L(Q(w) + e),   e = rho * M*g_Q / ||M*g_Q||      the perturbation ignores the noise
+case 2   L(Q(w + e)),   e as in case 1                   the noise depends on the perturbation
+case 3   L(Q(w) + e),   e = rho * g_Q / ||g_Q||          the perturbation depends on the noise: SAQ proper
 
-    g_Q = dL/dQ at Q(w);  h the same gradient in the perturbed pass;  M the clip mask of the quantizer
-    dw = M(w) * h,   ds = gs * <h, dQ/ds(w, s)>   (case 2: M and dQ/ds at w + e);   w and s step together
+g_Q = dL/dQ at Q(w);  h the same gradient in the perturbed pass;  M the clip mask of the quantizer
+dw = M(w) * h,   ds = gs * <h, dQ/ds(w, s)>   (case 2: M and dQ/ds at w + e);   w and s step together
 """
 
 from __future__ import annotations

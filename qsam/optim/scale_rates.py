@@ -65,26 +65,27 @@ class BalancedSGD(Optimizer):
         for group in self.param_groups:
             for s in group["params"]:
                 if s.grad is not None:
-                    move = self._normalized(s) * s if group["normalized"] else s.grad
+                    move = self._normalized(s, s.grad) * s if group["normalized"] else s.grad
                     limit = MAX_RELATIVE_STEP * s.abs()
                     s.sub_(torch.clamp(group["lr"] * move, -limit, limit))
         return loss
 
-    def _normalized(self, s: Tensor) -> Tensor:
+    def _normalized(self, s: Tensor, grad: Tensor) -> Tensor:
         """Return ``ds / sqrt(v)``, after moving v."""
         state = self.state[s]
         if not state:
             state["step"] = torch.tensor(0.0)
             state["square"] = torch.zeros_like(s)
         state["step"] += 1
-        state["square"].lerp_(s.grad.square(), 1 - _AVERAGE)
-        size = (state["square"] / (1 - _AVERAGE ** float(state["step"]))).sqrt_()
-        return s.grad / size.clamp_min(torch.finfo(s.dtype).tiny)
+        state["square"].lerp_(grad.square(), 1 - _AVERAGE)
+        size: Tensor = (state["square"] / (1 - _AVERAGE ** float(state["step"]))).sqrt_()
+        return grad / size.clamp_min(torch.finfo(s.dtype).tiny)
 
 
 def build_scale_optimizer(
     weights: Sequence[ScaleSlot],
     inputs: Sequence[ScaleSlot],
+    *,
     scale_lr: ScaleRate,
     scale_optimizer: type[Optimizer],
     base: Optimizer,
@@ -111,7 +112,7 @@ def build_scale_optimizer(
         raise ValueError(
             f"scale_lr=None (balanced rates) goes with SGD; give `scale_lr` a number for {scale_optimizer.__name__}."
         )
-    extra = {}
+    extra: dict[str, Any] = {}
     if rates is None:
         scale_optimizer = BalancedSGD
         extra["normalized"], rate = balanced_rate(base, slots)
@@ -123,7 +124,7 @@ def build_scale_optimizer(
     ]
     if not groups:
         return None
-    optimizer = scale_optimizer(groups, **extra)  # type: ignore[call-arg]
+    optimizer = scale_optimizer(groups, **extra)
     for group in optimizer.param_groups:
         # AdamW and its like decay by default; a decayed scale would shrink its grid.
         if "weight_decay" in group:

@@ -27,7 +27,7 @@ class RandomState:
     @staticmethod
     def now() -> RandomState:
         """Return the present states."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         return RandomState(random.getstate(), torch.get_rng_state(), cuda)
 
     def restore(self) -> None:

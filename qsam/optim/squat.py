@@ -1,9 +1,9 @@
 """SQuAT: weights and scales take turns; the weights on the perturbed loss, the scales on the plain one.
 
-    min_{w,s} max_{||e|| <= rho} L(Q(w, s) + e)
-    1  g_Q = dL/dQ at Q(w, s);   e = rho * g_Q / ||g_Q||
-    2  h = dL/dQ at Q(w, s) + e;   w steps with M(w) * h
-    3  ds at Q(w', s), unperturbed;   s steps
+min_{w,s} max_{||e|| <= rho} L(Q(w, s) + e)
+1  g_Q = dL/dQ at Q(w, s);   e = rho * g_Q / ||g_Q||
+2  h = dL/dQ at Q(w, s) + e;   w steps with M(w) * h
+3  ds at Q(w', s), unperturbed;   s steps
 """
 
 from __future__ import annotations
@@ -71,7 +71,9 @@ class SQuAT(TwoPass):
         assert self.perturbation is not None
         if schedule == "fused" and self.perturbation.direction.passes == 1:
             self.latents_of.release()
-            raise ValueError("schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks.")
+            raise ValueError(
+                "schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks."
+            )
 
     def _run(self, closure: Closure) -> Any:
         if self.schedule == "next_batch" and self._scales_due():
@@ -109,9 +111,13 @@ class SQuAT(TwoPass):
         """
         self._refuse_inside_block("step_scales")
         if not self._has_gradients():
-            raise RuntimeError("step_scales() found no gradient: run a backward inside `with optimizer.scale_phase():` before.")
+            raise RuntimeError(
+                "step_scales() found no gradient: run a backward inside `with optimizer.scale_phase():` before."
+            )
         if self._perturbed:
-            raise RuntimeError("step_scales() found the gradients of perturbed(), which are the weights': call step() first.")
+            raise RuntimeError(
+                "step_scales() found the gradients of perturbed(), which are the weights': call step() first."
+            )
         if self._ascent_ready:
             self._step_scales_between_passes()
         else:

@@ -52,14 +52,19 @@ def check(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> None:
             raise ValueError(f"the checkpoint has no {key!r}: it is not an optimizer's state_dict.")
     saved = state_dict["param_groups"]
     if len(saved) != len(groups):
-        raise ValueError(f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}: build it as it was built then.")
+        raise ValueError(
+            f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}: build "
+            "it as it was built then."
+        )
     for i, (ours, theirs) in enumerate(zip(groups, saved, strict=True)):
         if len(ours["params"]) != len(theirs["params"]):
             raise ValueError(
-                f"group {i} has {len(theirs['params'])} parameters in the checkpoint and {len(ours['params'])} here: it is "
+                f"group {i} has {len(theirs['params'])} parameters in the checkpoint and "
+                f"{len(ours['params'])} here: it is "
                 "of another model, or other parameters are trainable."
             )
-    _check_quantizers(saved[0].get("qsam_quantizers", {}), groups[0].get("qsam_quantizers", {}))
+    if not is_plain(state_dict):
+        _check_quantizers(saved[0].get("qsam_quantizers", {}), groups[0].get("qsam_quantizers", {}))
 
 
 def _check_quantizers(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
@@ -83,7 +88,9 @@ def entries(state_dict: Mapping[str, Any], groups: Sequence[Group], name: str) -
             value = state_dict["state"].get(i, {}).get(name)
             if value is not None:
                 if value.shape != p.shape:
-                    raise ValueError(f"a saved {name} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}: another model.")
+                    raise ValueError(
+                        f"a saved {name} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}: another model."
+                    )
                 found.append((p, value))
     return found
 

@@ -117,7 +117,7 @@ class Quantizer(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        super()._load_from_state_dict(state_dict, prefix, *args)  # type: ignore[no-untyped-call]
+        super()._load_from_state_dict(state_dict, prefix, *args)
         self.calibrated = self.calibrated or any(key.startswith(prefix) for key in state_dict)
 
     def extra_repr(self) -> str:
@@ -130,9 +130,13 @@ def _check_granularity(granularity: str, axis: int | None, group_size: int | Non
     if granularity not in GRANULARITIES:
         raise ValueError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
     if granularity != "per_tensor" and axis is None:
-        raise ValueError(f"granularity {granularity!r} needs `axis`, the channel dimension; activations are per_tensor.")
+        raise ValueError(
+            f"granularity {granularity!r} needs `axis`, the channel dimension; activations are per_tensor."
+        )
     if (granularity == "per_group") != (group_size is not None):
-        raise ValueError(f"`group_size` belongs to granularity 'per_group' and to no other: got {group_size} with {granularity!r}.")
+        raise ValueError(
+            f"`group_size` belongs to granularity 'per_group' and to no other: got {group_size} with {granularity!r}."
+        )
     if group_size is not None and (isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1):
         raise ValueError(f"`group_size` must be an integer >= 1, got {group_size!r}.")
 

@@ -32,7 +32,7 @@ class DiffQ(Noisy):
         >>> x = torch.tensor([2.3, 9.0])
         >>> q(x).tolist()
         [2.0, 7.0]
-        >>> q.noise.on = True                      # what an optimizer does in its passes
+        >>> q.noise.on = True  # what an optimizer does in its passes
         >>> u = q.noise(x)
         >>> torch.allclose(q(x), torch.stack([2.3 + u[0], torch.tensor(7.0)]))
         True
@@ -54,7 +54,9 @@ class DiffQ(Noisy):
             ValueError: ``anneal_steps`` is less than 1.
         """
         if self.anneal_steps < 1:
-            raise ValueError(f"`anneal_steps` must be an integer >= 1, got {self.anneal_steps}: for no noise, use 'lsq'.")
+            raise ValueError(
+                f"`anneal_steps` must be an integer >= 1, got {self.anneal_steps}: for no noise, use 'lsq'."
+            )
         share = (self.noise.step / self.anneal_steps).clamp(max=1).to(v.dtype)
         rounded = torch.round(v)
         mixture = v + torch.lerp(u, rounded - v, share)

@@ -1,6 +1,6 @@
 """Fixed step: LSQ's grid with the step size frozen at its initial value.
 
-    Q(x; s) = s * round(clip(x / s, Qn, Qp)),   dQ/dx = 1[Qn < x/s < Qp],   s constant
+Q(x; s) = s * round(clip(x / s, Qn, Qp)),   dQ/dx = 1[Qn < x/s < Qp],   s constant
 """
 
 from __future__ import annotations

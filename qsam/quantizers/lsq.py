@@ -139,5 +139,7 @@ class PerChannel(LSQ):
         group_size: int | None = None,
     ) -> None:
         if granularity == "per_group":
-            raise ValueError("the quantizer 'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'.")
+            raise ValueError(
+                "the quantizer 'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'."
+            )
         super().__init__(bits=bits, signed=signed, granularity="per_channel", axis=axis, group_size=None)

@@ -24,7 +24,7 @@ class Stochastic(Noisy):
     Example:
         >>> q = Stochastic(bits=4, axis=0)
         >>> q.observe_(torch.linspace(-8, 7, 16))
-        >>> q.noise.on = True                      # what an optimizer does in its passes
+        >>> q.noise.on = True  # what an optimizer does in its passes
         >>> x = torch.full((1000,), 2.25)
         >>> q(x).unique().tolist(), bool((q(x).mean() - 2.25).abs() < 0.05)
         ([2.0, 3.0], True)

@@ -38,6 +38,9 @@ ONLY_QAT = {"LBFGS": "calls its closure by itself"}
 USABLE = [name for name in ALL if name not in REFUSED]
 IN_PASSES = [name for name in USABLE if name not in ONLY_QAT]
 
+IGNORES_ITS_CLOSURE = {"torch_optimizer.Ranger", "torch_optimizer.RangerVA"}
+"""Their step takes a closure and does not call it."""
+
 NEEDS_LR = {"LBFGS": 0.1, "torch_optimizer.SGDW": 0.01}
 """Learning rates for those whose default is no use for a few steps of a small network."""
 
@@ -67,7 +70,7 @@ def build_base(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return ALL[name](params, **settings)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0) -> list[float]:
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0, ignored: bool = False) -> list[float]:
     torch.manual_seed(seed)
     losses = []
 
@@ -81,6 +84,8 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: 
     with warnings.catch_warnings():  # Ranger calls deprecated functions of torch
         warnings.filterwarnings("ignore", message=".*deprecated", category=UserWarning)
         for _ in range(steps):
+            if ignored:
+                closure()
             optimizer.step(closure)
     return losses
 
@@ -107,10 +112,9 @@ def test_identity_quantizer_is_the_bare_optimizer(name: str) -> None:
     alone, wrapped = build_model(), build_model()
     qsam.quantize_(wrapped, weights="identity", activations=None)
     bare = build_base(name, alone)
-    if "_optimizer_step_pre_hooks" not in vars(bare) and name == "torch_optimizer.Lookahead":
-        bare.defaults = {}
-        torch.optim.Optimizer.__setstate__(bare, {})
-    train(alone, bare, 5)
+    if name == "torch_optimizer.Lookahead":  # it never calls Optimizer.__init__, and torch 2 steps it only then
+        torch.optim.Optimizer.__setstate__(bare, {"defaults": {}})
+    train(alone, bare, 5, ignored=name in IGNORES_ITS_CLOSURE)
     train(wrapped, qsam.QAT(wrapped, build_base(name, wrapped)), 5)
     assert same(alone, wrapped)
 

@@ -1,6 +1,6 @@
 """What an ascent direction is: from the gradients of a pass to d, and the norm that rho refers to.
 
-    e = rho * d / norm
+e = rho * d / norm
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     if not tensors:
         return torch.zeros(())
     norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    return torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    return total
 
 
 def _check(cls: type[Direction]) -> None:

@@ -34,7 +34,8 @@ def _unit(ascent: Ascent) -> Tensor:
     step_size = None if ascent.slot is None else ascent.slot.quantizer.step_size(ascent.slot.latent.detach())
     if step_size is None:
         raise ValueError(
-            f"direction 'grid' needs a step size, and {ascent.name!r} has none: perturb the uniformly quantized weights "
+            f"direction 'grid' needs a step size, and {ascent.name!r} has none: perturb the uniformly "
+            "quantized weights "
             "only (perturb='quantized'), or use direction 'asam'."
         )
     return step_size.to(ascent.gradient.dtype)

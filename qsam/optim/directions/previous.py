@@ -1,6 +1,6 @@
 """Previous: the gradient of the last step, so that no first pass is needed.
 
-    d = h_{t-1},   norm = ||h_{t-1}||;   one pass a step; the first step is a plain one
+d = h_{t-1},   norm = ||h_{t-1}||;   one pass a step; the first step is a plain one
 """
 
 from __future__ import annotations

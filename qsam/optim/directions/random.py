@@ -1,6 +1,6 @@
 """Random: a Gaussian direction of the same norm, the control that shows what the adversary adds.
 
-    d ~ N(0, 1),   norm = ||d||
+d ~ N(0, 1),   norm = ||d||
 """
 
 from __future__ import annotations

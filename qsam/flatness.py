@@ -1,0 +1,367 @@
+r"""How flat the loss is round the weights that a model is deployed with: sharpness, curvature, slices.
+
+    sharpness    max over ||d||_2 <= rho of  L(Q(w) + d) - L(Q(w)),  by projected gradient ascent
+    curvature    the largest eigenvalue of the Hessian of L at Q(w), by power iteration
+    slice        L(Q(w) + t * u) over t, for directions u of length 1
+
+All three take the quantized weights (for :class:`qsam.SAM` and for a float model every trainable Parameter) as the
+model holds them, on the data of the caller's closure, in the mode (train or eval) that the model is in. They leave
+weights, gradients, buffers, modes and random generators as they were, also after an exception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from qsam.optim import QuantizedOptimizer
+from qsam.probe import Closure, Probe, Subject, probing, ticking
+from qsam.registry import nearest
+
+TRAVEL = 2.5
+"""How many radii the steps of :func:`sharpness` would cover, each as long as the first, without the ball."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharpness:
+    """What :func:`sharpness` measured, and all that the number depends on.
+
+    Attributes:
+        value: ``loss_end - loss_start`` (the other way round for a base optimizer that maximizes).
+        loss_start: L(Q(w)).
+        loss_end: L(Q(w) + d) after the last step.
+        rho: Radius of the ball, in units of the weights.
+        steps: T.
+        lr: eta, as used.
+        data: What the loss is taken on, in the caller's words.
+    """
+
+    value: float
+    loss_start: float
+    loss_end: float
+    rho: float
+    steps: int
+    lr: float
+    data: str | None = None
+
+
+def sharpness(
+    optimizer: Subject,
+    closure: Closure,
+    rho: float = 0.05,
+    steps: int = 20,
+    lr: float | None = None,
+    *,
+    data: str | None = None,
+    progress: bool | None = None,
+) -> Sharpness:
+    r"""Return how much the loss can rise within a ball round the quantized weights, by Algorithm 2 of SQuAT.
+
+    ``W_0 = Q(w)``;  ``W_{t+1} = P(W_t + eta * grad L(W_t))``,  t = 0 .. T-1;  the result is ``L(W_T) - L(W_0)``.
+    P projects onto the L2 ball of radius rho round ``W_0``, after each step. There are T + 1 calls of the closure.
+
+    It is a lower bound of the maximum. At a point without gradient the ascent does not start: the result is 0, also
+    at a saddle.
+
+    Args:
+        optimizer: A qsam optimizer, or a model that holds the weights already.
+        closure: torch's closure, as for ``step``: clears gradients, runs forward and backward, returns the loss.
+        rho: Radius, over all perturbed weights together. Finite, > 0. The paper's are .01 and .05.
+        steps: T, an integer >= 1.
+        lr: eta, in plain gradient ascent. None: ``2.5 * rho / (T * ||grad L(W_0)||)``, so that steps as long as the
+            first would cover 2.5 radii: enough to reach the border, and to move along it.
+        data: What the closure computes the loss on; kept in the result.
+        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
+
+    Raises:
+        TypeError: an argument of the wrong kind; a closure that does not return the loss.
+        ValueError: a radius, number of steps or rate out of range.
+        RuntimeError: inside a block of the optimizer; a closure without backward.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model.weight.data = torch.tensor([[3.0, 4.0]])
+        >>> def closure():  # L(W) = ||W||^2 / 2: the maximum is rho * ||W|| + rho^2 / 2
+        ...     model.zero_grad()
+        ...     loss = model.weight.square().sum() / 2
+        ...     loss.backward()
+        ...     return loss
+        >>> round(sharpness(model, closure, rho=0.1).value, 5)
+        0.505
+
+    References:
+        Wang et al., SQuAT, arXiv 2210.07171, Algorithm 2, Tables 3 and 4.
+
+    Differs from the paper: it prints neither the data, nor eta, nor T, and tests the norm before it has ``W_{t+1}``.
+    """
+    rho = _number(rho, "rho")
+    steps = _count(steps, "steps", 1)
+    eta = None if lr is None else _number(lr, "lr")
+    sign = optimizer._ascent_sign() if isinstance(optimizer, QuantizedOptimizer) else 1.0
+    with probing(optimizer, closure, "sharpness") as probe, ticking(steps + 1, "sharpness", progress) as tick:
+        d = probe.zeros()
+        start, gradient = probe.gradient(d)
+        eta = _first_rate(gradient, rho, steps) if eta is None else eta
+        for _ in range(steps - 1):
+            d = _project(d.add_(gradient, alpha=sign * eta), rho)
+            tick()
+            gradient = probe.gradient(d)[1]
+        d = _project(d.add_(gradient, alpha=sign * eta), rho)
+        end = probe.loss(d)
+        _warn_if_rounded(probe, d)
+    return Sharpness(sign * (end - start), start, end, rho, steps, eta, data)
+
+
+@dataclasses.dataclass(frozen=True)
+class TopEigenvalue:
+    """What :func:`hessian_top_eigenvalue` found.
+
+    Attributes:
+        value: The eigenvalue.
+        residual: ``||H v - value * v||``: an eigenvalue lies within this distance of ``value``.
+        iterations: Products H v that were computed.
+        converged: Whether the last product changed ``value`` by no more than the tolerance.
+    """
+
+    value: float
+    residual: float
+    iterations: int
+    converged: bool
+
+
+def hessian_top_eigenvalue(
+    optimizer: Subject,
+    loss_fn: Callable[[], Tensor],
+    iterations: int = 100,
+    tolerance: float = 1e-3,
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> TopEigenvalue:
+    r"""Return the largest (most positive) eigenvalue of the Hessian H of the loss with respect to Q(w).
+
+    Power iteration, ``v <- H v / ||H v||``, on exact products ``H v``: one forward, one backward that keeps its
+    graph, then one pass through that graph a product. Power iteration finds the eigenvalue of the largest magnitude; if
+    that is negative, a second one, on ``H - value * I``, finds the largest.
+
+    Where inputs are quantized the loss is a staircase in W, and H is that of its straight-through surrogate: each input
+    quantizer has the value of the rounding and the slope of the clipping. (Differences of gradients, which would need
+    no second derivative, see the stairs instead: they grow without bound as the distance shrinks.)
+
+    Args:
+        optimizer: A qsam optimizer, or a model that holds the weights already.
+        loss_fn: Runs the forward and returns the loss, WITHOUT backward.
+        iterations: The most products of one power iteration, an integer >= 2.
+        tolerance: Where to stop: the change of the eigenvalue, relative to the largest magnitude. Finite, > 0.
+        seed: Of the random start.
+        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
+
+    Raises:
+        TypeError: an argument of the wrong kind; ``loss_fn`` does not return a scalar tensor.
+        ValueError: an argument out of range.
+        RuntimeError: ``loss_fn`` called backward, or the loss does not depend on the weights; from torch: an operation
+            without a second derivative (a compiled model; attention runs its plain kernel here, which has one).
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1, bias=False)
+        >>> curvatures = torch.tensor([-5.0, 1.0, 2.0])
+        >>> result = hessian_top_eigenvalue(
+        ...     model, lambda: (curvatures * model.weight.square()).sum() / 2, tolerance=1e-7
+        ... )
+        >>> round(result.value, 4), result.converged
+        (2.0, True)
+    """
+    iterations = _count(iterations, "iterations", 2)
+    tolerance = _number(tolerance, "tolerance")
+    with (
+        probing(optimizer, loss_fn, "hessian_top_eigenvalue") as probe,
+        ticking(iterations, "Hessian", progress) as tick,
+    ):
+        product, start = _hessian(probe, tick), _gaussian(probe, seed)
+        found = _power(product, start, 0.0, iterations, tolerance)
+        if not found.value < 0:
+            return found
+        top = _power(product, start, found.value, iterations, tolerance)
+        return dataclasses.replace(top, iterations=found.iterations + top.iterations)
+
+
+@dataclasses.dataclass(frozen=True)
+class LossSlice:
+    """The loss along straight lines through Q(w).
+
+    Attributes:
+        distances: t, fp64, of shape ``(points,)``, ascending, 0 in the middle; in units of the weights, like rho.
+        losses: L(Q(w) + t * u), fp64, of shape ``(points,)``, by the name of the direction u.
+    """
+
+    distances: Tensor
+    losses: Mapping[str, Tensor]
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Write a picture; its format follows from the ending of ``path``. Needs matplotlib (extra ``glue``)."""
+        from matplotlib.figure import Figure
+
+        figure = Figure(figsize=(5, 3.5), layout="constrained")
+        axes = figure.subplots()
+        for name, values in self.losses.items():
+            axes.plot(self.distances.tolist(), values.tolist(), label=name)
+        axes.set_xlabel("distance from the quantized weights (L2)")
+        axes.set_ylabel("loss")
+        axes.legend(title="direction")
+        figure.savefig(os.fspath(path))
+
+
+def loss_slice(
+    optimizer: Subject,
+    closure: Closure,
+    directions: Sequence[str] | Mapping[str, Sequence[Tensor]] = ("gradient", "random"),
+    radius: float = 0.1,
+    points: int = 21,
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> LossSlice:
+    """Return the loss along straight lines through the quantized weights.
+
+    Args:
+        optimizer: A qsam optimizer, or a model that holds the weights already.
+        closure: torch's closure, as for ``step``; it needs a backward for the direction ``"gradient"`` only.
+        directions: Names, out of ``"gradient"`` (of the loss at Q(w)) and ``"random"`` (Gaussian); or a mapping from
+            names of your own to one tensor a perturbed weight, in the model's order. Each is scaled to length 1, over
+            all weights together.
+        radius: The largest distance. Finite, > 0.
+        points: Points a line, an odd integer >= 3, so that Q(w) itself is one of them.
+        seed: Of the random direction.
+        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
+
+    Raises:
+        TypeError: an argument of the wrong kind; a closure that does not return the loss.
+        ValueError: an argument out of range; a direction that is unknown, of another shape, zero or not finite.
+        RuntimeError: inside a block of the optimizer.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> model.weight.data.zero_()
+        tensor([[0., 0.]])
+        >>> line = loss_slice(model, lambda: model.weight.square().sum(), ["random"], radius=2.0, points=5)
+        >>> [round(loss, 4) for loss in line.losses["random"].tolist()]
+        [4.0, 1.0, 0.0, 1.0, 4.0]
+    """
+    radius = _number(radius, "radius")
+    if _count(points, "points", 3) % 2 == 0:
+        raise ValueError(f"`points` must be odd, so that the quantized weights are among them, got {points}.")
+    distances = torch.linspace(-radius, radius, points, dtype=torch.float64)
+    total = points * len(directions)
+    with probing(optimizer, closure, "loss_slice") as probe, ticking(total, "loss slice", progress) as tick:
+        losses = {}
+        for name, unit in _units(probe, directions, seed).items():
+            losses[name] = torch.tensor(
+                [(probe.loss(unit * t), tick())[0] for t in distances.tolist()], dtype=torch.float64
+            )
+    return LossSlice(distances, losses)
+
+
+def _first_rate(gradient: Tensor, rho: float, steps: int) -> float:
+    norm = float(gradient.norm())
+    return TRAVEL * rho / (steps * norm) if norm > 0 else 0.0
+
+
+def _project(d: Tensor, radius: float) -> Tensor:
+    norm = d.norm()
+    return d if norm <= radius else d.mul_(radius / norm)
+
+
+def _warn_if_rounded(probe: Probe, d: Tensor) -> None:
+    if any(p.dtype in (torch.float16, torch.bfloat16) for p in probe.weights):
+        warnings.warn(
+            f"16-bit parameters round the perturbation away: {float(d.norm()):.3g} was asked for, "
+            f"{probe.realised(d):.3g} realised. Measure in fp32.",
+            UserWarning,
+            stacklevel=3,
+        )
+
+
+def _gaussian(probe: Probe, seed: int) -> Tensor:
+    like = probe.zeros()
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
+
+
+def _hessian(probe: Probe, tick: Callable[[], object]) -> Callable[[Tensor], Tensor]:
+    """Return v -> H v, from one graph."""
+    gradients = probe.differentiable_gradient()
+    curved = [i for i, g in enumerate(gradients) if g.requires_grad]  # the others are constant
+
+    def product(v: Tensor) -> Tensor:
+        tick()
+        if not curved:
+            return torch.zeros_like(v)
+        parts = [part.to(p).view_as(p) for part, p in zip(torch.split(v, probe.sizes), probe.weights, strict=True)]
+        outputs, vectors = [gradients[i] for i in curved], [parts[i] for i in curved]
+        return probe.flat(
+            torch.autograd.grad(outputs, probe.weights, vectors, retain_graph=True, materialize_grads=True)
+        )
+
+    return product
+
+
+def _power(product: Callable[[Tensor], Tensor], v: Tensor, shift: float, most: int, tolerance: float) -> TopEigenvalue:
+    """Iterate with ``H - shift * I``; return the eigenvalue of H."""
+    value, residual = shift, float("inf")
+    for count in range(1, most + 1):
+        v = v / v.norm()
+        image = product(v)
+        before, value = value, float(v @ image)
+        residual = float((image - value * v).norm())
+        v = image - shift * v
+        if (count > 1 and abs(value - before) <= tolerance * abs(value - shift)) or not bool(v.any()):
+            return TopEigenvalue(value, residual, count, converged=True)
+    return TopEigenvalue(value, residual, most, converged=False)
+
+
+def _units(probe: Probe, directions: Sequence[str] | Mapping[str, Sequence[Tensor]], seed: int) -> dict[str, Tensor]:
+    found = {}
+    for name in directions:
+        if isinstance(directions, Mapping):
+            d = _given(probe, name, directions[name])
+        elif name == "gradient":
+            d = probe.gradient(probe.zeros())[1]
+        elif name == "random":
+            d = _gaussian(probe, seed)
+        else:
+            known = ["gradient", "random"]
+            raise ValueError(
+                f"there is no direction {name!r}, only {known}: give your own as a mapping.{nearest(name, known)}"
+            )
+        norm = float(d.norm())
+        if not 0 < norm < float("inf"):
+            raise ValueError(f"the direction {name!r} has length {norm}: it must be finite and not zero.")
+        found[name] = d / norm
+    return found
+
+
+def _given(probe: Probe, name: str, tensors: Sequence[Tensor]) -> Tensor:
+    wanted, got = [tuple(p.shape) for p in probe.weights], [tuple(t.shape) for t in tensors]
+    if wanted != got:
+        raise ValueError(f"the direction {name!r} must have one tensor a weight, of shapes {wanted}, got {got}.")
+    return probe.flat(tensors)
+
+
+def _number(value: float, name: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number > 0, got {value!r}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be finite and > 0, got {value}.")
+    return float(value)
+
+
+def _count(value: int, name: str, least: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
+    return value

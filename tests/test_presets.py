@@ -1,0 +1,49 @@
+import pytest
+from torch import nn
+
+import qsam
+
+
+def bert_like(kind, **arguments):
+    transformers = pytest.importorskip("transformers")
+    if kind == "DistilBert":
+        sizes = dict(dim=8, hidden_dim=16, n_layers=2, n_heads=2, vocab_size=20)
+    else:
+        sizes = dict(hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return getattr(transformers, f"{kind}ForSequenceClassification")(config)
+
+
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "Electra", "DistilBert"])
+def test_squat_bert_quantizes_the_linear_layers_of_the_encoder_and_nothing_else(kind):
+    model = bert_like(kind)
+    coverage = qsam.quantize_(model, bits=2, rules=qsam.presets.squat_bert)
+    encoder = {
+        f"{name}.weight"
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and ".layer." in name  # neither pooler nor classifier
+    }
+    assert len(encoder) == 2 * 6
+    assert {row.name for row in coverage.quantized} == encoder
+    assert {row.quantizer.bits for row in coverage.quantized} == {2}
+    assert {row.quantizer.bits for row in coverage.inputs} == {8}
+
+
+def test_squat_bert_can_be_preceded_by_rules_of_ones_own():
+    rules = [("*.layer.0.*", {"bits": 5}), ("classifier", {}), *qsam.presets.squat_bert]
+    coverage = qsam.quantize_(bert_like("Bert"), bits=2, rules=rules)
+    widths = {row.name: row.quantizer.bits for row in coverage.quantized}
+    assert widths["bert.encoder.layer.0.output.dense.weight"] == 5
+    assert widths["bert.encoder.layer.1.output.dense.weight"] == widths["classifier.weight"] == 2
+
+
+def test_squat_bert_leaves_lora_factors_float():
+    block = nn.ModuleDict({"fc": nn.Linear(4, 4), "lora_A": nn.Linear(4, 2)})
+    model = nn.ModuleDict({"layer": nn.ModuleList([block])})
+    coverage = qsam.quantize_(model, rules=qsam.presets.squat_bert)
+    assert [row.name for row in coverage.quantized] == ["layer.0.fc.weight"]
+
+
+def test_squat_bert_on_a_model_without_numbered_layers_is_refused():
+    with pytest.raises(ValueError, match=r"_encoder_linear.* matches no parameter"):
+        qsam.quantize_(nn.Sequential(nn.Linear(4, 4)), rules=qsam.presets.squat_bert)
