@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qsam.coverage import Coverage, Input, Weight, owner_of, read_spec, set_owner
 from qsam.inputs import NAME as INPUT_NAME
-from qsam.inputs import Place, attach_input_, collecting, detach_input_, is_sharded, shown
+from qsam.inputs import Place, attach_input_, collecting, data_parallel_group, detach_input_, is_sharded, shown
 from qsam.policy import (
     Choice,
     Rules,
@@ -107,7 +107,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set the scales (and signs) of the input quantizers from data, in eval mode and without gradient.
 
     Args:
-        model: A model that :func:`quantize_` has been called on.
+        model: A model that :func:`quantize_` has been called on. Given a DistributedDataParallel model, every process
+            calls this with batches of its own, and all get the same scales.
         batches: Inputs: a dict is called as ``model(**batch)``, a tuple or list as ``model(*batch)``, anything else
             as ``model(batch)``.
 
@@ -120,12 +121,12 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
     quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
     modes = [(module, module.training) for module in model.modules()]
-    model.eval()
+    plain = unwrap_model(model.eval())
     count = 0
     try:
-        with collecting(list(quantizers.values())):
+        with collecting(list(quantizers.values()), data_parallel_group(model)):
             for batch in batches:
-                _call(model, batch)
+                _call(plain, batch)
                 count += 1
     finally:
         for module, training in modes:
@@ -299,26 +300,21 @@ def _input_quantizer(choice: Choice, name: str, module: nn.Module) -> Quantizer:
     assert settings is not None
     where = f"the input of {shown(name)}"
     _check_owner(module, name, INPUT_NAME)
-    try:
-        quantizer = _build(
-            settings.activations, where, settings.init, bits=settings.activation_bits,
-            signed=None, granularity="per_tensor", axis=None, group_size=None,
-        )  # fmt: skip
-    except ValueError as error:
-        raise ValueError(
-            f"{error} Inputs are quantized per tensor: `activations` must name a quantizer that can."
-        ) from error
+    quantizer = _build(
+        settings.activations, where, settings.init, " Inputs are quantized per tensor: name another in `activations`.",
+        bits=settings.activation_bits, signed=None, granularity="per_tensor", axis=None, group_size=None,
+    )  # fmt: skip
     return quantizer.to(choice.site.parameter.device)
 
 
-def _build(name: str | None, where: str, init: str, **arguments: Any) -> Quantizer:
+def _build(name: str | None, where: str, init: str, cure: str = "", **arguments: Any) -> Quantizer:
     if not isinstance(name, str):
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {name!r}.")
     cls = QUANTIZERS.get(name)
     try:
         quantizer = cls(**arguments)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{where}: {error}") from error
+        raise type(error)(f"{where}: {error}{cure}") from error
     quantizer.init = init
     return quantizer
 
@@ -405,11 +401,11 @@ def _rebuilt_input(name: str, module: nn.Module, entry: Mapping[str, Any]) -> In
 
 
 def _from_entry(entry: Mapping[str, Any], where: str) -> Quantizer:
-    try:
-        arguments = {key: entry[key] for key in ("bits", "signed", "granularity", "axis", "group_size")}
-        return _build(entry["quantizer"], where, entry["init"], **arguments)
-    except KeyError as error:
-        raise ValueError(f"{where}: its entry in the spec lacks {error}.") from error
+    arguments = ("bits", "signed", "granularity", "axis", "group_size")
+    for key in (*arguments, "quantizer", "init", "calibrated"):
+        if key not in entry:
+            raise ValueError(f"{where}: its entry in the spec lacks {key!r}.")
+    return _build(entry["quantizer"], where, entry["init"], **{key: entry[key] for key in arguments})
 
 
 def _load_scales(quantizer: Quantizer, path: str, tensors: Mapping[str, Tensor]) -> None:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from qsam.optim import QuantizedOptimizer
-from qsam.probe import Closure, Probe, Subject, probing, ticking
+from qsam.probe import Closure, Probe, Subject, probing
 from qsam.registry import nearest
 
 TRAVEL = 2.5
@@ -103,13 +103,12 @@ def sharpness(
     steps = _count(steps, "steps", 1)
     eta = None if lr is None else _number(lr, "lr")
     sign = optimizer._ascent_sign() if isinstance(optimizer, QuantizedOptimizer) else 1.0
-    with probing(optimizer, closure, "sharpness") as probe, ticking(steps + 1, "sharpness", progress) as tick:
+    with probing(optimizer, closure, "sharpness", steps + 1, progress) as probe:
         d = probe.zeros()
         start, gradient = probe.gradient(d)
         eta = _first_rate(gradient, rho, steps) if eta is None else eta
         for _ in range(steps - 1):
             d = _project(d.add_(gradient, alpha=sign * eta), rho)
-            tick()
             gradient = probe.gradient(d)[1]
         d = _project(d.add_(gradient, alpha=sign * eta), rho)
         end = probe.loss(d)
@@ -178,11 +177,8 @@ def hessian_top_eigenvalue(
     """
     iterations = _count(iterations, "iterations", 2)
     tolerance = _number(tolerance, "tolerance")
-    with (
-        probing(optimizer, loss_fn, "hessian_top_eigenvalue") as probe,
-        ticking(iterations, "Hessian", progress) as tick,
-    ):
-        product, start = _hessian(probe, tick), _gaussian(probe, seed)
+    with probing(optimizer, loss_fn, "hessian_top_eigenvalue", iterations + 1, progress) as probe:
+        product, start = _hessian(probe), _gaussian(probe, seed)
         found = _power(product, start, 0.0, iterations, tolerance)
         if not found.value < 0:
             return found
@@ -219,7 +215,7 @@ class LossSlice:
 def loss_slice(
     optimizer: Subject,
     closure: Closure,
-    directions: Sequence[str] | Mapping[str, Sequence[Tensor]] = ("gradient", "random"),
+    directions: str | Sequence[str] | Mapping[str, Sequence[Tensor]] = ("gradient", "random"),
     radius: float = 0.1,
     points: int = 21,
     *,
@@ -231,7 +227,7 @@ def loss_slice(
     Args:
         optimizer: A qsam optimizer, or a model that holds the weights already.
         closure: torch's closure, as for ``step``; it needs a backward for the direction ``"gradient"`` only.
-        directions: Names, out of ``"gradient"`` (of the loss at Q(w)) and ``"random"`` (Gaussian); or a mapping from
+        directions: One or more names, out of ``"gradient"`` (of the loss at Q(w)) and ``"random"`` (Gaussian); or a mapping from
             names of your own to one tensor a perturbed weight, in the model's order. Each is scaled to length 1, over
             all weights together.
         radius: The largest distance. Finite, > 0.
@@ -256,14 +252,11 @@ def loss_slice(
     if _count(points, "points", 3) % 2 == 0:
         raise ValueError(f"`points` must be odd, so that the quantized weights are among them, got {points}.")
     distances = torch.linspace(-radius, radius, points, dtype=torch.float64)
-    total = points * len(directions)
-    with probing(optimizer, closure, "loss_slice") as probe, ticking(total, "loss slice", progress) as tick:
-        losses = {}
-        for name, unit in _units(probe, directions, seed).items():
-            losses[name] = torch.tensor(
-                [(probe.loss(unit * t), tick())[0] for t in distances.tolist()], dtype=torch.float64
-            )
-    return LossSlice(distances, losses)
+    directions = [directions] if isinstance(directions, str) else directions
+    with probing(optimizer, closure, "loss_slice", points * len(directions), progress) as probe:
+        units = _units(probe, directions, seed)
+        losses = {name: [probe.loss(unit * t) for t in distances.tolist()] for name, unit in units.items()}
+    return LossSlice(distances, {name: torch.tensor(line, dtype=torch.float64) for name, line in losses.items()})
 
 
 def _first_rate(gradient: Tensor, rho: float, steps: int) -> float:
@@ -291,13 +284,13 @@ def _gaussian(probe: Probe, seed: int) -> Tensor:
     return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
 
-def _hessian(probe: Probe, tick: Callable[[], object]) -> Callable[[Tensor], Tensor]:
+def _hessian(probe: Probe) -> Callable[[Tensor], Tensor]:
     """Return v -> H v, from one graph."""
     gradients = probe.differentiable_gradient()
     curved = [i for i, g in enumerate(gradients) if g.requires_grad]  # the others are constant
 
     def product(v: Tensor) -> Tensor:
-        tick()
+        probe.tick()
         if not curved:
             return torch.zeros_like(v)
         parts = [part.to(p).view_as(p) for part, p in zip(torch.split(v, probe.sizes), probe.weights, strict=True)]

@@ -86,10 +86,10 @@ def frozen() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collecting(quantizers: list[Quantizer]) -> Iterator[None]:
+def collecting(quantizers: list[Quantizer], group: distributed.ProcessGroup | None = None) -> Iterator[None]:
     """Within this context inputs pass through as float and samples of them are kept; then signs and scales are set.
 
-    An input that was not reached stays as it was.
+    An input that was not reached, in one of the processes of ``group``, stays as it was.
 
     Raises:
         ValueError: at the end, if an input was not finite.
@@ -99,11 +99,18 @@ def collecting(quantizers: list[Quantizer]) -> Iterator[None]:
     try:
         yield
         for quantizer in quantizers:
-            if quantizer.samples:
-                _observe(quantizer, torch.cat(quantizer.samples))
+            # An input that was not reached takes part with nothing, on its device: other processes may wait for it.
+            nothing = [p.new_zeros(0) for p in quantizer.parameters()] or [torch.zeros(0)]
+            _observe(quantizer, torch.cat([*nothing, *(quantizer.samples or ())]), group)
     finally:
         for quantizer in quantizers:
             quantizer.samples = None
+
+
+def data_parallel_group(model: nn.Module) -> distributed.ProcessGroup | None:
+    """Return the processes of a DistributedDataParallel model (compiled or not), or None."""
+    model = getattr(model, "_orig_mod", model)
+    return model.process_group if isinstance(model, nn.parallel.DistributedDataParallel) else None
 
 
 def is_sharded(modules: Iterable[nn.Module]) -> bool:
@@ -175,16 +182,19 @@ def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:
             f"the input of {shown(_place(quantizer).path)} has no scale yet, and under FSDP2 a forward cannot set it: "
             "call qsam.calibrate(model, batches) before fully_shard."
         )
-    _observe(quantizer, _sample(_flat(x)), _data_parallel_group())
+    _observe(quantizer, _sample(_flat(x)), _active_data_parallel_group())
 
 
 @torch.no_grad()
 def _observe(quantizer: Quantizer, x: Tensor, group: distributed.ProcessGroup | None = None) -> None:
     """Set sign and parameters from data: a negative entry in any process makes it signed; parameters are averaged."""
-    facts = torch.stack([(x < 0).any(), ~x.isfinite().all()]).to(torch.int32)
+    empty = torch.tensor(x.numel() == 0, device=x.device)
+    facts = torch.stack([(x < 0).any(), ~x.isfinite().all(), empty]).to(torch.int32)
     if group is not None:
         distributed.all_reduce(facts, distributed.ReduceOp.MAX, group)
-    negative, broken = facts.tolist()
+    negative, broken, unreached = facts.tolist()
+    if unreached:
+        return
     if broken:
         raise ValueError(
             f"the input of {shown(_place(quantizer).path)} holds NaN or infinity: its scale cannot be set from it."
@@ -201,7 +211,7 @@ def _in_process_group() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
-def _data_parallel_group() -> distributed.ProcessGroup | None:
+def _active_data_parallel_group() -> distributed.ProcessGroup | None:
     """Return the processes of the DistributedDataParallel model whose forward is running, if one is."""
     if not _in_process_group():
         return None

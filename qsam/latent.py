@@ -339,6 +339,13 @@ class ScaleSlot:
         return getattr(self.quantizer, self.attr)  # type: ignore[no-any-return]
 
 
+def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """Iterate over the parameters of all quantizers in a model, weights' and inputs'."""
+    for module in root.modules():
+        if isinstance(module, Quantizer):
+            yield from module.parameters()
+
+
 def input_signs(coverage: Coverage | None) -> dict[str, bool | None]:
     """Return which inputs are quantized on a signed grid (None: not decided yet), by module path."""
     rows = coverage.inputs if coverage is not None else ()

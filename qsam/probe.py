@@ -21,6 +21,7 @@ from qsam.latent import Latents
 from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.policy import unwrap_model
+from qsam.quantizers import Quantizer
 
 Subject = QuantizedOptimizer | nn.Module
 """An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""
@@ -35,10 +36,13 @@ class Probe:
         root: The model.
         weights: W: the Parameters that d is added to.
         closure: torch's closure: clears gradients, runs forward and backward, returns the loss.
+        tick: Moves a progress bar; called after each evaluation.
     """
 
-    def __init__(self, root: nn.Module, weights: list[nn.Parameter], closure: Closure) -> None:
-        self.root, self.weights, self.closure = root, weights, closure
+    def __init__(
+        self, root: nn.Module, weights: list[nn.Parameter], closure: Closure, tick: Callable[[], object]
+    ) -> None:
+        self.root, self.weights, self.closure, self.tick = root, weights, closure, tick
         self.start = [p.detach().clone() for p in weights]
         self.sizes = [p.numel() for p in weights]
         self.random = RandomState.now()
@@ -65,7 +69,7 @@ class Probe:
             TypeError: the closure returned no number.
         """
         self.move_to(d)
-        with self._pass():
+        with buffers_kept(self.root), self._pass():
             return _as_float(self.closure())
 
     def gradient(self, d: Tensor) -> tuple[float, Tensor]:
@@ -82,7 +86,8 @@ class Probe:
     def differentiable_gradient(self) -> tuple[Tensor, ...]:
         """Return the gradient at W, one tensor a weight, with its graph; the closure is one without backward.
 
-        Attention runs torch's plain kernel: the fused ones have no second derivative.
+        Attention runs torch's plain kernel: the fused ones have no second derivative. The buffers that the forward wrote
+        stay until the end of :func:`probing`: the graph needs them.
 
         Raises:
             TypeError: the closure returned no scalar tensor.
@@ -100,11 +105,12 @@ class Probe:
 
     @contextlib.contextmanager
     def _pass(self) -> Iterator[None]:
-        """One evaluation: no gradients before it, and nothing but gradients left of it."""
+        """One evaluation: no gradients before it, and each time the same random numbers."""
         for p in self.root.parameters():
             p.grad = None
-        with buffers_kept(self.root), same_random_numbers(self.random), frozen(), torch.enable_grad():
+        with same_random_numbers(self.random), frozen(), torch.enable_grad():
             yield
+        self.tick()
 
     @torch.no_grad()
     def move_to(self, d: Tensor) -> None:
@@ -128,14 +134,16 @@ class Probe:
 
 
 @contextlib.contextmanager
-def probing(subject: Subject, closure: Closure, caller: str) -> Iterator[Probe]:
+def probing(subject: Subject, closure: Closure, caller: str, count: int, progress: bool | None) -> Iterator[Probe]:
     """Within this context evaluate L(W + d); after it weights, gradients, buffers, modes and generators are as before.
 
     Args:
         subject: An optimizer or a model. W is the quantized weights, in a model without any all Parameters, as far as
             they require gradients.
         closure: torch's closure.
-        caller: Name of the public function, for messages.
+        caller: Name of the public function, for messages and for the progress bar.
+        count: Evaluations to come.
+        progress: A progress bar: None on a terminal, if tqdm is there; True always; False never.
 
     Raises:
         TypeError: neither an optimizer nor a model.
@@ -146,30 +154,35 @@ def probing(subject: Subject, closure: Closure, caller: str) -> Iterator[Probe]:
         raise RuntimeError(f"{caller} found no trainable weight: the ones to be perturbed must require gradients.")
     grads = [(p, p.grad) for p in root.parameters()]
     modes = [(module, module.training) for module in root.modules()]
-    probe = Probe(root, weights, closure)
-    if latents is not None:
-        latents.open_block(caller)
-    try:
-        yield probe
-    finally:
-        probe.restore()
+    with buffers_kept(root), _ticking(count, caller, progress) as tick:
+        probe = Probe(root, weights, closure, tick)
         if latents is not None:
-            latents.write()
-        for p, grad in grads:
-            p.grad = grad
-        for module, training in modes:
-            module.training = training
+            latents.open_block(caller)
+        try:
+            yield probe
+        finally:
+            _leave(probe, latents, grads, modes)
+
+
+def _leave(
+    probe: Probe,
+    latents: Latents | None,
+    grads: list[tuple[nn.Parameter, Tensor | None]],
+    modes: list[tuple[nn.Module, bool]],
+) -> None:
+    """Put weights, gradients and modes back."""
+    probe.restore()
+    if latents is not None:
+        latents.write()
+    for p, grad in grads:
+        p.grad = grad
+    for module, training in modes:
+        module.training = training
 
 
 @contextlib.contextmanager
-def ticking(count: int, title: str, progress: bool | None) -> Iterator[Callable[[], object]]:
-    """Yield a function to be called ``count`` times, which moves a progress bar.
-
-    Args:
-        count: Length of the bar.
-        title: What it says.
-        progress: None: on a terminal, if tqdm is there. True: always. False: never.
-    """
+def _ticking(count: int, title: str, progress: bool | None) -> Iterator[Callable[[], object]]:
+    """Yield what moves a progress bar of length ``count`` by one."""
     if progress is not False:
         try:
             from tqdm import tqdm
@@ -195,7 +208,12 @@ def _weights_of(subject: Subject, caller: str) -> tuple[nn.Module, Latents | Non
         quantized = [getattr(row.module, row.attr) for row in coverage.quantized] if coverage is not None else []
     else:
         raise TypeError(f"{caller} needs a qsam optimizer or a torch.nn.Module, got {type(subject).__name__}.")
-    return root, latents, [p for p in quantized or root.parameters() if p.requires_grad]
+    return root, latents, [p for p in quantized or _all_but_scales(root) if p.requires_grad]
+
+
+def _all_but_scales(root: nn.Module) -> Iterator[nn.Parameter]:
+    scales = {id(p) for module in root.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    return (p for p in root.parameters() if id(p) not in scales)
 
 
 def _as_float(loss: Any) -> float:

@@ -210,9 +210,11 @@ class TestAttention:
     def test_self_attention_still_sees_one_tensor(self, call):
         layer, x = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4)
         qsam.quantize_(layer)
-        spy = Spy(layer)
+        spy, calls = Spy(layer), []
+        layer.input_quantizer.register_forward_hook(lambda *_: calls.append(1))
         call(layer, x, x, x)
         assert spy.seen[0] is spy.seen[1] is spy.seen[2] is not x
+        assert len(calls) == 1
 
     def test_key_and_value_that_are_one_tensor_stay_one(self):
         layer, q, k = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4), torch.randn(5, 2, 4)
@@ -594,35 +596,31 @@ class TestEngines:
 
 
 def run_rank(rank, path):
-    """One of two processes of test_a_first_forward_under_ddp_sets_the_same_scales."""
+    """One of two processes of test_processes_agree_on_scales_and_signs."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 2))
-    qsam.quantize_(model, init="absmax")
-    data = torch.rand(2, 4, 6)
+    data = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0))
     data[1] -= 0.5  # negative in one process only
-    nn.parallel.DistributedDataParallel(model)(data[rank]).sum().backward()
-    first = model[0].input_quantizer
-    expected = data.abs().amax(dim=(1, 2)).mean() / 127
-    torch.testing.assert_close(first.scale.detach(), expected[None])
-    for q in quantizers(model):
-        everywhere = [torch.zeros(1), torch.zeros(1)]
-        distributed.all_gather(everywhere, q.scale.detach())
-        assert torch.equal(*everywhere)
-        assert q.signed
-    bad = copy.deepcopy(model[0])
-    bad.input_quantizer.calibrated = False
-    wrapped = nn.parallel.DistributedDataParallel(bad)
-    with pytest.raises(
-        ValueError, match="the input of '0' holds NaN or infinity"
-    ):  # in both, or one would wait for ever
-        wrapped(data[rank] / (torch.arange(2)[rank]))
+    expected = data.abs().amax(dim=(1, 2)).mean()[None] / 127
+    for calibrate in (lambda model: qsam.calibrate(model, data[rank].split(1 + rank)), lambda model: model(data[rank])):
+        model = mlp()
+        qsam.quantize_(model, init="absmax")
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        calibrate(wrapped)
+        torch.testing.assert_close(model[0].input_quantizer.scale.detach(), expected)
+        assert model[0].input_quantizer.signed
+        for q in quantizers(model):
+            everywhere = [torch.zeros(1), torch.zeros(1)]
+            distributed.all_gather(everywhere, q.scale.detach())
+            assert torch.equal(*everywhere)
+        model[0].input_quantizer.calibrated = False
+        with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):  # else one waits for ever
+            wrapped(data[rank] / torch.arange(2)[rank])
     distributed.destroy_process_group()
 
 
 @pytest.mark.long
-def test_a_first_forward_under_ddp_sets_the_same_scales(tmp_path):
+def test_processes_agree_on_scales_and_signs(tmp_path):
     torch.multiprocessing.spawn(run_rank, args=(tmp_path / "store",), nprocs=2)
 
 

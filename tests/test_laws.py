@@ -407,9 +407,16 @@ def test_without_a_mistake_the_plants_keep_all_laws():
 
 @pytest.mark.parametrize("name", list(QUANTIZERS))
 def test_every_registered_quantizer_keeps_all_laws(name):
-    asked = check_quantizer(name)
+    asked = check_quantizer(name, bits=(2, 8))
     q = QUANTIZERS.get(name)(bits=4, axis=0)
     assert set(asked) == {law.name for law in LAWS.values() if law.applies(q)}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", list(QUANTIZERS))
+def test_every_registered_quantizer_keeps_all_laws_at_every_width(name):
+    for bits in range(2, 9):
+        check_quantizer(name, bits=bits, axes=(0, 1, 2))
 
 
 @pytest.mark.xfail(reason="from_groups of a negative axis does not undo to_groups", raises=AssertionError)

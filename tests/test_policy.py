@@ -430,7 +430,7 @@ BAD_VALUES = {
     "activations per channel": (
         dict(activations="per_channel"),
         ValueError,
-        "the input of 'stem': .* Inputs are quantized per tensor: `activations` must name a quantizer that can",
+        "the input of 'stem': .* Inputs are quantized per tensor: name another in `activations`",
     ),
 }
 

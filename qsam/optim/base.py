@@ -21,7 +21,7 @@ from qsam.optim import state as packing
 from qsam.optim.diagnostics import noise_figures
 from qsam.optim.groups import Base, build_base, pointed_at_latents
 from qsam.optim.passes import Passes
-from qsam.optim.perturbation import Perturbation
+from qsam.optim.perturbation import Perturbation, checked_rho
 from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
 from qsam.registry import Registry
 
@@ -67,6 +67,7 @@ class QuantizedOptimizer(Passes, Optimizer):
         _check_options(model, ste, rng, max_grad_norm)
         coverage = coverage_for(model, self.quantizes)
         self.latents_of = Latents(model, self, coverage)
+        self.perturbation = perturbation
         try:
             self.base = build_base(
                 type(self).__name__, base, self.latents_of, params=params, arguments=arguments, ours=ours
@@ -77,17 +78,14 @@ class QuantizedOptimizer(Passes, Optimizer):
             self.scale_base = build_scale_optimizer(
                 weights, inputs, scale_lr=scale_lr, scale_optimizer=scale_optimizer, base=self.base, slots=slots
             )
+            for group in self.base.param_groups:
+                group["qsam_rho"] = self._radius(group, rho)
         except BaseException:
             self.latents_of.release()
             raise
-        self.perturbation = perturbation
         self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
         self.__setstate__({"defaults": self.base.defaults, "param_groups": []})
         self.param_groups[:] = self.base.param_groups
-        for group in self.param_groups:
-            # "rho" in a group is ours, unless the base has a setting of that name (Adadelta): then it is "qsam_rho".
-            own = "rho" not in self.base.defaults and "rho" in group and perturbation is not None
-            group.setdefault("qsam_rho", group.pop("rho") if own else rho)
         if self.scale_base is not None:
             self.param_groups += [self._public_group(group) for group in self.scale_base.param_groups]
         self.param_groups[0].update(qsam_step=0, qsam_phase=0, qsam_quantizers=self._describe_quantizers())
@@ -318,10 +316,16 @@ class QuantizedOptimizer(Passes, Optimizer):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`."""
-        rho = param_group.get("rho", self.param_groups[0]["qsam_rho"])
-        self.base.add_param_group({k: v for k, v in param_group.items() if k != "rho"})
-        self.base.param_groups[-1]["qsam_rho"] = rho
+        group = dict(param_group)
+        group["qsam_rho"] = self._radius(group, self.param_groups[0]["qsam_rho"])
+        self.base.add_param_group(group)
         self.param_groups.append(self.base.param_groups[-1])
+
+    def _radius(self, group: dict[str, Any], default: float) -> float:
+        """Take a group's radius out of it: its "rho", or "qsam_rho" where the base has a "rho" too (Adadelta)."""
+        if self.perturbation is not None and "rho" not in self.base.defaults:
+            default = group.pop("rho", default)
+        return checked_rho(group.pop("qsam_rho", default))
 
     def state_dict(self) -> dict[str, Any]:
         """Return latents, scales, counters and both optimizers' state: tensors and plain Python types only.
@@ -379,7 +383,7 @@ class QuantizedOptimizer(Passes, Optimizer):
         theirs = [i for i, group in enumerate(self.param_groups) if "qsam_scales" in group]
         self._load_base(state_dict.get("qsam_base") or packing.part(state_dict, ours), ours)
         if self.scale_base is not None:
-            self.scale_base.load_state_dict(packing.part(state_dict, theirs))
+            self.scale_base.load_state_dict(self._scale_state(state_dict, theirs))
             for i, group in zip(theirs, self.scale_base.param_groups, strict=True):
                 self.param_groups[i].update({k: v for k, v in state_dict["param_groups"][i].items() if k != "params"})
                 group["params"] = self.param_groups[i]["params"]
@@ -393,6 +397,20 @@ class QuantizedOptimizer(Passes, Optimizer):
         set_input_signs(self.coverage, self.param_groups[0].get("qsam_input_signs", {}))
         self._load_memories(state_dict)
         self.latents_of.write()
+
+    def _scale_state(self, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
+        """Return the scale optimizer's state_dict; the state of a weight's scale rides in the entry of the weight."""
+        found = packing.part(state_dict, positions)
+        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
+        index = {id(p): i for ours, saved in pairs for p, i in zip(ours["params"], saved["params"], strict=True)}
+        for slot in self.latents_of.slots:
+            entry = state_dict["state"].get(index.get(id(slot.parameter)), {})
+            for name, s in slot.quantizer.named_parameters():
+                prefix = f"qsam_{name}_"
+                own = {k.removeprefix(prefix): v for k, v in entry.items() if str(k).startswith(prefix)}
+                if own:
+                    found["state"][index[id(s)]] = own
+        return found
 
     def _load_memories(self, state_dict: dict[str, Any]) -> None:
         paths = {id(p): path for path, p in self.latents_of.root.named_parameters()}
@@ -446,11 +464,20 @@ class QuantizedOptimizer(Passes, Optimizer):
         for group in self.param_groups:
             for p in group["params"]:
                 found[id(p)] = dict(self.base.state.get(keys.get(id(p), p), {}))
-        for slot in self.latents_of.slots:
-            found.setdefault(id(slot.parameter), {})["qsam_latent"] = slot.latent.detach()
+        states = {} if self.scale_base is None else self.scale_base.state
         for scale in self.scale_slots:
-            own = self.scale_base.state.get(scale.parameter, {}) if self.scale_base is not None else {}
-            found[id(scale.parameter)] = {**own, "qsam_scale": scale.parameter.detach()}
+            found[id(scale.parameter)] = {**states.get(scale.parameter, {}), "qsam_scale": scale.parameter.detach()}
+        for slot in self.latents_of.slots:
+            entry = found.setdefault(id(slot.parameter), {})
+            entry["qsam_latent"] = slot.latent.detach()
+            # torch.distributed.checkpoint drops the state of what has no gradient: a weight's scale.
+            for name, s in slot.quantizer.named_parameters():
+                entry |= {f"qsam_{name}_{key}": value for key, value in states.get(s, {}).items()}
+                found[id(s)] = {"qsam_scale": s.detach()}
+        for entry in found.values():
+            # And it wants an entry for all that has one, where a base without state (plain SGD) has none.
+            if not entry:
+                entry["qsam_stateless"] = torch.zeros(())
         for name, memory in self._memories().items():
             for path, p in self.latents_of.root.named_parameters():
                 if path in memory and id(p) in found:

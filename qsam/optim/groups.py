@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
-from qsam.latent import Latents
+from qsam.latent import Latents, quantizer_parameters
 from qsam.registry import nearest
 
 Base = Optimizer | Callable[..., Optimizer]
@@ -40,7 +40,7 @@ def build_base(
         TypeError: an unknown keyword; keywords or params together with an instance; not an optimizer.
         RuntimeError: a trainable quantized weight that is in no group.
     """
-    scales = {id(p) for p in _quantizer_parameters(latents.root)}
+    scales = {id(p) for p in quantizer_parameters(latents.root)}
     if isinstance(base, Optimizer):
         if arguments or params is not None:
             given = sorted(arguments) + (["params"] if params is not None else [])
@@ -128,12 +128,6 @@ def pointed_at_model(base: Optimizer, latents: Latents) -> Iterator[None]:
 def _exchange(base: Optimizer, table: dict[int, nn.Parameter]) -> None:
     for group in base.param_groups:
         group["params"][:] = [table.get(id(p), p) for p in group["params"]]
-
-
-def _quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
-    for name, p in root.named_parameters():
-        if "_quantizer." in name:
-            yield p
 
 
 def _strip_scales(base: Optimizer, scales: set[int]) -> None:

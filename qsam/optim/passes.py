@@ -55,6 +55,7 @@ class Passes:
             RuntimeError: inside another block, or after somebody else wrote the weights.
         """
         self._refuse_inside_block("first_pass")
+        self._refuse_second_shift()
         self._check_weights()
         self._note_random_start()
         perturbed = self._perturbed
@@ -115,12 +116,7 @@ class Passes:
         if self.perturbation is None:
             raise RuntimeError(f"{type(self).__name__} has no perturbed pass: run one backward, then step().")
         self._refuse_inside_block("perturbed")
-        if any(slot.shift is not None for slot in self.latents_of.slots):
-            raise RuntimeError(
-                "a second perturbed() before step(): SAQ's case 2 pulls back at w + e, and each "
-                "micro-batch has its own e. "
-                "Accumulate inside one closure, or use case 3."
-            )
+        self._refuse_second_shift()
         if self.perturbation.passes(self.steps) == 1:
             if not self._ascent_ready:
                 self._check_weights()
@@ -176,6 +172,17 @@ class Passes:
         self.latents_of.check()
         if self.perturbation is not None:
             self.latents_of.compare()
+
+    def _refuse_second_shift(self) -> None:
+        """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""
+        for slot in self.latents_of.slots:
+            grad = slot.parameter.grad
+            if slot.shift is not None and grad is not None and bool(grad.any()):
+                raise RuntimeError(
+                    "another pass before step(): SAQ's case 2 pulls back at w + e, and each micro-batch has its own e. "
+                    "Accumulate inside one closure, or use case 3."
+                )
+            slot.shift = None
 
     def _note_random_start(self) -> None:
         """Remember the random state in which this batch is seen first, one a micro-batch."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.latent import Latents, Slot, perturb_
+from qsam.latent import Latents, Slot, perturb_, quantizer_parameters
 from qsam.optim.directions import DIRECTIONS, Ascent
 
 Selection = str | Callable[[str, nn.Parameter], bool]
@@ -98,11 +98,12 @@ class Perturbation:
             TypeError: a sparse gradient.
         """
         slots = {id(slot.parameter): slot for slot in latents.slots}
+        scales = {id(p) for p in quantizer_parameters(latents.root)}
         found = []
         for name, p in latents.root.named_parameters():
             slot = slots.get(id(p))
             gradient = p.grad if given is None else given.get(name)
-            if gradient is None or not self._selects(name, p, slot):
+            if gradient is None or id(p) in scales or not self._selects(name, p, slot):
                 continue
             if gradient.is_sparse:
                 raise TypeError(
@@ -182,8 +183,6 @@ class Perturbation:
                 a.parameter.copy_(a.slot.quantizer(a.slot.latent + a.slot.shift))
 
     def _selects(self, name: str, p: nn.Parameter, slot: Slot | None) -> bool:
-        if "_quantizer." in name:
-            return False
         if callable(self.perturb):
             return bool(self.perturb(name, p))
         return slot is not None or self.perturb == "all"
