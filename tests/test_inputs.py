@@ -562,6 +562,7 @@ class TestEngines:
         qsam.calibrate(model, [x])
         assert torch.equal(compiled(x), model(x))
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop")  # an operation without a batching rule is slow
     def test_per_sample_gradients(self, calibrated, x):
         parameters = {name: p.detach() for name, p in calibrated.named_parameters()}
 

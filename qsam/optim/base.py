@@ -518,8 +518,7 @@ class QuantizedOptimizer(Passes, Optimizer):
 class ScaleFacade(Optimizer):
     """``optimizer.scales``: what ``GradScaler`` needs to unscale and step the scales by themselves.
 
-    Its one group holds the quantized weights and the inputs' scales, whose gradients the scales' step consumes; its
-    ``step`` is ``step_scales``.
+    Its one group holds everything that has a gradient in the scales' pass; its ``step`` is ``step_scales``.
     """
 
     def __init__(self, owner: QuantizedOptimizer) -> None:
@@ -528,10 +527,8 @@ class ScaleFacade(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """The tensors whose gradients the scales' step reads."""
-        weights = [slot.parameter for slot in self.owner.latents_of.slots]
-        inputs = [scale.parameter for scale in self.owner.scale_slots if scale.parameter.requires_grad]
-        return [{"params": [*weights, *inputs], "lr": 0.0}]
+        """All tensors that have gradients: where it is fused, e comes from them next, in one unit."""
+        return [{"params": [p for p in self.owner._parameters() if p.requires_grad], "lr": 0.0}]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Step the scales."""

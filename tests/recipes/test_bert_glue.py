@@ -419,24 +419,28 @@ def killed(arguments: list[str], checkpoint: Path) -> None:
     assert checkpoint.is_file(), "it ended before it was killed"
 
 
-def check_that_killing_changes_nothing(arguments: list[str], apart: list[str], names: list[str], out: Path) -> None:
-    assert main(apart) == 0
-    if len(names) == 1:  # full precision is not what is tested
-        shutil.copytree(out.parent / "apart" / "cola-fp32-seed0", out / "cola-fp32-seed0")
-    for name in [*names, names[-1]]:  # the last one twice
-        killed(arguments, out / name / "checkpoint.pt")
-    assert not (out / names[-1] / "results.json").is_file()
-    assert main([*arguments, "--resume"]) == 0
+def check_that_both_found_the_same(one: Path, other: Path, names: list[str]) -> None:
     for name in names:
-        assert comparable(results(out, name)) == comparable(results(out.parent / "apart", name))
-        assert weights(out, name) == weights(out.parent / "apart", name)
+        assert comparable(results(one, name)) == comparable(results(other, name))
+        assert weights(one, name) == weights(other, name)
 
 
-def test_a_killed_run_goes_on_to_the_same_bits(glue: Path, tiny: Path, tmp_path: Path) -> None:
+def test_a_run_interrupted_twice_goes_on_to_the_same_bits(glue: Path, tiny: Path, tmp_path: Path) -> None:
     # 6 steps an epoch: checkpoints within epochs and between them, in both phases of the alternation
     more = ["--method", "squat", "--schedule", "next_batch", "--rho", "0.05", "--save-every", 5]
-    arguments, apart = (words(glue, tiny, tmp_path / out, *more, steps=36) for out in ("killed", "apart"))
-    check_that_killing_changes_nothing(arguments, apart, ["cola-squat-w2a8-seed0"], tmp_path / "killed")
+    arguments, apart = (words(glue, tiny, tmp_path / out, *more, steps=36) for out in ("twice", "apart"))
+    fp32, name = "cola-fp32-seed0", "cola-squat-w2a8-seed0"
+    assert main(apart) == 0
+    shutil.copytree(tmp_path / "apart" / fp32, tmp_path / "twice" / fp32)
+    checkpoint = tmp_path / "twice" / name / "checkpoint.pt"
+    killed(arguments, checkpoint)
+    if Path("/dev/full").exists():  # the second time, the disk is full when the next checkpoint is due
+        checkpoint.with_name("checkpoint.pt.partial").unlink(missing_ok=True)
+        checkpoint.with_name("checkpoint.pt.partial").symlink_to("/dev/full")
+        assert main([*arguments, "--resume"]) == 2
+    assert not (tmp_path / "twice" / name / "results.json").is_file()
+    assert main([*arguments, "--resume"]) == 0
+    check_that_both_found_the_same(tmp_path / "twice", tmp_path / "apart", [name])
 
 
 @pytest.mark.long
@@ -445,9 +449,14 @@ def test_a_killed_run_of_any_method_goes_on_to_the_same_bits(
     method: str, glue: Path, tiny: Path, tmp_path: Path
 ) -> None:
     more = ["--method", method, "--rho", "0.05", "--save-every", 7, "--precision", "bf16"]
-    arguments, apart = (words(glue, tiny, tmp_path / out, *more, task="stsb", steps=100) for out in ("killed", "apart"))
+    arguments, apart = (words(glue, tiny, tmp_path / out, *more, task="stsb", steps=60) for out in ("killed", "apart"))
     names = ["stsb-fp32-seed0", f"stsb-{method}-w2a8-seed0"]
-    check_that_killing_changes_nothing(arguments, apart, names, tmp_path / "killed")
+    assert main(apart) == 0
+    for name in [*names, names[1]]:
+        killed(arguments, tmp_path / "killed" / name / "checkpoint.pt")
+    assert not (tmp_path / "killed" / names[1] / "results.json").is_file()
+    assert main([*arguments, "--resume"]) == 0
+    check_that_both_found_the_same(tmp_path / "killed", tmp_path / "apart", names)
 
 
 # --- bad input ------------------------------------------------------------------------------------------------------

@@ -1,0 +1,72 @@
+"""Keep the results of `make glue`, and write the README's table from what is kept.
+
+    python -m benchmarks.glue_demo --runs runs/glue-demo    # copies the finished runs into benchmarks/results/
+    python -m benchmarks.glue_demo                          # only rewrites the README's table
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from recipes.report import ONE_SEED, read_results
+from recipes.runs import Json
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+BEGIN = "<!-- results: begin (python -m benchmarks.glue_demo) -->"
+END = "<!-- results: end -->"
+TASKS = ("stsb", "movies")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=Path, help="the demo's output folder, to be copied from first")
+    options = parser.parse_args(arguments)
+    if options.runs is not None:
+        for task in TASKS:
+            if found := read_results(options.runs, task):
+                (KEPT / f"glue-demo-{task}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    text = README.read_text(encoding="utf-8")
+    before, rest = text.split(BEGIN)
+    after = rest.split(END)[1]
+    README.write_text(before + BEGIN + "\n" + "\n".join(results_block()) + "\n" + END + after, encoding="utf-8")
+
+
+def results_block() -> Iterator[str]:
+    """Yield the README's lines about all kept results."""
+    for task in TASKS:
+        path = KEPT / f"glue-demo-{task}.json"
+        if path.is_file():
+            yield from task_block(task, json.loads(path.read_text(encoding="utf-8")))
+
+
+def task_block(task: str, results: Sequence[Json]) -> Iterator[str]:
+    """Yield the lines of one task's table, in the order of the methods' passes."""
+    first = results[0]
+    name = first["metric_name"]
+    yield f"`make glue TASK={task}`, {first['config']['evaluated_on']}; **{ONE_SEED}**:"
+    yield ""
+    yield f"| method | {name}, % | dev loss | train loss | passes | seconds |"
+    yield "|---|---|---|---|---|---|"
+    for result in sorted(results, key=lambda result: (result["passes"], result["config"]["method"] == "squat")):
+        config = result["config"]
+        bits = f" W{config['bits']}A{config['activation_bits']}" if "bits" in config else ""
+        cells = (
+            f"{config['method']}{bits}",
+            f"{100 * result['metric']:.2f}",
+            f"{result['dev_loss']:.3f}",
+            f"{result['train_loss']:.3f}",
+            f"{result['passes']}",
+            f"{result['seconds']:.0f}",
+        )
+        yield "| " + " | ".join(cells) + " |"
+    yield ""
+
+
+if __name__ == "__main__":
+    main()
