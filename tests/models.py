@@ -57,13 +57,14 @@ def _inputs(batch: Batch) -> Any:
 
 
 def seeded(build: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
-    """Run ``build`` from seed 0, leaving torch's generator as it was."""
+    """Run ``build`` from seed 0, and leave torch's generator at seed 0 for what comes next."""
 
     @functools.wraps(build)
     def run() -> nn.Module:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return build().train()
+        torch.manual_seed(0)
+        model = build().train()
+        torch.manual_seed(0)
+        return model
 
     return run
 
