@@ -170,10 +170,16 @@ class Latents:
 
         Args:
             block: What is running, for messages.
+
+        Raises:
+            RuntimeError: somebody else wrote p, which is about to be overwritten.
         """
         if not self.noises:
             yield
             return
+        self.check()
+        for slot in self.slots:
+            self._note_value(slot, slot.quantized())
         self.noisy = True
         try:
             with self._drawing():

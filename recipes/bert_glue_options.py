@@ -50,10 +50,13 @@ DEFAULTS: dict[str, Any] = {
 """The paper's settings, where it prints them."""
 
 DEMO: dict[str, dict[str, Any]] = {
-    "stsb": {"fp32_epochs": 2, "epochs": 1, "lr": 5e-5, "rho": 0.02, "schedule": "fused"},
-    "movies": {"fp32_epochs": 2, "epochs": 1, "lr": 5e-5, "rho": 0.02, "schedule": "fused"},
+    "stsb": {"fp32_epochs": 2, "epochs": 1, "lr": 1e-4, "rho": 0.005, "schedule": "fused", "train_rows": 4000},
+    "movies": {"fp32_epochs": 2, "epochs": 1, "lr": 1e-4, "rho": 0.005, "schedule": "fused", "train_rows": 4000},
 }
-"""Small settings of `--demo`, by task; what the command line says goes before them."""
+"""Small settings of `--demo`, by task; what the command line says goes before them.
+
+Chosen on 15 % of STS-B's training rows, held out (one seed; LSQ: Pearson .751): rho .005 gave .749, .02 gave .711.
+"""
 
 
 @dataclass(frozen=True)

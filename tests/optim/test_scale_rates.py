@@ -57,12 +57,11 @@ def test_a_given_rate_may_go_with_another_optimizer_without_decay():
         assert abs(abs(float(s - before[name])) - 1e-3) < 1e-5
 
 
-@pytest.mark.parametrize("options", [{"lr": 1e-3}, {"lr": 1e-3, "granularity": "per_channel"}], ids=["per_tensor", "per_channel"])
-def test_the_relative_step_of_the_scales_is_that_of_the_weights(options):
-    """The rule itself, measured in the middle of a run, within a factor of 3: it balances, it does not equate."""
-    granularity = {"granularity": options.pop("granularity")} if "granularity" in options else {}
-    model = BERT.quantized(**granularity)
-    optimizer = QAT(model, AdamW, weight_decay=0.0, **options)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_the_relative_step_of_the_scales_is_that_of_the_weights(granularity):
+    """The rule itself, measured in a run, within a factor of 4: Adam's steps get shorter where gradients turn."""
+    model = BERT.quantized(granularity=granularity)
+    optimizer = QAT(model, AdamW, lr=1e-4, weight_decay=0.0)
     train(optimizer, model, BERT, 6)
     w = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
     s = {name: t.clone() for name, t in scales_of(model).items() if "weight_quantizer" in name}
@@ -71,7 +70,7 @@ def test_the_relative_step_of_the_scales_is_that_of_the_weights(options):
     relative_w = math.sqrt(moved_w / sum(float(t.square().sum()) for t in w.values()))
     steps = torch.cat([((t - s[name]) / s[name]).flatten() for name, t in scales_of(model).items() if name in s])
     relative_s = float(steps.square().mean().sqrt())
-    assert 1 / 3 < relative_s / relative_w < 3
+    assert 1 / 4 < relative_s / relative_w < 4
 
 
 @each_method
