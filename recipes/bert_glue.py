@@ -88,7 +88,7 @@ def fine_tune(run: Run, data: Data, save_every: int) -> None:
     run.start()
     torch.manual_seed(run.config["seed"])  # the head is drawn here
     model = load_model(run.config["model"], data.task)
-    optimizer = torch.optim.Adam(model.parameters(), lr=run.config["lr"])
+    optimizer = torch.optim.Adam(model.parameters(), fused=True, lr=run.config["lr"])
     progress = train_(model, optimizer, data, run, save_every)
     finish(run, model, None, data, progress)
 
@@ -119,7 +119,7 @@ def quantized_optimizer(model: nn.Module, config: Json) -> torch.optim.Optimizer
     rates = config["scale_lr"]
     scale_lr = tuple(rates) if rates and len(rates) == 2 else rates[0] if rates else None
     optimizer: torch.optim.Optimizer = classes[method](  # qsam
-        model, torch.optim.Adam, lr=config["lr"], scale_lr=scale_lr, **settings
+        model, torch.optim.Adam, fused=True, lr=config["lr"], scale_lr=scale_lr, **settings
     )
     return optimizer
 

@@ -77,6 +77,7 @@ class SQuAT(TwoPass):
 
     def _run(self, closure: Closure) -> Any:
         if self.schedule == "next_batch" and self._scales_due():
+            self._losses.clear()
             with self.scale_phase():
                 loss = self._call(closure, "loss")
             self.step_scales()
