@@ -1,7 +1,7 @@
 """Keep the results of `make glue`, and write the README's table from what is kept.
 
-    python -m benchmarks.glue_demo --runs runs/glue-demo    # copies the finished runs into benchmarks/results/
-    python -m benchmarks.glue_demo                          # only rewrites the README's table
+python -m benchmarks.glue_demo --runs runs/glue-demo    # copies the finished runs into benchmarks/results/
+python -m benchmarks.glue_demo                          # only rewrites the README's table
 """
 
 from __future__ import annotations

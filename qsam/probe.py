@@ -86,7 +86,8 @@ class Probe:
     def differentiable_gradient(self) -> tuple[Tensor, ...]:
         """Return the gradient at W, one tensor a weight, with its graph; the closure is one without backward.
 
-        Attention runs torch's plain kernel: the fused ones have no second derivative. The buffers that the forward wrote
+        Attention runs torch's plain kernel: the fused ones have no second derivative. The buffers that the
+        forward wrote
         stay until the end of :func:`probing`: the graph needs them.
 
         Raises:

@@ -187,7 +187,8 @@ class QuantizedOptimizer(Passes, Optimizer):
                 continue
             if id(p) not in owned:
                 raise RuntimeError(
-                    f"the quantized weight {slot.path!r} has a gradient, but its Parameter is in no group: it was unfrozen "
+                    f"the quantized weight {slot.path!r} has a gradient, but its Parameter is in no group: it was "
+                    "unfrozen "
                     "(call add_param_group), or replaced (build the optimizer afterwards)."
                 )
             dw, ds = self.latents_of.pull_back(slot, p.grad)

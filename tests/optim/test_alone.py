@@ -1,5 +1,7 @@
 """The optimizer alone on a model that nobody prepared: ``qsam.SQuAT(model, AdamW, rho=0.1)``, and under torch.compile."""
 
+import math
+
 import pytest
 import torch
 from torch.optim import AdamW
@@ -53,7 +55,9 @@ def test_squat_alone_trains_a_model(task):
     train(optimizer, model, task, STEPS[task.name], start=1)
     assert_on_grid(optimizer)
     assert mean_loss(task, model, optimizer) < before
-    assert all(not torch.equal(slot.quantizer.scale, s) for slot, s in zip(optimizer.latents_of.slots, scales, strict=True))
+    assert all(
+        not torch.equal(slot.quantizer.scale, s) for slot, s in zip(optimizer.latents_of.slots, scales, strict=True)
+    )
     assert all(row.quantizer.calibrated for row in optimizer.coverage.inputs if row.quantizer is not None)
     for slot in optimizer.latents_of.slots:
         q = slot.quantizer
@@ -65,7 +69,7 @@ def test_every_method_runs_with_its_defaults_alone(method):
     model = CONV.build()
     optimizer = method.cls(model, AdamW, **({} if method.schedule is None else {"schedule": method.schedule}))
     losses = train(optimizer, model, CONV, 2)
-    assert all(loss == loss for loss in losses)
+    assert all(math.isfinite(loss) for loss in losses)
     assert_on_grid(optimizer)
 
 

@@ -51,7 +51,13 @@ TARGETS = INPUTS[:, :1].clone()
 def build_model() -> nn.Sequential:
     """Matrices only: Muon takes no other parameter."""
     torch.manual_seed(1)
-    layers = [nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 1, bias=False)]
+    layers = [
+        nn.Linear(6, 8, bias=False),
+        nn.ReLU(),
+        nn.Linear(8, 8, bias=False),
+        nn.ReLU(),
+        nn.Linear(8, 1, bias=False),
+    ]
     return nn.Sequential(*layers)
 
 
@@ -70,7 +76,9 @@ def build_base(name: str, model: nn.Module) -> torch.optim.Optimizer:
     return ALL[name](params, **settings)
 
 
-def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0, ignored: bool = False) -> list[float]:
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0, ignored: bool = False
+) -> list[float]:
     torch.manual_seed(seed)
     losses = []
 

@@ -145,7 +145,9 @@ def test_resuming_in_a_new_process_starts_from_other_weights(method):
     def other(seed=iter(range(9))):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(next(seed))
-            model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4))
+            model = torch.nn.Sequential(
+                torch.nn.Linear(8, 8), torch.nn.ReLU(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 4)
+            )
         model[2].weight.requires_grad_(False)
         qsam.quantize_(model, bits=2)
         qsam.calibrate(model, [MLP.batch(0)["x"]])
@@ -207,7 +209,9 @@ def test_a_state_dict_goes_by_torch_s_own_format(method):
     assert set(state["state"]) == set(indices)
     live = [p for group in optimizer.param_groups for p in group["params"]]
     for i, p in enumerate(live):
-        assert all(value.shape in (p.shape, ()) for value in state["state"][i].values() if isinstance(value, torch.Tensor))
+        assert all(
+            value.shape in (p.shape, ()) for value in state["state"][i].values() if isinstance(value, torch.Tensor)
+        )
 
 
 @each_method
@@ -217,7 +221,9 @@ def test_state_dict_hooks_run(method):
     seen = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("save"))
     optimizer.register_state_dict_post_hook(lambda o, state: seen.append("saved") or {**state, "extra": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, state: seen.append("load") or {k: v for k, v in state.items() if k != "extra"})
+    optimizer.register_load_state_dict_pre_hook(
+        lambda o, state: seen.append("load") or {k: v for k, v in state.items() if k != "extra"}
+    )
     optimizer.register_load_state_dict_post_hook(lambda o: seen.append("loaded"))
     state = optimizer.state_dict()
     assert state["extra"] == 1
@@ -273,15 +279,21 @@ def test_a_bare_checkpoint_takes_the_present_weights_as_latents(method):
 
 
 def of_other_bits(method):
-    return method(method.model(MLP, bits=2)), r"is LSQ\(bits=4.*\) here and LSQ\(bits=2.*\) in the checkpoint: call quantize_ as"
+    return method(
+        method.model(MLP, bits=2)
+    ), r"is LSQ\(bits=4.*\) here and LSQ\(bits=2.*\) in the checkpoint: call quantize_ as"
 
 
 def of_another_granularity(method):
-    return method(method.model(MLP, granularity="per_channel")), r"per_tensor\) here and LSQ\(bits=4, signed, per_channel\) in"
+    return method(
+        method.model(MLP, granularity="per_channel")
+    ), r"per_tensor\) here and LSQ\(bits=4, signed, per_channel\) in"
 
 
 def of_other_input_bits(method):
-    return method(method.model(MLP, activation_bits=4)), r"'0\.input' is LSQ\(bits=8\) here and LSQ\(bits=4\) in the checkpoint"
+    return method(
+        method.model(MLP, activation_bits=4)
+    ), r"'0\.input' is LSQ\(bits=8\) here and LSQ\(bits=4\) in the checkpoint"
 
 
 def of_a_float_layer(method):
@@ -300,17 +312,29 @@ def of_other_shapes(method):
     own = [p for name, p in model.named_parameters() if name[0] in "024" and "quantizer" not in name]
     model[1].requires_grad_(False)
     model[3].requires_grad_(False)
-    return method(model, params=own), r"a saved qsam_latent has shape \(4, 4\), its parameter \(16, 8\): another model\."
+    return method(
+        model, params=own
+    ), r"a saved qsam_latent has shape \(4, 4\), its parameter \(16, 8\): another model\."
 
 
 def of_other_groups(method):
     model = method.model(MLP)
     own = [p for p in model.parameters() if p.dim() == 2]
     rest = [p for p in model.parameters() if p.dim() == 1 and p.shape != (1,)]
-    return method(model, params=[{"params": own}, {"params": rest}]), r"the checkpoint has \d parameter groups, this optimizer \d: build it as"
+    return method(
+        model, params=[{"params": own}, {"params": rest}]
+    ), r"the checkpoint has \d parameter groups, this optimizer \d: build it as"
 
 
-REFUSED = [of_other_bits, of_another_granularity, of_other_input_bits, of_a_float_layer, of_another_model, of_other_shapes, of_other_groups]
+REFUSED = [
+    of_other_bits,
+    of_another_granularity,
+    of_other_input_bits,
+    of_a_float_layer,
+    of_another_model,
+    of_other_shapes,
+    of_other_groups,
+]
 
 
 @pytest.mark.parametrize(
@@ -331,7 +355,10 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(method, o
     model = method.model(MLP)
     optimizer = method(model)
     train(optimizer, model, MLP, 2)
-    before, groups = everything(optimizer, model), copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups])
+    before, groups = (
+        everything(optimizer, model),
+        copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in optimizer.param_groups]),
+    )
     with pytest.raises(ValueError, match=message):
         optimizer.load_state_dict(saved)
     assert_same(everything(optimizer, model), before)

@@ -19,7 +19,9 @@ TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
 RHO = 0.05
 
 
-def build(cls: type = qsam.SAQ, *, bits: int = 4, base: Any = torch.optim.AdamW, **options: Any) -> tuple[nn.Module, Any]:
+def build(
+    cls: type = qsam.SAQ, *, bits: int = 4, base: Any = torch.optim.AdamW, **options: Any
+) -> tuple[nn.Module, Any]:
     torch.manual_seed(1)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
     if cls is not qsam.SAM:
@@ -238,7 +240,7 @@ def copy_tensor(value: Any) -> Any:
 
 
 def test_fused_squat_refuses_directions_of_one_pass() -> None:
-    with pytest.raises(ValueError, match="fused.*first pass"):
+    with pytest.raises(ValueError, match=r"fused.*first pass"):
         build(qsam.SQuAT, schedule="fused", direction="previous")
 
 

@@ -94,7 +94,9 @@ def test_a_bad_argument_of_the_perturbation_is_refused(method, kind, options, me
 
 @each_method
 def test_the_model_comes_first(method):
-    with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got type: the model comes first, then the optimizer\."):
+    with pytest.raises(
+        TypeError, match=r"`model` must be a torch\.nn\.Module, got type: the model comes first, then the optimizer\."
+    ):
         build(method, AdamW, MLP.build())
     with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got list"):
         build(method, list(MLP.build().parameters()))
@@ -104,18 +106,25 @@ def test_the_model_comes_first(method):
 def test_an_instance_has_its_own_settings(method):
     model = method.model(MLP)
     own = [p for name, p in model.named_parameters() if "quantizer" not in name]
-    with pytest.raises(TypeError, match=r"was given an optimizer instance, which has its own groups and settings: drop \['lr', 'params'\]\."):
+    with pytest.raises(
+        TypeError,
+        match=r"was given an optimizer instance, which has its own groups and settings: drop \['lr', 'params'\]\.",
+    ):
         build(method, model, AdamW(own), lr=1e-3, params=own)
 
 
 @pytest.mark.parametrize("name", ["rho", "direction", "perturb", "every", "start", "reuse", "perturbation_scope"])
 def test_qat_takes_nothing_of_the_perturbation(name):
-    with pytest.raises(TypeError, match=rf"QAT has no perturbation and takes no \['{name}'\]: use SAQ or SQuAT, or drop them\."):
+    with pytest.raises(
+        TypeError, match=rf"QAT has no perturbation and takes no \['{name}'\]: use SAQ or SQuAT, or drop them\."
+    ):
         QAT(MLP.quantized(), AdamW, **{name: 1})
 
 
 def test_sam_has_no_quantized_weights_to_perturb():
-    with pytest.raises(ValueError, match=r"SAM has no quantized weights: `perturb` must be 'all' or a predicate \(name, parameter\)\."):
+    with pytest.raises(
+        ValueError, match=r"SAM has no quantized weights: `perturb` must be 'all' or a predicate \(name, parameter\)\."
+    ):
         SAM(MLP.build(), AdamW, perturb="quantized")
 
 

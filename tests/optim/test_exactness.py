@@ -258,7 +258,10 @@ def test_the_scales_may_step_after_a_skipped_step_of_the_weights():
         scaler.scale(CONV.loss(model, CONV.batch(3))).backward()
     scaler.step(optimizer.scales)
     assert_same(latents(optimizer, model), w)
-    assert all(bool(torch.isfinite(scale).all()) and not torch.equal(scale, s[name]) for name, scale in scales_of(model).items())
+    assert all(
+        bool(torch.isfinite(scale).all()) and not torch.equal(scale, s[name])
+        for name, scale in scales_of(model).items()
+    )
 
 
 @each_method

@@ -46,7 +46,9 @@ def test_the_base_s_groups_come_first_then_the_scales(method):
     assert [group["qsam_scales"] for group in others] == (["weights", "inputs"] if method.quantizes else [])
     listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
     assert sorted(listed) == sorted(ids(model.parameters()))
-    assert {id(s) for group in others for s in group["params"]} == {id(p) for p in model.parameters()} - set(ids(own(model)))
+    assert {id(s) for group in others for s in group["params"]} == {id(p) for p in model.parameters()} - set(
+        ids(own(model))
+    )
 
 
 @each_method
@@ -102,7 +104,9 @@ def test_scales_in_the_groups_of_an_instance_are_moved_and_that_is_said_once(met
         model = method.model(MLP)
         if careless:
             base = AdamW(model.parameters(), lr=1e-3)  # after quantize_: the scales are among them
-            with pytest.warns(UserWarning, match=r"6 scales were in the base optimizer's groups and are moved to the scale optimizer") as caught:
+            with pytest.warns(
+                UserWarning, match=r"6 scales were in the base optimizer's groups and are moved to the scale optimizer"
+            ) as caught:
                 optimizer = method(model, base)
             assert len(caught) == 1
         else:
@@ -140,7 +144,10 @@ def test_trainable_parameters_that_nobody_owns_are_named(method):
 @each_quantizing
 def test_a_quantized_weight_that_nobody_owns_is_refused(method):
     model = method.model(MLP)
-    with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' is in no parameter group of the base optimizer: add it, or freeze it"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"the quantized weight '2\.weight' is in no parameter group of the base optimizer: add it, or freeze it",
+    ):
         method(model, params=[p for p in own(model) if p is not model[2].weight])
     weights = MLP.build().state_dict()
     assert_same({k: v for k, v in model.state_dict().items() if k in weights}, weights)
@@ -280,10 +287,15 @@ def test_a_second_optimizer_is_refused_and_names_the_way_out(method):
     model = method.model(MLP)
     optimizer = method(model)
     before = everything(optimizer, model)
-    with pytest.raises(RuntimeError, match=r"another qsam optimizer owns the weights of this model: call qsam\.dequantize_\(model, optimizer\) first"):
+    with pytest.raises(
+        RuntimeError,
+        match=r"another qsam optimizer owns the weights of this model: call qsam\.dequantize_\(model, optimizer\) first",
+    ):
         method(model)
     assert_same(everything(optimizer, model), before)
-    with pytest.raises(RuntimeError, match=r"the model is quantized already: call qsam\.dequantize_\(model, optimizer\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"the model is quantized already: call qsam\.dequantize_\(model, optimizer\) first"
+    ):
         qsam.quantize_(model)
     train(optimizer, model, MLP, 1)
 
@@ -320,12 +332,18 @@ def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
     train(optimizer, model, MLP, 1)
     del optimizer
     gc.collect()
-    with pytest.warns(UserWarning, match=r"the model's weights are on the quantization grid already: training starts from rounded weights"):
+    with pytest.warns(
+        UserWarning,
+        match=r"the model's weights are on the quantization grid already: training starts from rounded weights",
+    ):
         method(model)
 
 
 def test_sam_refuses_a_quantized_model():
-    with pytest.raises(RuntimeError, match=r"SAM trains a float model, and this one is quantized: use JointSAM or SAQ, or dequantize_ it\."):
+    with pytest.raises(
+        RuntimeError,
+        match=r"SAM trains a float model, and this one is quantized: use JointSAM or SAQ, or dequantize_ it\.",
+    ):
         qsam.SAM(MLP.quantized(), AdamW)
 
 

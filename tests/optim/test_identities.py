@@ -73,7 +73,9 @@ def test_the_joint_method_with_the_clipped_ste_is_saq(task, base, arguments):
 
 
 def test_the_two_stes_differ_where_weights_are_clipped():
-    clipped, identity = (run(lambda model, ste=ste: SAQ(model, AdamW, lr=1e-3, ste=ste), MLP)[0] for ste in ("clipped", "identity"))
+    clipped, identity = (
+        run(lambda model, ste=ste: SAQ(model, AdamW, lr=1e-3, ste=ste), MLP)[0] for ste in ("clipped", "identity")
+    )
     assert clipped != identity
 
 

@@ -103,7 +103,9 @@ def test_a_step_without_a_first_pass_is_plain_qat_and_says_so_once(method):
             if by_hand:
                 backward(model, i)
                 if i == 0:
-                    with pytest.warns(UserWarning, match=r"\.step\(\) without first_pass\(\) and perturbed\(\) is a plain QAT step"):
+                    with pytest.warns(
+                        UserWarning, match=r"\.step\(\) without first_pass\(\) and perturbed\(\) is a plain QAT step"
+                    ):
                         optimizer.step()
                 else:
                     optimizer.step()
@@ -177,7 +179,9 @@ def test_no_verb_is_allowed_inside_a_block(method, block):
         if block != "latents":
             backward(model)
         for name, verb in verbs_of(method).items():
-            with pytest.raises(RuntimeError, match=rf"{name}\(\) inside the block {block}\(\): leave the block first\."):
+            with pytest.raises(
+                RuntimeError, match=rf"{name}\(\) inside the block {block}\(\): leave the block first\."
+            ):
                 verb(optimizer, model)
         with pytest.raises(RuntimeError, match=rf"step\(\) inside the block {block}\(\)"):
             optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(0)))
@@ -193,7 +197,9 @@ def test_the_model_refuses_its_state_dict_inside_a_perturbed_pass(method):
         backward(model)
         model.state_dict()
     with optimizer.perturbed():
-        with pytest.raises(RuntimeError, match=r"model\.state_dict\(\) inside perturbed\(\) would save weights that are not Q\(w\)"):
+        with pytest.raises(
+            RuntimeError, match=r"model\.state_dict\(\) inside perturbed\(\) would save weights that are not Q\(w\)"
+        ):
             model.state_dict()
         backward(model)
     model.state_dict()
@@ -221,7 +227,9 @@ def test_step_scales_needs_a_backward_of_its_own(method):
     with optimizer.perturbed():
         backward(model)
     before = everything(optimizer, model)
-    with pytest.raises(RuntimeError, match=r"found the gradients of perturbed\(\), which are the weights': call step\(\) first"):
+    with pytest.raises(
+        RuntimeError, match=r"found the gradients of perturbed\(\), which are the weights': call step\(\) first"
+    ):
         optimizer.step_scales()
     assert_same(everything(optimizer, model), before)
     optimizer.step()
@@ -247,7 +255,7 @@ def test_the_scales_step_between_the_passes_only_where_they_are_fused(method):
 @each_method
 def test_a_refused_verb_inside_a_closure_stops_the_step_cleanly(method):
     model, optimizer = build(method)
-    with pytest.raises(RuntimeError, match="inside the block|found no gradient"):
+    with pytest.raises(RuntimeError, match=r"inside the block|found no gradient"):
         optimizer.step(lambda: optimizer.step())
     assert_on_grid(optimizer)
     train(optimizer, model, MLP, 1)

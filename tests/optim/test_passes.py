@@ -135,7 +135,9 @@ def test_the_momentum_of_batch_norm_is_never_touched(method):
     optimizer = method(model)
     closure = closure_of(optimizer, model, CONV, CONV.batch(0))
     seen = []
-    optimizer.step(lambda: seen.append([m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) or closure())
+    optimizer.step(
+        lambda: seen.append([m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) or closure()
+    )
     assert all(momenta == [0.1, 0.1] for momenta in seen)
 
 

@@ -76,7 +76,12 @@ def test_the_norm_of_e_is_rho(method, rho, selection):
 def test_only_what_is_selected_is_perturbed(method):
     everywhere = set(weights(method.model(MLP)))
     matrices = {name for name in everywhere if name.endswith("weight")}
-    expected = {None: matrices if method.quantizes else everywhere, "all": everywhere, "biases": everywhere - matrices, "one": {"2.weight"}}
+    expected = {
+        None: matrices if method.quantizes else everywhere,
+        "all": everywhere,
+        "biases": everywhere - matrices,
+        "one": {"2.weight"},
+    }
     for selection, names in expected.items():
         model, optimizer = build(method, selection=selection)
         e, _ = perturbation(optimizer, model)

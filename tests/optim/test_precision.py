@@ -69,8 +69,9 @@ def test_a_bf16_model_resumes_bit_by_bit(method):
     model = method.model(MLP).bfloat16()
     optimizer = method(model)
     train(optimizer, model, task, 3)
-    kept = {k: v.clone() for k, v in model.state_dict().items()}, torch.utils._pytree.tree_map(
-        lambda t: t.clone() if isinstance(t, torch.Tensor) else t, optimizer.state_dict()
+    kept = (
+        {k: v.clone() for k, v in model.state_dict().items()},
+        torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, optimizer.state_dict()),
     )
     train(optimizer, model, task, 3, start=3)
     other = method.model(MLP).bfloat16()
@@ -107,7 +108,9 @@ def test_the_realised_norm_is_measured(method):
     with pytest.warns(UserWarning, match="realised") as caught, optimizer.perturbed():
         after = [slot.parameter.detach().double() for slot in optimizer.latents_of.slots]
     norm = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]).norm()
-    assert float(str(caught[0].message).split("for, ")[1].split(" ")[0]) == pytest.approx(float(norm), rel=5e-3)  # 3 digits
+    assert float(str(caught[0].message).split("for, ")[1].split(" ")[0]) == pytest.approx(
+        float(norm), rel=5e-3
+    )  # 3 digits
 
 
 @each_method
@@ -118,7 +121,9 @@ def test_a_double_model_keeps_its_digits(method):
     task.loss = MLP.loss
     train(optimizer, model, task, 2)
     assert all(slot.latent.dtype is torch.float64 for slot in optimizer.latents_of.slots)
-    assert all(t.float().double().ne(t).any() for name, t in latents(optimizer, model).items() if name.endswith("weight"))
+    assert all(
+        t.float().double().ne(t).any() for name, t in latents(optimizer, model).items() if name.endswith("weight")
+    )
     assert_on_grid(optimizer)
 
 
@@ -176,7 +181,11 @@ def test_stock_clipping_in_a_closure_is_that_of_plain_sgd(method):
     after = latents(optimizer, model)
     moved = torch.cat([(after[name] - before[name]).flatten() for name in after])
     # The clip mask may only shorten it; each entry of w is rounded once.
-    assert 0 < moved.norm() <= 0.01 + torch.finfo(torch.float32).eps * torch.cat([t.flatten() for t in after.values()]).norm()
+    assert (
+        0
+        < moved.norm()
+        <= 0.01 + torch.finfo(torch.float32).eps * torch.cat([t.flatten() for t in after.values()]).norm()
+    )
 
 
 @each_method

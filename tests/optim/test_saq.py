@@ -203,7 +203,8 @@ def test_diagnostics_are_what_they_say() -> None:
     flat_e = torch.cat([x.flatten() for x in e])
     flips = [slot.quantizer(a + b) != old for slot, a, b, old in zip(slots, w, e, q, strict=True)]
     clipped = [
-        ((a / slot.quantizer.scale) <= slot.quantizer.quant_min) | ((a / slot.quantizer.scale) >= slot.quantizer.quant_max)
+        ((a / slot.quantizer.scale) <= slot.quantizer.quant_min)
+        | ((a / slot.quantizer.scale) >= slot.quantizer.quant_max)
         for slot, a in zip(slots, w, strict=True)
     ]
     assert found["quantization_noise_norm"] == pytest.approx(float(noise.norm()), rel=1e-5)

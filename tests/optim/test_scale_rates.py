@@ -20,7 +20,9 @@ def rates(optimizer):
 
 
 def rms(model):
-    weights = torch.cat([p.detach().flatten() for name, p in model.named_parameters() if p.dim() > 1 and "quantizer" not in name])
+    weights = torch.cat(
+        [p.detach().flatten() for name, p in model.named_parameters() if p.dim() > 1 and "quantizer" not in name]
+    )
     return float(weights.double().square().mean().sqrt())
 
 

@@ -94,7 +94,12 @@ def test_one_cycle_takes_a_list_of_rates_with_the_scales_among_them(method):
     model = method.model(MLP)
     optimizer = method(model)
     peaks = [0.01, 0.002, 0.003]
-    highest = [max(column) for column in zip(*rates(lambda o: OneCycleLR(o, peaks, total_steps=6, pct_start=0.5), model, optimizer), strict=True)]
+    highest = [
+        max(column)
+        for column in zip(
+            *rates(lambda o: OneCycleLR(o, peaks, total_steps=6, pct_start=0.5), model, optimizer), strict=True
+        )
+    ]
     assert highest == pytest.approx(peaks)
 
 

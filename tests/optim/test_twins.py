@@ -135,7 +135,10 @@ def test_a_method_equals_its_twin_at_a_given_rate_of_the_scales(method, scale_lr
 
 @pytest.mark.parametrize("method", QUANTIZING, ids=str)
 def test_the_two_rates_are_the_weights_and_the_inputs(method):
-    for scale_lr, moved, still in [((0.1, 0.0), "weight_quantizer", "input"), ((0.0, 0.1), "input", "weight_quantizer")]:
+    for scale_lr, moved, still in [
+        ((0.1, 0.0), "weight_quantizer", "input"),
+        ((0.0, 0.1), "input", "weight_quantizer"),
+    ]:
         model = method.model(MLP)
         before = {name: s.clone() for name, s in scales_of(model).items()}
         train(method(model, scale_lr=scale_lr), model, MLP, 4)

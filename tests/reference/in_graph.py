@@ -149,7 +149,9 @@ class InGraph:
 
     def _scale_rules(self, scale_lr: float | tuple[float, float] | None) -> list[tuple[Tensor, ScaleDescent]]:
         if scale_lr is None:
-            kind, rate = balanced(self.base, [self.parameters[name] for name in self.weights]) if self.weights else ("", 0)
+            kind, rate = (
+                balanced(self.base, [self.parameters[name] for name in self.weights]) if self.weights else ("", 0)
+            )
             rates = (rate, rate)
         else:
             kind, rates = "sgd", scale_lr if isinstance(scale_lr, tuple) else (scale_lr, scale_lr)
