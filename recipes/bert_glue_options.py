@@ -63,7 +63,8 @@ DEMO: dict[str, dict[str, Any]] = {"stsb": _SMALL, "movies": _SMALL}
 """Small settings of `--demo`, by task; what the command line says goes before them.
 
 Rate and rho were chosen on 15 % of STS-B's training rows, held out, with the others for training (one seed; LSQ:
-Pearson .731 at lr 5e-5, .753 at 1e-4; SQuAT at 1e-4: .749 at rho .005, .711 at .02). Fewer rows keep it under ten minutes.
+Pearson .731 at lr 5e-5, .753 at 1e-4; SQuAT at 1e-4: .749 at rho .005, .711 at .02). Fewer rows keep it under
+ten minutes.
 """
 
 
