@@ -228,8 +228,8 @@ def loss_slice(
         optimizer: A qsam optimizer, or a model that holds the weights already.
         closure: torch's closure, as for ``step``; it needs a backward for the direction ``"gradient"`` only.
         directions: One or more names, out of ``"gradient"`` (of the loss at Q(w)) and ``"random"`` (Gaussian); or a
-            mapping from names of your own to one tensor a perturbed weight, in the model's order. Each is scaled to length 1, over
-            all weights together.
+            mapping from names of your own to one tensor a perturbed weight, in the model's order. Each is scaled to
+            length 1, over all weights together.
         radius: The largest distance. Finite, > 0.
         points: Points a line, an odd integer >= 3, so that Q(w) itself is one of them.
         seed: Of the random direction.
