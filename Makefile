@@ -2,11 +2,13 @@
 #   QSAM_VENV  the environment (default .venv); made if absent, and kept in step with pyproject.toml and constraints.txt
 #   PYTHON     what makes it (default python3)
 #   TASK       the task of `make glue` (default stsb)
+#   WORKERS    processes of pytest (default 2: each computes on one thread)
 #   ARGS       appended to the arguments of the recipe, or of pytest
 PYTHON ?= python3
 QSAM_VENV ?= .venv
 TASK ?= stsb
 ARGS ?=
+WORKERS ?= 2
 
 # The oldest supported torch has a small CPU build; torchvision, which only the tests need, goes with one torch.
 TORCH_GLUE := torch==2.13.0
@@ -44,18 +46,18 @@ format: $(STAMP_TEST) ## format, and fix what lint can fix
 	$(RUN) ruff check --fix-only .
 	$(RUN) ruff format .
 
-test: check ## check, then every test but the long ones: make test ARGS="-k lsq -n 2"
-	$(RUN) pytest -m "not long" $(ARGS)
+test: check ## check, then every test but the long ones: make test ARGS="-k lsq"
+	$(RUN) pytest -m "not long" -n $(WORKERS) --dist loadfile $(ARGS)
 
 test-all: check ## check, then every test; writes docs/test-all.txt
 	@mkdir -p docs
 	@log="$(QSAM_VENV)/test-all.log"; code="$(QSAM_VENV)/test-all.code"; \
-	{ $(RUN) pytest -m "" --color=no --durations=25 $(ARGS); echo $$? >"$$code"; } | tee "$$log"; \
+	{ $(RUN) pytest -m "" -n $(WORKERS) --dist loadfile --color=no --durations=25 $(ARGS); echo $$? >"$$code"; } | tee "$$log"; \
 	{ \
 		echo 'Written by `make test-all`.'; \
 		echo "date: $$(date -u +%Y-%m-%d)"; \
 		echo "commit: $$(git describe --always --dirty 2>/dev/null || echo unknown)"; \
-		echo "command:" 'pytest -m "" $(ARGS)'; \
+		echo "command:" 'pytest -m "" -n $(WORKERS) --dist loadfile $(ARGS)'; \
 		"$(QSAM_VENV)/bin/python" -c 'import os, platform as p; \
 			print("python", p.python_version(), "on", p.system(), p.machine(), "with", os.cpu_count(), "cores")'; \
 		$(RUN) pip list --format=freeze | grep -E '^(qsam|torch|torchvision|numpy|transformers|timm|hypothesis|pytest)=='; \
