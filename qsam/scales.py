@@ -6,6 +6,7 @@ Each rule maps rows ``(R, n)`` to scales ``(R,)``. It works in units of the row'
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -55,8 +56,7 @@ def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Te
 
 
 def _lsq(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    mean: Tensor = rows.abs().mean(dim=1)
-    return mean * (2 / float(quant_max) ** 0.5)
+    return 2 * rows.abs().mean(dim=1) / math.sqrt(quant_max)
 
 
 def _absmax(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
