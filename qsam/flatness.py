@@ -14,14 +14,17 @@ from __future__ import annotations
 import dataclasses
 import os
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from qsam.hessian import TopEigenvalue, hessian_top_eigenvalue
 from qsam.optim import QuantizedOptimizer
-from qsam.probe import Closure, Probe, Subject, probing
+from qsam.probe import Closure, Probe, Subject, checked_count, checked_number, probing
 from qsam.registry import nearest
+
+__all__ = ["LossSlice", "Sharpness", "TopEigenvalue", "hessian_top_eigenvalue", "loss_slice", "sharpness"]
 
 TRAVEL = 2.5
 """How many radii the steps of :func:`sharpness` would cover, each as long as the first, without the ball."""
@@ -99,9 +102,9 @@ def sharpness(
 
     Differs from the paper: it prints neither the data, nor eta, nor T, and tests the norm before it has ``W_{t+1}``.
     """
-    rho = _number(rho, "rho")
-    steps = _count(steps, "steps", 1)
-    eta = None if lr is None else _number(lr, "lr")
+    rho = checked_number(rho, "rho")
+    steps = checked_count(steps, "steps", 1)
+    eta = None if lr is None else checked_number(lr, "lr")
     sign = optimizer._ascent_sign() if isinstance(optimizer, QuantizedOptimizer) else 1.0
     with probing(optimizer, closure, "sharpness", steps + 1, progress) as probe:
         d = probe.zeros()
@@ -114,76 +117,6 @@ def sharpness(
         end = probe.loss(d)
         _warn_if_rounded(probe, d)
     return Sharpness(sign * (end - start), start, end, rho, steps, eta, data)
-
-
-@dataclasses.dataclass(frozen=True)
-class TopEigenvalue:
-    """What :func:`hessian_top_eigenvalue` found.
-
-    Attributes:
-        value: The eigenvalue.
-        residual: ``||H v - value * v||``: an eigenvalue lies within this distance of ``value``.
-        iterations: Products H v that were computed.
-        converged: Whether the last product changed ``value`` by no more than the tolerance.
-    """
-
-    value: float
-    residual: float
-    iterations: int
-    converged: bool
-
-
-def hessian_top_eigenvalue(
-    optimizer: Subject,
-    loss_fn: Callable[[], Tensor],
-    iterations: int = 100,
-    tolerance: float = 1e-3,
-    *,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> TopEigenvalue:
-    r"""Return the largest (most positive) eigenvalue of the Hessian H of the loss with respect to Q(w).
-
-    Power iteration, ``v <- H v / ||H v||``, on exact products ``H v``: one forward, one backward that keeps its
-    graph, then one pass through that graph a product. Power iteration finds the eigenvalue of the largest magnitude; if
-    that is negative, a second one, on ``H - value * I``, finds the largest.
-
-    Where inputs are quantized the loss is a staircase in W, and H is that of its straight-through surrogate: each input
-    quantizer has the value of the rounding and the slope of the clipping. (Differences of gradients, which would need
-    no second derivative, see the stairs instead: they grow without bound as the distance shrinks.)
-
-    Args:
-        optimizer: A qsam optimizer, or a model that holds the weights already.
-        loss_fn: Runs the forward and returns the loss, WITHOUT backward.
-        iterations: The most products of one power iteration, an integer >= 2.
-        tolerance: Where to stop: the change of the eigenvalue, relative to the largest magnitude. Finite, > 0.
-        seed: Of the random start.
-        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
-
-    Raises:
-        TypeError: an argument of the wrong kind; ``loss_fn`` does not return a scalar tensor.
-        ValueError: an argument out of range.
-        RuntimeError: ``loss_fn`` called backward, or the loss does not depend on the weights; from torch: an operation
-            without a second derivative (a compiled model; attention runs its plain kernel here, which has one).
-
-    Example:
-        >>> model = torch.nn.Linear(3, 1, bias=False)
-        >>> curvatures = torch.tensor([-5.0, 1.0, 2.0])
-        >>> result = hessian_top_eigenvalue(
-        ...     model, lambda: (curvatures * model.weight.square()).sum() / 2, tolerance=1e-7
-        ... )
-        >>> round(result.value, 4), result.converged
-        (2.0, True)
-    """
-    iterations = _count(iterations, "iterations", 2)
-    tolerance = _number(tolerance, "tolerance")
-    with probing(optimizer, loss_fn, "hessian_top_eigenvalue", iterations + 1, progress) as probe:
-        product, start = _hessian(probe), _gaussian(probe, seed)
-        found = _power(product, start, 0.0, iterations, tolerance)
-        if not found.value < 0:
-            return found
-        top = _power(product, start, found.value, iterations, tolerance)
-        return dataclasses.replace(top, iterations=found.iterations + top.iterations)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,8 +181,8 @@ def loss_slice(
         >>> [round(loss, 4) for loss in line.losses["random"].tolist()]
         [4.0, 1.0, 0.0, 1.0, 4.0]
     """
-    radius = _number(radius, "radius")
-    if _count(points, "points", 3) % 2 == 0:
+    radius = checked_number(radius, "radius")
+    if checked_count(points, "points", 3) % 2 == 0:
         raise ValueError(f"`points` must be odd, so that the quantized weights are among them, got {points}.")
     distances = torch.linspace(-radius, radius, points, dtype=torch.float64)
     directions = [directions] if isinstance(directions, str) else directions
@@ -279,43 +212,6 @@ def _warn_if_rounded(probe: Probe, d: Tensor) -> None:
         )
 
 
-def _gaussian(probe: Probe, seed: int) -> Tensor:
-    like = probe.zeros()
-    return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
-
-
-def _hessian(probe: Probe) -> Callable[[Tensor], Tensor]:
-    """Return v -> H v, from one graph."""
-    gradients = probe.differentiable_gradient()
-    curved = [i for i, g in enumerate(gradients) if g.requires_grad]  # the others are constant
-
-    def product(v: Tensor) -> Tensor:
-        probe.tick()
-        if not curved:
-            return torch.zeros_like(v)
-        parts = [part.to(p).view_as(p) for part, p in zip(torch.split(v, probe.sizes), probe.weights, strict=True)]
-        outputs, vectors = [gradients[i] for i in curved], [parts[i] for i in curved]
-        return probe.flat(
-            torch.autograd.grad(outputs, probe.weights, vectors, retain_graph=True, materialize_grads=True)
-        )
-
-    return product
-
-
-def _power(product: Callable[[Tensor], Tensor], v: Tensor, shift: float, most: int, tolerance: float) -> TopEigenvalue:
-    """Iterate with ``H - shift * I``; return the eigenvalue of H."""
-    value, residual = shift, float("inf")
-    for count in range(1, most + 1):
-        v = v / v.norm()
-        image = product(v)
-        before, value = value, float(v @ image)
-        residual = float((image - value * v).norm())
-        v = image - shift * v
-        if (count > 1 and abs(value - before) <= tolerance * abs(value - shift)) or not bool(v.any()):
-            return TopEigenvalue(value, residual, count, converged=True)
-    return TopEigenvalue(value, residual, most, converged=False)
-
-
 def _units(probe: Probe, directions: Sequence[str] | Mapping[str, Sequence[Tensor]], seed: int) -> dict[str, Tensor]:
     found = {}
     for name in directions:
@@ -324,7 +220,7 @@ def _units(probe: Probe, directions: Sequence[str] | Mapping[str, Sequence[Tenso
         elif name == "gradient":
             d = probe.gradient(probe.zeros())[1]
         elif name == "random":
-            d = _gaussian(probe, seed)
+            d = probe.gaussian(seed)
         else:
             known = ["gradient", "random"]
             raise ValueError(
@@ -342,19 +238,3 @@ def _given(probe: Probe, name: str, tensors: Sequence[Tensor]) -> Tensor:
     if wanted != got:
         raise ValueError(f"the direction {name!r} must have one tensor a weight, of shapes {wanted}, got {got}.")
     return probe.flat(tensors)
-
-
-def _number(value: float, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"`{name}` must be a number > 0, got {value!r}.")
-    if not 0 < value < float("inf"):
-        raise ValueError(f"`{name}` must be finite and > 0, got {value}.")
-    return float(value)
-
-
-def _count(value: int, name: str, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
-    if value < least:
-        raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
-    return value

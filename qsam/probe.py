@@ -17,11 +17,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qsam.attach import coverage_of
 from qsam.functional import wide_dtype
 from qsam.inputs import frozen
-from qsam.latent import Latents
+from qsam.latent import Latents, quantizer_parameters
 from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.policy import unwrap_model
-from qsam.quantizers import Quantizer
 
 Subject = QuantizedOptimizer | nn.Module
 """An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""
@@ -61,6 +60,11 @@ class Probe:
             if tensor is not None:
                 part.copy_(tensor.detach().flatten())
         return like
+
+    def gaussian(self, seed: int) -> Tensor:
+        """Return N(0, 1) entries, drawn from ``seed``; no global generator moves."""
+        like = self.zeros()
+        return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
     def loss(self, d: Tensor) -> float:
         """Return L(W + d).
@@ -213,7 +217,7 @@ def _weights_of(subject: Subject, caller: str) -> tuple[nn.Module, Latents | Non
 
 
 def _all_but_scales(root: nn.Module) -> Iterator[nn.Parameter]:
-    scales = {id(p) for module in root.modules() if isinstance(module, Quantizer) for p in module.parameters()}
+    scales = {id(p) for p in quantizer_parameters(root)}
     return (p for p in root.parameters() if id(p) not in scales)
 
 
@@ -223,3 +227,21 @@ def _as_float(loss: Any) -> float:
     if isinstance(loss, int | float):
         return float(loss)
     raise TypeError(f"the closure must return the loss, a number or a tensor of one entry, got {loss!r}.")
+
+
+def checked_number(value: float, name: str) -> float:
+    """Return ``value`` as a float, or refuse what is no finite number > 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"`{name}` must be a number > 0, got {value!r}.")
+    if not 0 < value < float("inf"):
+        raise ValueError(f"`{name}` must be finite and > 0, got {value}.")
+    return float(value)
+
+
+def checked_count(value: int, name: str, least: int) -> int:
+    """Return ``value``, or refuse what is no integer >= ``least``."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
+    return value
