@@ -161,6 +161,7 @@ class Latents:
     def open_block(self, name: str) -> None:
         """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
         vars(self.root)[_BLOCK] = name
+        torch.clear_autocast_cache()  # what is cached is Q(w), and p will not be
 
     @contextlib.contextmanager
     def noise(self, block: str) -> Iterator[None]:
