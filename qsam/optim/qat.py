@@ -12,9 +12,10 @@ import torch
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from qsam.optim.base import Closure, QuantizedOptimizer, register_optimizer
+from qsam.optim.base import QuantizedOptimizer, register_optimizer
 from qsam.optim.groups import Base, needs_closure, pointed_at_model
 from qsam.optim.scale_rates import ScaleRate
+from qsam.optim.update import Closure
 
 _SAM_ONLY = {"rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope"}
 

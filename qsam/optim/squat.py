@@ -12,9 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from qsam.optim.base import Closure, register_optimizer
+from qsam.optim.base import register_optimizer
 from qsam.optim.groups import Base
 from qsam.optim.two_pass import TwoPass
+from qsam.optim.update import Closure
 
 SCHEDULES = ("same_batch", "next_batch", "fused")
 

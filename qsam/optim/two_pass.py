@@ -8,10 +8,11 @@ from typing import Any
 from torch import nn
 from torch.optim import SGD, Optimizer
 
-from qsam.optim.base import Closure, QuantizedOptimizer
+from qsam.optim.base import QuantizedOptimizer
 from qsam.optim.groups import Base
 from qsam.optim.perturbation import Perturbation, Selection, checked_rho
 from qsam.optim.scale_rates import ScaleRate
+from qsam.optim.update import Closure
 
 
 class TwoPass(QuantizedOptimizer):
