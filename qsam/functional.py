@@ -73,7 +73,7 @@ def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor
         tensor([-2., -0.,  0.,  1.,  1.])
     """
     wide = wide_dtype(x.dtype)
-    return (x.to(wide) / positive(scale).to(wide)).clamp_(quant_min, quant_max).round_()
+    return (x.to(wide) / positive(scale).to(wide)).clamp(quant_min, quant_max).round_()
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -106,8 +106,8 @@ class _FakeQuantize(torch.autograd.Function):
             grad_x = grad.masked_fill(outside, 0)
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
             # codes - v inside, the limit outside; in place, for this is where an eager step spends its time.
-            slope = torch.clamp(v, quant_min, quant_max).round_().sub_(v.masked_fill_(outside, 0))
-            grad_s = slope.mul_(grad).sum_to_size(scale.shape) * grad_scale
+            slope = torch.clamp(v, quant_min, quant_max).round_().sub_(v.masked_fill(outside, 0))
+            grad_s = (slope * grad).sum_to_size(scale.shape) * grad_scale
             # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
             grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)
         return grad_x, grad_s, None, None, None
@@ -145,6 +145,8 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
     References:
         Esser et al., ICLR 2020, Eq 1-3 and section 2.2.
     """
+    if not x.dim():
+        return fake_quantize(x[None], scale, quant_min, quant_max, grad_scale)[0]
     return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
 
 
@@ -195,5 +197,6 @@ def to_groups(x: Tensor, axis: int, group_size: int) -> Tensor:
 
 def from_groups(groups: Tensor, shape: torch.Size, axis: int) -> Tensor:
     """Undo :func:`to_groups`: return a tensor of ``shape`` from ``(C, G, group_size)``."""
+    axis %= len(shape)
     moved = torch.Size([shape[axis], *shape[:axis], *shape[axis + 1 :]])
     return groups.reshape(moved).movedim(0, axis)

@@ -16,7 +16,7 @@ from qsam.functional import SCALE_FLOOR
 from qsam.registry import nearest
 
 _SEARCH_ENTRIES = 2**18
-"""Entries of one row that the MSE search looks at; a longer row is sampled with a fixed stride."""
+"""Entries of one row that the MSE search looks at; of a longer row, a sample."""
 
 
 def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Tensor:
@@ -60,41 +60,52 @@ def _lsq(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
 
 
 def _absmax(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    return rows.abs().amax(dim=1) / quant_max
+    return rows.abs().amax(dim=1) / quant_max if rows.numel() else rows.new_ones(rows.shape[0])
 
 
 def _percentile(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+    if not rows.numel():
+        return rows.new_ones(rows.shape[0])
     rank = max(1, round(0.999 * rows.shape[1]))
     value = rows.abs().kthvalue(rank, dim=1).values
     return torch.where(value > 0, value, 1.0) / quant_max
 
 
 def _mse(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
-    """Search 24 log-spaced steps, then alternate "round" and "best step for these codes" from the best one.
+    """Search 24 log-spaced steps, then 48 between the neighbours of the best, then alternate as Lloyd's algorithm does.
 
-    The second half never raises the error (each of its two halves is a least-squares solution), as in Lloyd's
-    algorithm; eight rounds are enough to converge.
+    Its two halves, "round" and "best step for these codes", are least-squares solutions: neither raises the error.
     """
-    rows = rows[:, :: max(1, rows.shape[1] // _SEARCH_ENTRIES)]
+    rows = _sampled(rows)
 
     def codes(step: Tensor) -> Tensor:
         return torch.round((rows / step).clamp(quant_min, quant_max))
 
-    def error(step: Tensor) -> Tensor:
-        return (codes(step) * step - rows).square().sum(dim=1, keepdim=True)
+    def better(best: Tensor, least: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        found = (codes(step) * step - rows).square().sum(dim=1, keepdim=True)
+        return torch.where(found < least, step, best), torch.minimum(found, least)
 
     one = rows.new_ones(rows.shape[0], 1)
-    best = one / max(quant_max, -quant_min)
-    least = error(best)
-    for ratio in torch.logspace(0, -2.5, 24).tolist():
-        step = one * ratio / quant_max
-        found = error(step)
-        best, least = torch.where(found < least, step, best), torch.minimum(found, least)
+    best, least = better(one, one * torch.inf, one / max(quant_max, -quant_min))
+    coarse = [one * ratio / quant_max for ratio in torch.logspace(0, -2.5, 24).tolist()]
+    for step in [*coarse, _lsq(rows, quant_min, quant_max).unsqueeze(1)]:
+        best, least = better(best, least, step)
+    centre = best
+    for ratio in torch.logspace(-2.5 / 23, 2.5 / 23, 48).tolist():
+        best, least = better(best, least, centre * ratio)
     for _ in range(8):
         q = codes(best)
         step = (q * rows).sum(1, keepdim=True) / q.square().sum(1, keepdim=True)
         best = torch.where(torch.isfinite(step) & (step > 0), step, best)
     return best.squeeze(1)
+
+
+def _sampled(rows: Tensor) -> Tensor:
+    """Return at most _SEARCH_ENTRIES columns, drawn with a fixed seed: a stride sees the same few of a matrix."""
+    if rows.shape[1] <= _SEARCH_ENTRIES:
+        return rows
+    chosen = torch.randint(rows.shape[1], (_SEARCH_ENTRIES,), generator=torch.Generator().manual_seed(0))
+    return rows[:, chosen.to(rows.device)]
 
 
 INIT_RULES: dict[str, Callable[[Tensor, int, int], Tensor]] = {

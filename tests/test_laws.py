@@ -419,7 +419,6 @@ def test_every_registered_quantizer_keeps_all_laws_at_every_width(name):
         check_quantizer(name, bits=bits, axes=(0, 1, 2))
 
 
-@pytest.mark.xfail(reason="from_groups of a negative axis does not undo to_groups", raises=AssertionError)
 @pytest.mark.parametrize("name", ["lsq", "fixed_step"])
 def test_a_negative_axis_counts_from_the_end(name):
     check_quantizer(name, bits=4, axes=(-1,))

@@ -142,4 +142,4 @@ class PerChannel(LSQ):
             raise ValueError(
                 "the quantizer 'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'."
             )
-        super().__init__(bits=bits, signed=signed, granularity="per_channel", axis=axis, group_size=None)
+        super().__init__(bits=bits, signed=signed, granularity="per_channel", axis=axis, group_size=group_size)

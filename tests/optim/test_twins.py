@@ -25,7 +25,7 @@ from tests.reference.in_graph import Grid
 from tests.reference.joint import JointSAM
 from tests.reference.qat import QAT
 from tests.reference.sam import SAM
-from tests.reference.saq import SAQ
+from tests.reference.saq import SAQ, Case1, Case2, NormalizedWeights
 from tests.reference.squat import Fused, NextBatch, SameBatch
 
 TWINS = {
@@ -38,6 +38,9 @@ TWINS = {
     "squat-fused": Fused,
 }
 BASES = {AdamW: {"lr": 1e-3, "weight_decay": 0.1}, SGD: {"lr": 0.05, "momentum": 0.9}}
+VARIANTS = {"case 1": ({"case": 1}, Case1), "case 2": ({"case": 2}, Case2)}
+VARIANTS |= {"normalized": ({"normalize_weights": True}, NormalizedWeights)}
+"""Options of SAQ that have a twin of their own."""
 STEPS = 20
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
@@ -47,14 +50,14 @@ crosswise = pytest.mark.parametrize(("bits", "base"), [(2, AdamW), (4, SGD)], id
 the_other_way = pytest.mark.parametrize(("bits", "base"), [(4, AdamW), (2, SGD)], ids=["4-AdamW", "2-SGD"])
 
 
-def twin_of(method, task, model, base, **options):
+def twin_of(method, task, model, base, cls=None, **options):
     """Return the method's twin, on the float model, with the grids and initial scales of ``model``."""
     coverage = coverage_of(model)
     weights, inputs = {}, {}
     if coverage is not None:
         weights = {row.name: grid_of(row.quantizer) for row in coverage.quantized}
         inputs = {row.name: grid_of(row.quantizer) for row in coverage.inputs if row.quantizer is not None}
-    return TWINS[str(method)](task.build(), weights, inputs, base, BASES[base], **options)
+    return (cls or TWINS[str(method)])(task.build(), weights, inputs, base, BASES[base], **options)
 
 
 def grid_of(quantizer):
@@ -62,13 +65,14 @@ def grid_of(quantizer):
     return Grid(quantizer.quant_min, quantizer.quant_max, scale, quantizer.group_size)
 
 
-def train_both(method, task, base, drive=train, quantization=None, steps=STEPS, **options):
+def train_both(method, task, base, drive=train, quantization=None, steps=STEPS, variant=None, **options):
     """Train the model and its twin from the same seed; return (optimizer, model, losses) and (twin, losses)."""
     model = method.model(task, **(quantization or {}))
-    twin = twin_of(method, task, model, base, **options)
+    ours, cls = VARIANTS.get(variant, ({}, None))
+    twin = twin_of(method, task, model, base, cls, **options)
     if not method.perturbs:
         options.pop("rho", None)
-    optimizer = method(model, base, **BASES[base], **options)
+    optimizer = method(model, base, **BASES[base], **options, **ours)
     torch.manual_seed(1)
     losses = drive(optimizer, model, task, steps)
     torch.manual_seed(1)
@@ -103,6 +107,15 @@ def test_a_method_equals_its_twin_on_an_mlp(method, granularity, bits, base):
 @crosswise
 def test_a_method_equals_its_twin_with_batch_norm_and_dropout(method, granularity, bits, base):
     assert_equals_its_twin(method, CONV, base, quantization={"granularity": granularity, "bits": bits})
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("task", [MLP, CONV, BERT], ids=str)
+@each_base
+def test_a_variant_of_saq_equals_its_twin(variant, task, base):
+    (saq,) = (method for method in METHODS if method.name == "saq")
+    steps = 5 if task is BERT else STEPS
+    assert_equals_its_twin(saq, task, base, variant=variant, rho=0.3, quantization={"bits": 3}, steps=steps)
 
 
 @pytest.mark.long

@@ -163,13 +163,17 @@ class InGraph:
 
     def loss(self, loss, batch, e: Perturbation | None = None) -> Tensor:
         """Return L(Q(w) + e)."""
-        self.Q = {name: quantized_weight(self.parameters[name], grid) for name, grid in self.weights.items()}
+        self.Q = self.quantized()
         at = {name: plus(q, e[name]) if e else q for name, q in self.Q.items()}
 
         def forward(*args, **kwargs):
             return functional_call(self.model, {**at, **self.buffers}, args, kwargs)
 
         return loss(forward, batch)
+
+    def quantized(self) -> dict[str, Tensor]:
+        """Return Q(w) by name."""
+        return {name: quantized_weight(self.parameters[name], grid) for name, grid in self.weights.items()}
 
     def first(self, loss, batch) -> Tensor:
         """Return L(Q(w)): this pass moves the buffers and the random numbers."""
