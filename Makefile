@@ -19,6 +19,8 @@ PIP := $(RUN) pip install --disable-pip-version-check -c constraints.txt
 HAS_TORCH := "$(QSAM_VENV)/bin/python" -c 'from importlib.metadata import version; \
 	raise SystemExit(tuple(map(int, version("torch").split(".")[:2])) < (2, 13))' 2>/dev/null
 
+ALL := -m "" -n $(WORKERS) --dist loadfile --hypothesis-profile=thorough
+
 # A stamp in the environment says what was installed there; its name escapes the spaces of a path.
 EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
@@ -52,12 +54,12 @@ test: check ## check, then every test but the long ones: make test ARGS="-k lsq"
 test-all: check ## check, then every test; writes docs/test-all.txt
 	@mkdir -p docs
 	@log="$(QSAM_VENV)/test-all.log"; code="$(QSAM_VENV)/test-all.code"; \
-	{ $(RUN) pytest -m "" -n $(WORKERS) --dist loadfile --color=no --durations=25 $(ARGS); echo $$? >"$$code"; } | tee "$$log"; \
+	{ $(RUN) pytest $(ALL) $(ARGS) --color=no --durations=25; echo $$? >"$$code"; } | tee "$$log"; \
 	{ \
 		echo 'Written by `make test-all`.'; \
 		echo "date: $$(date -u +%Y-%m-%d)"; \
 		echo "commit: $$(git describe --always --dirty 2>/dev/null || echo unknown)"; \
-		echo "command:" 'pytest -m "" -n $(WORKERS) --dist loadfile $(ARGS)'; \
+		echo "command:" 'pytest $(ALL) $(ARGS)'; \
 		"$(QSAM_VENV)/bin/python" -c 'import os, platform as p; \
 			print("python", p.python_version(), "on", p.system(), p.machine(), "with", os.cpu_count(), "cores")'; \
 		$(RUN) pip list --format=freeze | grep -E '^(qsam|torch|torchvision|numpy|transformers|timm|hypothesis|pytest)=='; \

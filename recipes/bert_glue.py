@@ -38,11 +38,12 @@ from recipes.bert_glue_model import (
     save_model,
 )
 from recipes.bert_glue_options import parse_options
-from recipes.bert_glue_plan import load_rows, planned_runs, split_method, training_steps
+from recipes.bert_glue_plan import load_rows, planned_runs, training_steps
 from recipes.glue_tasks import Task
+from recipes.methods import parse_method
 from recipes.progress import Progress, restore_, save_checkpoint
 from recipes.report import report
-from recipes.runs import Json, Run
+from recipes.runs import Run
 from recipes.text_batches import epoch_batches
 
 DIAGNOSTICS_EVERY = 10
@@ -79,7 +80,7 @@ def run_all(arguments: Sequence[str] | None) -> None:
         elif method == "fp32":
             fine_tune(run, data, options.save_every)
         else:
-            quantize(run, runs["fp32", seed].model_folder, data, options.save_every)
+            train_method(run, runs["fp32", seed].model_folder, data, options.save_every)
     report(options.output_dir, options.task)
 
 
@@ -93,35 +94,24 @@ def fine_tune(run: Run, data: Data, save_every: int) -> None:
     finish(run, model, None, data, progress)
 
 
-def quantize(run: Run, start: Path, data: Data, save_every: int) -> None:
-    """Quantize the fine-tuned model and, unless the method is rounding alone, train it."""
+def train_method(run: Run, start: Path, data: Data, save_every: int) -> None:
+    """Quantize the fine-tuned model, if the method does, and train it, unless it is rounding alone."""
     run.start()
-    config = run.config
+    config, method = run.config, parse_method(run.config["method"])
     model = load_model(str(start), data.task)
-    coverage = qsam.quantize_(  # qsam
-        model, bits=config["bits"], activation_bits=config["activation_bits"], rules=qsam.presets.squat_bert
-    )
-    qsam.calibrate(model, calibration_batches(data, config["batch_size"], config["seed"]))  # qsam
-    if config["method"] == "rtn":
+    coverage = None
+    if method.quantizes:
+        coverage = qsam.quantize_(  # qsam
+            model, rules=qsam.presets.squat_bert, **method.quantization(config)
+        )
+        if any(row.quantizer is not None for row in coverage.inputs):
+            qsam.calibrate(model, calibration_batches(data, config["batch_size"], config["seed"]))  # qsam
+    if not method.trains:
         qsam.write_(model)  # qsam
-        progress = Progress()
-    else:
-        torch.manual_seed(config["seed"])
-        progress = train_(model, quantized_optimizer(model, config), data, run, save_every)
-    finish(run, model, coverage, data, progress)
-
-
-def quantized_optimizer(model: nn.Module, config: Json) -> torch.optim.Optimizer:
-    """Return the method's optimizer round the paper's Adam."""
-    classes = {"lsq": qsam.QAT, "joint": qsam.JointSAM, "saq": qsam.SAQ, "squat": qsam.SQuAT}  # qsam
-    method, _ = split_method(config["method"])
-    settings = {name: config[name] for name in ("rho", "schedule") if name in config}
-    rates = config["scale_lr"]
-    scale_lr = tuple(rates) if rates and len(rates) == 2 else rates[0] if rates else None
-    optimizer: torch.optim.Optimizer = classes[method](  # qsam
-        model, torch.optim.Adam, fused=True, lr=config["lr"], scale_lr=scale_lr, **settings
-    )
-    return optimizer
+        return finish(run, model, coverage, data, Progress())
+    torch.manual_seed(config["seed"])
+    optimizer = method.optimizer(model, torch.optim.Adam, config, fused=True, lr=config["lr"])  # qsam
+    return finish(run, model, coverage, data, train_(model, optimizer, data, run, save_every))
 
 
 def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: Run, save_every: int) -> Progress:

@@ -13,23 +13,9 @@ from typing import Any
 import torch
 
 from recipes.glue_tasks import TASKS, get_task
-
-METHODS = {
-    "fp32": "full precision",
-    "rtn": "round to nearest",
-    "lsq": "LSQ",
-    "lsq1.5x": "LSQ, 1.5 times the passes",
-    "lsq2x": "LSQ, 2 times the passes",
-    "lsq3x": "LSQ, 3 times the passes",
-    "joint": "SAM, joint",
-    "saq": "SAQ",
-    "squat": "SQuAT",
-}
+from recipes.methods import PASSES, parse_method, settings_help
 
 EMBEDDED_MODEL = "embedded-minilm-l6"
-
-PASSES = {"same_batch": 3.0, "next_batch": 1.5, "fused": 2.0}
-"""Forward-backward passes a step of SQuAT, by schedule."""
 
 DEFAULTS: dict[str, Any] = {
     "method": ["lsq", "squat"],
@@ -123,7 +109,14 @@ def parse_options(arguments: Sequence[str] | None = None) -> Options:
     if options.demo:
         options = _demo(options)
     _check(options)
+    for method in options.method:
+        parse_method(method).check(method_settings(options))
     return options
+
+
+def method_settings(options: Options) -> dict[str, Any]:
+    """Return what the command line sets for every method that has it."""
+    return {name: getattr(options, name) for name in ("bits", "activation_bits", "scale_lr", "rho", "schedule")}
 
 
 def default_precision() -> str:
@@ -180,10 +173,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--task", default="stsb", help=f"one of {', '.join(TASKS)}")
-    add("--method", nargs="+", choices=METHODS, help="what to run and compare; fp32 is run for the others in any case")
+    add("--method", nargs="+", help=settings_help())
     add("--bits", type=int, help="bits of the weights of the encoder's Linear layers")
     add("--activation-bits", type=int, help="bits of their inputs")
-    add("--rho", type=float, help="radius of the perturbation (joint, saq, squat)")
+    add("--rho", type=float, help="radius of the perturbation, for the methods that have one")
     add("--schedule", choices=PASSES, help="how squat alternates: 3, 1.5 or 2 passes a step")
     add("--epochs", type=int, help="epochs of quantization-aware training")
     add("--fp32-epochs", type=int, help="epochs of full-precision fine-tuning")

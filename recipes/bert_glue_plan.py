@@ -6,19 +6,13 @@ import hashlib
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from recipes.bert_glue_options import EMBEDDED_MODEL, PASSES, Options
+from recipes.bert_glue_options import EMBEDDED_MODEL, Options, method_settings
 from recipes.glue_data import Splits, Task, fixed_order, get_task, load_task
+from recipes.methods import parse_method
 from recipes.runs import Json, Run
 
 EMBEDDED_TASKS = ("stsb", "movies")
-LEARNED_METHODS = {
-    "lsq": ("scale_lr",),
-    "joint": ("scale_lr", "rho"),
-    "saq": ("scale_lr", "rho"),
-    "squat": ("scale_lr", "rho", "schedule"),
-}
 
 
 @dataclass(frozen=True)
@@ -84,22 +78,8 @@ def training_steps(config: Json, rows: int) -> int:
         >>> training_steps({"method": "lsq1.5x", "epochs": 2, "batch_size": 4, "max_steps": None}, rows=10)
         9
     """
-    _, factor = split_method(config["method"])
     steps = config["epochs"] * math.ceil(rows / config["batch_size"])
-    return math.ceil(factor * min(steps, config["max_steps"] or steps))
-
-
-def split_method(method: str) -> tuple[str, float]:
-    """Split a method's name into the method and the factor of its steps.
-
-    Example:
-        >>> split_method("lsq1.5x"), split_method("squat")
-        (('lsq', 1.5), ('squat', 1.0))
-    """
-    for factor in PASSES.values():
-        if method.endswith(f"{factor:g}x"):
-            return method.removesuffix(f"{factor:g}x"), factor
-    return method, 1.0
+    return math.ceil(parse_method(config["method"]).factor * min(steps, config["max_steps"] or steps))
 
 
 def fingerprint(splits: Splits) -> str:
@@ -113,10 +93,11 @@ def fingerprint(splits: Splits) -> str:
 
 
 def _run(options: Options, rows: Rows, method: str, seed: int) -> Run:
+    config = _config(options, rows, method, seed)
     tag = f"-{options.tag}" if options.tag and method != "fp32" else ""
-    bits = "" if method == "fp32" else f"-w{options.bits}a{options.activation_bits}"
-    name = f"{options.task}-{method}{bits}{tag}-seed{seed}"
-    return Run(Path(options.output_dir) / name, _config(options, rows, method, seed))
+    bits = f"-w{config['bits']}a{config['activation_bits']}" if "bits" in config else ""
+    name = f"{options.task}-{parse_method(method).folder}{bits}{tag}-seed{seed}"
+    return Run(Path(options.output_dir) / name, config)
 
 
 def _config(options: Options, rows: Rows, method: str, seed: int) -> Json:
@@ -137,9 +118,9 @@ def _config(options: Options, rows: Rows, method: str, seed: int) -> Json:
     }
     if method == "fp32":
         return {**shared, **fp32}
-    quantizer = {"bits": options.bits, "activation_bits": options.activation_bits}
-    if method == "rtn":
-        return {**shared, **quantizer, "fp32": fp32}
-    settings: dict[str, Any] = {name: getattr(options, name) for name in LEARNED_METHODS[split_method(method)[0]]}
+    parsed = parse_method(method)
+    settings = parsed.configured(method_settings(options))
+    if not parsed.trains:
+        return {**shared, **settings, "fp32": fp32}
     own = {"epochs": options.epochs, "lr": options.lr, "max_steps": options.max_steps}
-    return {**shared, **quantizer, **own, **settings, "fp32": fp32}
+    return {**shared, **own, **settings, "fp32": fp32}

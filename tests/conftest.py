@@ -9,8 +9,9 @@ settings.register_profile(
     "qsam",
     derandomize=True,
     deadline=None,
-    max_examples=100,
+    max_examples=40,
     database=None,
     suppress_health_check=[HealthCheck.too_slow],  # about the speed of the machine, like a deadline
 )
+settings.register_profile("thorough", settings.get_profile("qsam"), max_examples=200)  # make test-all
 settings.load_profile("qsam")
