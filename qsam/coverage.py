@@ -99,7 +99,7 @@ class Coverage:
     @property
     def size_bytes(self) -> int:
         """Bytes of all parameters once packed: low-bit codes, fp32 scales (the inputs' too), fp32 for what is float."""
-        own = sum(value.numel() for value in self._tensors.values())
+        own = sum(p.numel() for quantizer in self.quantizers.values() for p in quantizer.parameters())
         return -(-sum(row.bits * row.numel for row in self.weights) // 8) + 4 * own
 
     @property

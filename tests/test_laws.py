@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from qsam.functional import from_groups, to_groups
-from qsam.quantizers import LSQ, QUANTIZERS, FixedStep, Identity, Quantizer
+from qsam.quantizers import LSQ, QUANTIZERS, DiffQ, FixedStep, Identity, Quantizer
 from qsam.testing import LAWS, Case, check_quantizer
 from qsam.testing.battery import battery
 from qsam.testing.case import owners
@@ -372,6 +372,26 @@ class LosesItsRange(LSQ):
         self.scale.data /= 0
 
 
+@breaks("noise_is_finite")
+class DividesByItsNoise(DiffQ):
+    def noisy_codes(self, v, u):
+        return super().noisy_codes(v, u) + 0.1 / torch.zeros_like(u)
+
+
+@breaks("noise_repeats_within_a_step")
+class DrawsAtEachCall(DiffQ):
+    def forward(self, x):
+        if self.noise.on:
+            self.noise.advance()
+        return super().forward(x)
+
+
+@breaks("noise_differs_from_step_to_step")
+class DrawsOnce(DiffQ):
+    def update(self, w):
+        pass
+
+
 @breaks("powers_of_two_factor_out")
 class HidesAnEpsilon(Twin):
     def step(self):
@@ -425,14 +445,15 @@ def test_a_negative_axis_counts_from_the_end(name):
 
 
 def test_all_laws_are_for_lsq_and_only_the_universal_ones_for_identity():
-    assert all(law.applies(LSQ(bits=4)) for law in LAWS.values())
+    assert all(law.applies(LSQ(bits=4)) or law.name.startswith("noise_") for law in LAWS.values())
+    assert all(law.applies(DiffQ(bits=4)) for law in LAWS.values())
     of_identity = {law.name for law in LAWS.values() if law.applies(Identity(bits=4))}
     assert "idempotent" in of_identity
     assert "on_the_grid" not in of_identity
 
 
 def test_a_fixed_scale_is_not_asked_for_its_gradient():
-    of_lsq_only = {law.name for law in LAWS.values() if not law.applies(FixedStep(bits=4))}
+    of_lsq_only = {law.name for law in LAWS.values() if law.applies(LSQ(bits=4)) and not law.applies(FixedStep(bits=4))}
     assert of_lsq_only == {
         "scale_gradient_has_the_slope",
         "scale_gradient_is_scaled",

@@ -279,6 +279,19 @@ def test_per_channel_refuses_groups_and_activations():
         PerChannel(bits=4)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"signed": "no"}, "`signed` must be True, False or None, got 'no'"),
+        ({"axis": 1.0}, "`axis` must be an integer, the channel dimension, or None, got 1.0"),
+        ({"axis": True}, "`axis` must be an integer"),
+    ],
+)
+def test_a_setting_of_the_wrong_kind_is_refused(options, message):
+    with pytest.raises(TypeError, match=message):
+        LSQ(bits=4, **options)
+
+
 def test_per_channel_refuses_a_group_size():
     with pytest.raises(ValueError, match="`group_size` belongs to granularity 'per_group'"):
         PerChannel(bits=4, axis=0, group_size=4)

@@ -34,7 +34,7 @@ class Quantizer(nn.Module):
         group_size: Entries a group, for ``"per_group"``; None otherwise.
 
     Raises:
-        TypeError: ``bits`` is no integer.
+        TypeError: ``bits`` or ``axis`` is no integer, ``signed`` no bool.
         ValueError: bits out of range, an unknown granularity, or a combination that means nothing.
     """
 
@@ -58,6 +58,7 @@ class Quantizer(nn.Module):
     ) -> None:
         super().__init__()
         integer_limits(bits, bool(signed))
+        _check_kinds(signed, axis)
         _check_granularity(granularity, axis, group_size)
         self.bits = bits
         self.signed = signed
@@ -124,6 +125,13 @@ class Quantizer(nn.Module):
         """Show the settings in ``print(model)``."""
         sign = {True: "signed", False: "unsigned", None: "sign open"}[self.signed]
         return f"bits={self.bits}, {sign}, {self.granularity}" + (f" of {self.group_size}" if self.group_size else "")
+
+
+def _check_kinds(signed: Any, axis: Any) -> None:
+    if not (signed is None or isinstance(signed, bool)):
+        raise TypeError(f"`signed` must be True, False or None, got {signed!r}.")
+    if not (axis is None or (isinstance(axis, int) and not isinstance(axis, bool))):
+        raise TypeError(f"`axis` must be an integer, the channel dimension, or None, got {axis!r}.")
 
 
 def _check_granularity(granularity: str, axis: int | None, group_size: int | None) -> None:
