@@ -10,6 +10,7 @@ from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.coverage import Coverage
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
+from qsam.kernels import set_backend
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 
@@ -31,6 +32,7 @@ __all__ = [
     "presets",
     "quantize_",
     "register_quantizer",
+    "set_backend",
     "sharpness",
     "write_",
 ]

@@ -16,6 +16,10 @@ SCALE_FLOOR = float(torch.finfo(torch.float32).tiny)
 """The smallest scale that is ever divided by: the smallest normal fp32 number."""
 
 
+Limit = int | Tensor
+"""Qn or Qp; a tensor in a compiled kernel, for which a number would be a constant."""
+
+
 def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
     """Return the integer limits ``(Qn, Qp)`` of a ``bits``-bit grid.
 
@@ -73,7 +77,22 @@ def quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor
         tensor([-2., -0.,  0.,  1.,  1.])
     """
     wide = wide_dtype(x.dtype)
-    return (x.to(wide) / positive(scale).to(wide)).clamp(quant_min, quant_max).round_()
+    return codes_of(x.to(wide) / positive(scale).to(wide), quant_min, quant_max)
+
+
+def codes_of(v: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
+    """Return ``round(clip(v, Qn, Qp))`` of ``v = x / s``, ties to even."""
+    return torch.clamp(v, quant_min, quant_max).round()  # type: ignore[arg-type]
+
+
+def clipped(v: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
+    """Return ``1 - M``: where ``v <= Qn`` or ``v >= Qp``, and no gradient passes."""
+    return (v <= quant_min) | (v >= quant_max)
+
+
+def slope_of(v: Tensor, codes: Tensor, outside: Tensor) -> Tensor:
+    """Return ``dQ/ds``: ``codes - v`` inside, the limit (which is the code there) outside."""
+    return codes - v.masked_fill(outside, 0)
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -85,7 +104,7 @@ class _FakeQuantize(torch.autograd.Function):
     def forward(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Tensor:
         """Return ``s * round(clip(x / s, Qn, Qp))`` in the dtype of ``x``."""
         codes = quantize(x, scale, quant_min, quant_max)
-        return codes.mul_(positive(scale).to(codes.dtype)).to(x.dtype)
+        return (codes * positive(scale).to(codes.dtype)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
@@ -100,13 +119,12 @@ class _FakeQuantize(torch.autograd.Function):
         quant_min, quant_max, grad_scale = ctx.limits  # type: ignore[attr-defined]
         wide = wide_dtype(x.dtype)
         v = x.to(wide) / positive(scale).to(wide)
-        outside = (v <= quant_min).logical_or_(v >= quant_max)
+        outside = clipped(v, quant_min, quant_max)
         grad_x = grad_s = None
         if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
             grad_x = grad.masked_fill(outside, 0)
         if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            # codes - v inside, the limit outside; in place, for this is where an eager step spends its time.
-            slope = torch.clamp(v, quant_min, quant_max).round_().sub_(v.masked_fill(outside, 0))
+            slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
             grad_s = (slope * grad).sum_to_size(scale.shape) * grad_scale
             # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
             grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)

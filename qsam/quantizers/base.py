@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam.functional import integer_limits
+from qsam.kernels import Grid
 from qsam.registry import Registry
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -80,6 +81,10 @@ class Quantizer(nn.Module):
 
     def step_size(self, x: Tensor) -> Tensor | None:
         """Return the distance of neighbouring grid values, broadcastable against ``x``; None without a uniform grid."""
+        return None
+
+    def grid(self, x: Tensor) -> Grid | None:
+        """Return the grid, where Q is LSQ's and the fused kernels may compute it; None: autograd of ``forward``."""
         return None
 
     def update(self, w: Tensor) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from qsam import kernels
 from qsam.functional import fake_quantize, from_groups, lsq_grad_scale, positive, quantize, to_groups
 from qsam.quantizers.base import Quantizer, register_quantizer
 from qsam.scales import initial_scale
@@ -65,8 +66,24 @@ class LSQ(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return Q(x), of the shape and dtype of ``x``."""
+        grid = self.grid(x)
+        fused = None if grid is None else kernels.quantized(x, grid)
+        if fused is not None:
+            return fused
         grad_scale = lsq_grad_scale(self._count(x), self.quant_max)
         return self._ungroup(fake_quantize(self._group(x), self.scale, self.quant_min, self.quant_max, grad_scale), x)
+
+    def grid(self, x: Tensor) -> kernels.Grid | None:
+        """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
+        if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
+            return None
+        grad_scale = lsq_grad_scale(self._count(x), self.quant_max)
+        return kernels.Grid(self.scale, self.quant_min, self.quant_max, grad_scale, self.scale.numel())
+
+    @property
+    def _is_lsq(self) -> bool:
+        """Whether Q is what is written here, and not what a subclass made of it."""
+        return type(self).forward is LSQ.forward
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

@@ -1,0 +1,322 @@
+"""The maths of :mod:`qsam.functional`, fused: the same formulas through ``torch.compile``.
+
+A fake quantization is some ten elementwise operations, and memory is what they cost. Compiled, forward and backward
+are one sweep each, and so are the optimizer's write and pull-back. The formulas are those of ``functional``; only the
+order of a sum differs, so codes and weights are equal bit for bit, and gradients of scales to rounding.
+
+``set_backend`` chooses. What cannot be compiled (vmap, a second derivative, a layout with gaps) or is too small to
+gain from it runs eagerly, and so does everything where there is no compiler, which is said once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx
+
+from qsam.functional import clipped, codes_of, fake_quantize, positive, slope_of, wide_dtype
+from qsam.registry import nearest
+
+_log = logging.getLogger("qsam")
+
+BACKENDS = ("auto", "eager", "compiled")
+
+SMALLEST = 2**16
+"""Entries from which ``"auto"`` compiles: below, calling a kernel costs what it saves."""
+
+_OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.vec_isa_ok": True}
+"""Threads are counted when a kernel runs, not when it is compiled: ``torch.set_num_threads`` stays in force. What the
+processor says of its vector instructions is believed, where five trial compilations would check it."""
+
+
+@dataclasses.dataclass
+class _Choice:
+    """What was chosen, and why kernels cannot be compiled, once that is known."""
+
+    backend: str = "auto"
+    failure: str | None = None
+
+
+_CHOICE = _Choice()
+
+
+def set_backend(backend: str) -> None:
+    """Choose how fake quantization, write and pull-back are computed, for the whole process.
+
+    Args:
+        backend: ``"eager"``: one torch operation after the other. ``"compiled"``: fused by ``torch.compile``, an error
+            where that fails. ``"auto"`` (the beginning): fused for tensors of 65,536 entries or more, eager for smaller
+            ones and where compiling fails, which is said once.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> set_backend("auto")
+    """
+    if backend not in BACKENDS:
+        hint = nearest(str(backend), list(BACKENDS))
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.{hint}")
+    _CHOICE.backend, _CHOICE.failure = backend, None
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Within this context the backend is another one."""
+    before = _CHOICE.backend
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+class Grid(NamedTuple):
+    """What LSQ's Q is, for the kernels.
+
+    Attributes:
+        scale: Its step sizes.
+        quant_min: Qn.
+        quant_max: Qp.
+        grad_scale: LSQ's gs.
+        rows: How many contiguous rows of the tensor have one step size each: as many as there are step sizes.
+    """
+
+    scale: Tensor
+    quant_min: int
+    quant_max: int
+    grad_scale: float
+    rows: int
+
+
+def quantized(x: Tensor, grid: Grid) -> Tensor | None:
+    """Return ``Q(x; s)`` with LSQ's gradient, as :func:`qsam.functional.fake_quantize` does; None: do not fuse."""
+    viewed = _as_rows(x, grid) if _fuses(x, grid) else None
+    if viewed is None:
+        return None
+    rows, back = viewed
+    if torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad):
+        return back(_Fused.apply(rows, grid.scale, grid))
+    return back(_run(_forward, rows, _column(grid), _limits(grid, x.device)))
+
+
+def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
+    """Write ``out <- Q(w; s)`` in one sweep; return False, and do nothing, where that cannot be fused."""
+    rows = _rows_of(grid, w, out)
+    if rows is not None:
+        _run(_write, *rows, _column(grid), _limits(grid, w.device))
+    return rows is not None
+
+
+def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Pull ``grad`` back in place, and park w in ``p``: all that an update does to a weight, in one sweep.
+
+    ``grad <- M * grad``, ``p <- w``.
+
+    Args:
+        w: The latent.
+        grid: Of Q.
+        grad: dL/dQ, of the dtype of ``w``; becomes dw.
+        p: What holds Q(w), of the dtype of ``w``; becomes w, the copy to which a failed step returns.
+
+    Returns:
+        ds, and whether ``p`` held Q(w) or NaN everywhere; None, and nothing is done, where that cannot be fused.
+    """
+    return _with_scale_gradient(_pull_back, w, grid, grad, p)
+
+
+def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return what :func:`pull_back_` returns, and leave ``grad`` and ``p`` as they are."""
+    return _with_scale_gradient(_scale_gradient, w, grid, grad, p)
+
+
+def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | None:
+    """Return whether ``p`` holds Q(w; s) or NaN everywhere, in one sweep; None where that cannot be fused."""
+    rows = _rows_of(grid, w, p)
+    if rows is None:
+        return None
+    found: Tensor = _run(_holds, *rows, _column(grid), _limits(grid, w.device))
+    return found
+
+
+def _with_scale_gradient(
+    kernel: Callable[..., Any], w: Tensor, grid: Grid, grad: Tensor, p: Tensor
+) -> tuple[Tensor, Tensor] | None:
+    rows = _rows_of(grid, w, grad, p)
+    if rows is None:
+        return None
+    ds, same = _run(kernel, *rows, _column(grid), _limits(grid, w.device))
+    return ds.reshape(grid.scale.shape) * grid.grad_scale, same
+
+
+class _Fused(torch.autograd.Function):
+    """Q(x; s) on rows. Saves x and s, nothing else; a second derivative goes through the eager formulas."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+        """Return Q(x)."""
+        ctx.save_for_backward(rows, scale)
+        ctx.grid = grid._replace(scale=scale.detach())  # type: ignore[attr-defined]
+        out: Tensor = _run(_forward, rows, _column(grid), _limits(grid, rows.device))
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
+        rows, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        grid: Grid = ctx.grid  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():  # create_graph=True
+            dx, ds = _differentiable(rows, scale, grid, grad)
+            return dx, ds, None
+        constants = _column(grid), _limits(grid, rows.device)
+        if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
+            return _run(_masked, rows, grad.contiguous(), *constants), None, None
+        dx, ds = _run(_backward, rows, grad.contiguous(), *constants)
+        return dx, (ds.reshape(scale.shape) * grid.grad_scale).to(scale.dtype), None
+
+
+def _differentiable(rows: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the gradients with a graph of their own."""
+    leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (rows, scale)]
+    column = leaves[1].reshape(1) if grid.rows == 1 else leaves[1].reshape(-1, 1)
+    out = fake_quantize(leaves[0], column, grid.quant_min, grid.quant_max, grid.grad_scale)
+    dx, ds = torch.autograd.grad(out, leaves, grad, create_graph=True)
+    return dx, ds
+
+
+# --- the kernels: rows (n,) with one scale (1,), or (R, n) with scales (R, 1); limits = (Qn, Qp) -----------------
+
+
+def _forward(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    s = positive(scale).to(wide_dtype(x.dtype))
+    return (codes_of(x.to(s.dtype) / s, *limits.unbind()) * s).to(x.dtype)
+
+
+def _masked(x: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    s = positive(scale).to(wide_dtype(x.dtype))
+    return grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0)
+
+
+def _backward(x: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    s = positive(scale).to(wide_dtype(x.dtype))
+    dx, ds, _ = _pulled(x.to(s.dtype) / s, grad, scale, limits)
+    return dx, ds
+
+
+def _write(w: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> None:
+    out.copy_(_forward(w, scale, limits))
+
+
+def _pull_back(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    s = positive(scale).to(w.dtype)
+    dw, ds, codes = _pulled(w / s, grad, scale, limits)
+    same = _equal(codes * s, p)
+    grad.copy_(dw)
+    p.copy_(w)
+    return ds, same
+
+
+def _scale_gradient(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+    s = positive(scale).to(w.dtype)
+    _, ds, codes = _pulled(w / s, grad, scale, limits)
+    return ds, _equal(codes * s, p)
+
+
+def _holds(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    return _equal(_forward(w, scale, limits), p)
+
+
+def _pulled(v: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``M * grad``, ``<grad, dQ/ds>`` over what shares a scale, and the codes."""
+    outside, codes = clipped(v, *limits.unbind()), codes_of(v, *limits.unbind())
+    total = (slope_of(v, codes, outside) * grad).sum(-1, keepdim=True)
+    # s enters as |s|: on the negative side its slope is -1.
+    return grad.masked_fill(outside, 0), torch.where(scale < 0, -total, total), codes
+
+
+def _equal(q: Tensor, p: Tensor) -> Tensor:
+    return ((q == p) | p.isnan()).all()
+
+
+# --- calling them ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(kernel, fullgraph=True, dynamic=True, options=_OPTIONS)
+
+
+def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
+    """Run a kernel compiled, or as it stands where compiling has failed."""
+    with torch.no_grad():
+        if _CHOICE.failure is not None:
+            return kernel(*tensors)
+        try:
+            return _compiled(kernel)(*(t.detach() for t in tensors))
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, OSError) as error:
+            if _CHOICE.backend == "compiled":
+                raise
+            _CHOICE.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+            warnings.warn(
+                f"qsam's kernels cannot be compiled here and run eagerly, which is slower ({_CHOICE.failure}). Install "
+                'a C++ compiler, or say qsam.set_backend("eager").',
+                UserWarning,
+                stacklevel=2,
+            )
+            return kernel(*tensors)
+
+
+def _fuses(x: Tensor, grid: Grid) -> bool:
+    """Whether ``x`` is worth a kernel, and plain: no vmap, no graph being captured, no exotic tensor."""
+    if _CHOICE.backend == "eager" or (_CHOICE.backend == "auto" and x.numel() < SMALLEST):
+        return False
+    if _CHOICE.failure is not None or not x.numel() or torch.compiler.is_compiling():
+        return False
+    return all(_is_plain(t) for t in (x, grid.scale))
+
+
+def _is_plain(t: Tensor) -> bool:
+    return type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
+    """Return ``x`` as ``(n,)`` or as rows ``(R, n)``, one a step size, and what undoes that; None: it has gaps."""
+    if x.is_contiguous():
+        shape = x.shape
+        return x.view(-1) if grid.rows == 1 else x.view(grid.rows, -1), lambda out: out.view(shape)
+    if grid.rows == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
+        moved = x.permute(0, 2, 3, 1)
+        return moved.view(-1), lambda out: out.view(moved.shape).permute(0, 3, 1, 2)
+    return None
+
+
+def _rows_of(grid: Grid, *tensors: Tensor) -> list[Tensor] | None:
+    """Return contiguous tensors of one wide dtype as rows, or None."""
+    first = tensors[0]
+    alike = all(t.dtype == first.dtype and t.is_contiguous() and _is_plain(t) for t in tensors)
+    if not (alike and first.dtype == wide_dtype(first.dtype) and _fuses(first, grid)):
+        return None
+    return [t.detach().view(-1) if grid.rows == 1 else t.detach().view(grid.rows, -1) for t in tensors]
+
+
+def _column(grid: Grid) -> Tensor:
+    """Return the step sizes as ``(1,)``, or as a column ``(R, 1)``."""
+    return grid.scale.detach().reshape((1,) if grid.rows == 1 else (-1, 1))
+
+
+def _limits(grid: Grid, device: torch.device) -> Tensor:
+    """Return the integer limits as a tensor: as numbers, each pair would compile kernels of its own."""
+    return _limit_tensor(grid.quant_min, grid.quant_max, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _limit_tensor(quant_min: int, quant_max: int, device: torch.device) -> Tensor:
+    return torch.tensor([float(quant_min), float(quant_max)], device=device)
