@@ -185,7 +185,7 @@ class Passes:
         """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""
         if in_process_group():
             self.latents_of.settle(self.base)
-            self.ranks.meet(self.latents_of, self.steps)
+            self.ranks.meet(self.latents_of, self.steps, self.param_groups)
 
     def _refuse_second_shift(self) -> None:
         """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""

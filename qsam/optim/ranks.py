@@ -39,7 +39,7 @@ class Ranks:
 
     Raises:
         TypeError: ``ddp`` of the wrong kind.
-        ValueError: ``ddp`` is round another model; ``"rank"`` without it.
+        ValueError: ``ddp`` is round another model; ``"rank"`` without it, or with its ``static_graph``.
     """
 
     def __init__(self, model: nn.Module, ddp: DataParallel, scope: str = "global") -> None:
@@ -56,6 +56,11 @@ class Ranks:
             raise ValueError(
                 "perturbation_scope='rank' must keep DistributedDataParallel from averaging the first pass: build that "
                 "first, and give it as the model or as `ddp`."
+            )
+        if scope == "rank" and getattr(self.ddp, "static_graph", False):
+            raise ValueError(
+                "perturbation_scope='rank' runs first passes under no_sync, which DistributedDataParallel does not do "
+                "with static_graph=True: build it without."
             )
         self._met: distributed.ProcessGroup | None = None
         self._unverified = False
@@ -75,11 +80,16 @@ class Ranks:
             return self.ddp.no_sync()  # type: ignore[no-any-return, no-untyped-call]
         return contextlib.nullcontext()
 
-    def meet(self, latents: Latents, steps: int) -> None:
-        """Take rank 0's latents, scales and seeds, once a process group.
+    def meet(self, latents: Latents, steps: int, groups: Sequence[dict[str, Any]]) -> None:
+        """Take rank 0's latents, scales, seeds and rates of the scales, once a process group.
+
+        Args:
+            latents: What the optimizer owns.
+            steps: How many it has taken.
+            groups: Its parameter groups; balanced rates of scales come from the weights, which may have differed.
 
         Raises:
-            RuntimeError: on all ranks, if they are at different steps.
+            RuntimeError: on all ranks, if they are at different steps, or a scheduler has noted different rates.
         """
         group = self.group
         if group is None or group is self._met or latents.sharded:
@@ -92,6 +102,7 @@ class Ranks:
         for tensor in _owned(latents):
             _broadcast(tensor, group)
         _share_signs(latents, group, device)
+        _share_rates([g for g in groups if "qsam_scales" in g], group, device)
         self._met, self._unverified = group, True
 
     def any(self, flag: bool, latents: Latents) -> bool:
@@ -174,6 +185,20 @@ def _share_signs(latents: Latents, group: distributed.ProcessGroup, device: torc
         quantizer.calibrated = bool(calibrated)
 
 
+def _share_rates(groups: Sequence[dict[str, Any]], group: distributed.ProcessGroup, device: torch.device) -> None:
+    rates = torch.tensor([float(g["lr"]) for g in groups], dtype=torch.float64, device=device)
+    if not groups or _equal(rates, group):
+        return
+    if any("initial_lr" in g for g in groups):
+        raise RuntimeError(
+            "the ranks' weights differed when the scales' rates were taken from them, and a scheduler has noted the "
+            "rates: build the optimizer after DistributedDataParallel, seed the ranks alike, or give `scale_lr`."
+        )
+    _broadcast(rates, group)
+    for g, rate in zip(groups, rates.tolist(), strict=True):
+        g["lr"] = rate
+
+
 @torch.no_grad()
 def _broadcast(tensor: Tensor, group: distributed.ProcessGroup) -> None:
     if tensor.numel():
@@ -195,7 +220,7 @@ def _equal(numbers: Tensor, group: distributed.ProcessGroup) -> bool:
 
 
 def owned_copy(gradient: Tensor) -> Tensor:
-    """Return a gradient that nobody overwrites: DDP's ``gradient_as_bucket_view`` writes the next into the same place."""
+    """Return a gradient that nobody overwrites: with ``gradient_as_bucket_view`` DDP puts the next in the same place."""
     if gradient.is_sparse or hasattr(gradient, "device_mesh"):
         return gradient
     return gradient if gradient.untyped_storage().nbytes() == gradient.nbytes else gradient.clone()
