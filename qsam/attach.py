@@ -81,7 +81,7 @@ def quantize_(
     Raises:
         TypeError: an argument of the wrong kind.
         ValueError: a bad value, a rule that matches nothing, nothing to quantize, a name that is taken.
-        RuntimeError: the model is quantized or sharded already.
+        RuntimeError: the model is quantized, sharded or in DistributedDataParallel already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -96,6 +96,11 @@ def quantize_(
         raise RuntimeError("the model is quantized already: call qsam.dequantize_(model, optimizer) first.")
     if is_sharded(root.modules()):
         raise RuntimeError("the model is sharded already: call quantize_ before fully_shard.")
+    if data_parallel_group(model) is not None:
+        raise RuntimeError(
+            "the model is in DistributedDataParallel already, which would not know of the new scales: call quantize_ "
+            "before that."
+        )
     if spec is not None:
         return _attach_(root, _rebuilt(root, spec))
     call = Settings(weights, bits, activations, activation_bits, granularity, group_size, init)

@@ -14,16 +14,18 @@ import contextlib
 import dataclasses
 import logging
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.optim import Optimizer
 
+from qsam import shards
 from qsam.attach import coverage_of, quantize_
 from qsam.coverage import Coverage, Input, Weight, owner_of, set_owner
 from qsam.functional import wide_dtype
+from qsam.inputs import is_sharded
 from qsam.policy import unwrap_model
 from qsam.quantizers import Identity, Noise, Quantizer
 
@@ -63,13 +65,22 @@ class Slot:
     @torch.no_grad()
     def quantized(self) -> Tensor:
         """Return Q(w) in the dtype of p."""
-        return self.quantizer(self.latent).to(self.parameter.dtype)  # type: ignore[no-any-return]
+        return self.fake_quantize(self.latent).to(self.parameter.dtype)
+
+    def fake_quantize(self, w: Tensor) -> Tensor:
+        """Return Q at another place than the latent, sharded as it is."""
+        return shards.quantized(self.quantizer, w)
+
+    def step_size(self) -> Tensor | None:
+        """Return the distance of neighbouring grid values, broadcastable against the latent; None without a grid."""
+        return shards.step_size(self.quantizer, self.latent.detach())
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Return what changes when somebody writes p or a tensor of its quantizer."""
         p = self.parameter
-        own = (t._version for t in self.quantizer.state_dict(keep_vars=True).values())
-        return (id(p), p._version, p.data_ptr(), p.dtype, *own)
+        own = (shards.local(t)._version for t in self.quantizer.state_dict(keep_vars=True).values())
+        part = shards.local(p)
+        return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *own)
 
 
 class Latents:
@@ -81,6 +92,7 @@ class Latents:
         coverage: The model's coverage; None for a float model, which has no slots.
 
     Attributes:
+        sharded: Whether ``fully_shard`` was called on the model, so that each process holds a part of it.
         noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
 
     Raises:
@@ -93,6 +105,7 @@ class Latents:
         self.slots: list[Slot] = []
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[tuple[str, Tensor]] = []
+        self.sharded = False
         self.noisy = False
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
@@ -100,15 +113,60 @@ class Latents:
             raise RuntimeError(
                 "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
             )
+        shards.refuse_unknown(self.root)
         self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
         if coverage is None:
+            self.settle()
             return
         self.slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
         self._input_noises = list(_streams(coverage.inputs))
         self.noises = [*_streams(coverage.quantized), *self._input_noises]
         self.claim(owner)
+        self.settle()
         self._say_if_on_grid()
         self.write()
+
+    @property
+    def input_quantizers(self) -> list[Quantizer]:
+        """The quantizers of inputs."""
+        rows = self.coverage.inputs if self.coverage is not None else ()
+        return [row.quantizer for row in rows if row.quantizer is not None]
+
+    @property
+    def quantizers(self) -> list[Quantizer]:
+        """All quantizers, weights' first."""
+        return [*(slot.quantizer for slot in self.slots), *self.input_quantizers]
+
+    def settle(self, base: Optimizer | None = None) -> None:
+        """Follow the model into FSDP2: see that the shards are in place, and shard each latent as its p is.
+
+        Args:
+            base: The optimizer whose state and groups go with them, once there is one.
+
+        Raises:
+            ValueError: sharded in a way that qsam does not know, or with scales in 16 bits.
+            RuntimeError: the optimizer's groups hold Parameters that ``fully_shard`` has replaced.
+        """
+        if not shards.in_process_group():
+            return
+        if self.sharded or is_sharded(self.root.modules()):
+            shards.reshard_(self.root)
+        if self.sharded or not any(shards.is_sharded(p) for p in self.root.parameters()):
+            return
+        shards.refuse_unknown(self.root)
+        inputs = self.coverage.inputs if self.coverage is not None else ()
+        shards.refuse_16_bit_scales(
+            self.root, [(row.name, row.quantizer) for row in inputs if row.quantizer is not None]
+        )
+        if base is not None:
+            shards.refuse_stale_groups(self.root, base.param_groups)
+        for slot in self.slots:
+            if shards.is_sharded(slot.parameter) and not shards.is_sharded(slot.latent):
+                before = slot.latent
+                slot.latent = nn.Parameter(shards.own_part(before.detach(), slot.parameter))
+                if base is not None and before in base.state:
+                    base.state[slot.latent] = base.state.pop(before)
+        self.sharded = True
 
     def claim(self, owner: Any) -> None:
         """Note ``owner`` as the one optimizer of these weights."""
@@ -128,6 +186,8 @@ class Latents:
     @torch.no_grad()
     def write(self) -> None:
         """Write ``p <- Q(w)``, in place, and remember how p looks now."""
+        if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
+            shards.reshard_(self.root)
         for slot in self.slots:
             slot.parameter.copy_(slot.quantized())
         self._seen = [slot.fingerprint() for slot in self.slots]
@@ -206,10 +266,13 @@ class Latents:
         for noise in self._input_noises:
             noise.advance()
 
-    def check(self) -> None:
+    def check(self, agree: Callable[[bool], bool] | None = None) -> None:
         """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`.
 
         A changed fingerprint with equal values is no alarm (DDP broadcasts at construction).
+
+        Args:
+            agree: Tells whether a flag is set in any process; None where the others may not be asking.
 
         Raises:
             RuntimeError: the model's weights are not the Q(w) that were left there.
@@ -217,14 +280,16 @@ class Latents:
         late = [path for path, flag in self._suspects if bool(flag)]
         self._suspects.clear()
         changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
+        if self.sharded:  # to compare takes all processes, and so does what comes next
+            agree = self._any_process
+            changed = self.slots if agree(bool(changed)) else []
         foreign = list(dict.fromkeys([s.path for s in changed if not _same(s.parameter, s.quantized())] + late))
-        if foreign:
-            where = repr(foreign[0]) + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else "")
-            raise RuntimeError(
-                f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
-                "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
-            )
+        if bool(foreign) if agree is None else agree(bool(foreign)):
+            _refuse_foreign(foreign)
         self._seen = [slot.fingerprint() for slot in self.slots] if changed else self._seen
+
+    def _any_process(self, flag: bool) -> bool:
+        return shards.any_process(flag, self.root.parameters())
 
     @torch.no_grad()
     def compare(self) -> None:
@@ -251,29 +316,30 @@ class Latents:
                 f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False."
             )
         point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
-        w = point.requires_grad_()
-        leaves = {name: p.detach().requires_grad_() for name, p in slot.quantizer.named_parameters()}
-        with torch.enable_grad(), self._drawing() if self.noisy else contextlib.nullcontext():
-            out = functional_call(slot.quantizer, leaves, (w,))
-        grads = torch.autograd.grad(out, [w, *leaves.values()], grad.to(out.dtype), materialize_grads=True)
+        out, dw, ds = shards.pull_back(slot.quantizer, point, grad, self._with_graph)
         if compare and slot.shift is None:
-            self._note_value(slot, slot.quantized() if self.noisy else out.detach())
-        return grads[0], dict(zip(leaves, grads[1:], strict=True))
+            self._note_value(slot, slot.quantized() if self.noisy else out)
+        return dw, ds
+
+    def _with_graph(self, run: Callable[[], Tensor]) -> Tensor:
+        with torch.enable_grad(), self._drawing() if self.noisy else contextlib.nullcontext():
+            return run()
 
     def _note_value(self, slot: Slot, out: Tensor) -> None:
         """Compare p with the Q(w) just computed; the verdict is read at the next check, without a device sync now.
 
         It catches writes through ``.data``, which leave no trace in the fingerprint.
         """
-        p = slot.parameter.detach()
+        p, out = shards.local(slot.parameter), shards.local(out)
         if p.device.type == "cpu" and torch.equal(out.to(p.dtype), p):
             return  # the usual case in one sweep; elsewhere to read the verdict now would wait for the device
         same = out.to(p.dtype) == p
         self._suspects.append((slot.path, (~same & ~torch.isnan(p)).any()))
 
     def _say_if_on_grid(self) -> None:
-        rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity) and bool(slot.latent.any())]
-        if rows and all(_on_grid(slot) for slot in rows):
+        rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity)]
+        found = [_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
+        if found and all(found):
             warnings.warn(
                 "the model's weights are on the quantization grid already: training starts from rounded weights. The "
                 "full-precision weights live in the optimizer only: load its state_dict to go on from them.",
@@ -311,7 +377,8 @@ def perturb_(targets: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
 
     A 16-bit target is added to in fp32 and then rounded.
     """
-    for target, direction, coefficient in targets:
+    for whole, steps, coefficient in targets:
+        target, direction = shards.local(whole), shards.local(steps)
         if wide_dtype(target.dtype) == target.dtype:
             target.addcmul_(direction.to(target.dtype), coefficient.to(target.dtype))
         else:
@@ -389,12 +456,22 @@ def _slot(path: str, module: nn.Module, attr: str) -> Slot:
 
 
 def _on_grid(slot: Slot) -> bool:
-    gap = (slot.quantizer(slot.latent.detach()) - slot.latent.detach()).abs().max()
-    return bool(gap <= 1e-3 * slot.latent.detach().abs().max())
+    w = shards.whole(slot.latent.detach())
+    gap = (shards.whole(slot.fake_quantize(slot.latent.detach())) - w).abs().max()
+    return bool(gap <= 1e-3 * w.abs().max())
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
+def _same(p: Tensor, expected: Tensor) -> bool:
+    a, b = shards.local(p), shards.local(expected)
     return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
+
+
+def _refuse_foreign(paths: list[str]) -> None:
+    where = repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "of another rank"
+    raise RuntimeError(
+        f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
+        "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
+    )
 
 
 def _refuse_state_dict(module: nn.Module, *_: Any) -> None:

@@ -21,6 +21,7 @@ from qsam.latent import Latents, quantizer_parameters
 from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.policy import unwrap_model
+from qsam.shards import is_sharded
 
 Subject = QuantizedOptimizer | nn.Module
 """An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""
@@ -155,6 +156,11 @@ def probing(subject: Subject, closure: Closure, caller: str, count: int, progres
         RuntimeError: inside a block of the optimizer; after somebody else wrote its weights; no trainable weight.
     """
     root, latents, weights = _weights_of(subject, caller)
+    if any(is_sharded(p) for p in root.parameters()):
+        raise RuntimeError(
+            f"{caller} measures a whole model, and this one is sharded: gather its weights, "
+            "torch.distributed.checkpoint's get_model_state_dict with full_state_dict=True, and measure in one process."
+        )
     if not weights:
         raise RuntimeError(f"{caller} found no trainable weight: the ones to be perturbed must require gradients.")
     grads = [(p, p.grad) for p in root.parameters()]

@@ -21,9 +21,11 @@ from qsam.optim.checkpoint import Checkpoint
 from qsam.optim.diagnostics import noise_figures
 from qsam.optim.groups import Base, build_base
 from qsam.optim.perturbation import Perturbation, checked_rho
+from qsam.optim.ranks import DataParallel, Ranks
 from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
 from qsam.optim.update import Closure, Update
 from qsam.registry import Registry
+from qsam.shards import any_process
 
 
 class QuantizedOptimizer(Update, Checkpoint, Optimizer):
@@ -37,6 +39,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw is the gradient of Q(w) itself.
         rng: ``"shared"``: all passes of a step draw the same random numbers; ``"independent"``: each its own.
         max_grad_norm: Clip the pulled-back gradients of everything the base steps to this global norm.
+        ddp: The DistributedDataParallel model, None or False; see :mod:`qsam.optim.ranks`.
         params: Parameters or groups for the base class; all trainable ones by default.
         scale_lr: The scales' rate; see :mod:`qsam.optim.scale_rates`.
         scale_optimizer: The scales' optimizer class.
@@ -56,6 +59,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         ste: str,
         rng: str,
         max_grad_norm: float | None,
+        ddp: DataParallel,
         params: Iterable[Any] | None,
         scale_lr: ScaleRate,
         scale_optimizer: type[Optimizer],
@@ -63,6 +67,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         ours: set[str],
     ) -> None:
         _check_options(model, ste, rng, max_grad_norm)
+        self.ranks = Ranks(model, ddp, "global" if perturbation is None else perturbation.scope)
         coverage = coverage_for(model, self.quantizes)
         self.latents_of = Latents(model, self, coverage)
         self.perturbation = perturbation
@@ -107,6 +112,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             RuntimeError: called inside a block, without new gradients, or after somebody else wrote the weights.
         """
         self._refuse_inside_block("step")
+        self._meet()
         if closure is not None:
             self._clear_gradients()
             with torch.enable_grad():
@@ -114,7 +120,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         if (
             not self._passes_made
             and packing.all_lr_zero(self.param_groups)
-            and packing.no_gradient_but_zeros(self.param_groups)
+            and self._all_agree(packing.no_gradient_but_zeros(self.param_groups))
         ):
             return self._create_state()
         if not self._has_gradients():
@@ -126,6 +132,10 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             )
         self._finish_step()
         return None
+
+    def _all_agree(self, flag: bool) -> bool:
+        """Whether it holds in every process that has a part of the weights; copies of a model agree by themselves."""
+        return not any_process(not flag, self._parameters())
 
     def _run(self, closure: Closure) -> Any:
         """Make the passes of one step by calling ``closure``, and step."""
@@ -152,6 +162,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     def latents(self) -> Iterator[None]:
         """Within this context the model holds the full-precision w: average them (EMA, SWA) or save them here."""
         self._refuse_inside_block("latents")
+        self.latents_of.settle(self.base)
         self.latents_of.check()
         self._block = "latents"
         self.latents_of.put_latents()
@@ -164,6 +175,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     def sync_latents(self) -> None:
         """Take the model's present weights as latents, and write Q(w): after a merge, a load, a pruning."""
         self._refuse_inside_block("sync_latents")
+        self.latents_of.settle(self.base)
         self.latents_of.take_present_weights()
 
     def diagnostics(self) -> dict[str, float]:
@@ -212,6 +224,11 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     def _release(self) -> None:
         """Put the latents into the model for good."""
         self._refuse_inside_block("dequantize_")
+        if self.latents_of.sharded:
+            raise RuntimeError(
+                "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "
+                "model of its own first."
+            )
         self.latents_of.release()
 
     def _public_group(self, group: dict[str, Any]) -> dict[str, Any]:
@@ -241,7 +258,16 @@ class ScaleFacade(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """All tensors that have gradients: where it is fused, e comes from them next, in one unit."""
+        """All tensors that have gradients: where it is fused, e comes from them next, in one unit.
+
+        Raises:
+            RuntimeError: between the passes of ``perturbation_scope="rank"``.
+        """
+        if self.owner.ranks.scope == "rank" and self.owner._ascent_ready:
+            raise RuntimeError(
+                "a GradScaler would judge each rank's own first pass, and ranks could part ways: with "
+                "perturbation_scope='rank' and schedule='fused' use bf16 autocast, or another schedule."
+            )
         return [{"params": [p for p in self.owner._parameters() if p.requires_grad], "lr": 0.0}]
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]

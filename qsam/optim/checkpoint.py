@@ -33,6 +33,7 @@ class Checkpoint(Passes):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
+        self.latents_of.settle(self.base)
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
         if self.base.state or self._state_created or self.steps:  # plain SGD never has a state of its own
             entries = self._entries()
@@ -51,6 +52,7 @@ class Checkpoint(Passes):
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("state_dict")
+        self.latents_of.settle(self.base)
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self.param_groups[0]["qsam_input_signs"] = input_signs(self.latents_of.coverage)
@@ -81,6 +83,7 @@ class Checkpoint(Passes):
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("load_state_dict")
+        self.latents_of.settle(self.base)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict

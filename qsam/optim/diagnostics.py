@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from qsam.latent import Latents, Slot
+from qsam.shards import whole
 
 
 @torch.no_grad()
@@ -18,9 +19,9 @@ def noise_figures(latents: Latents) -> dict[str, float]:
         return {}
     square, clipped, count = 0.0, 0, 0
     for slot in latents.slots:
-        square += float(_noise(slot).square().sum())
+        square += float(whole(_noise(slot)).square().sum())
         passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent), compare=False)
-        clipped += int((passed == 0).sum())
+        clipped += int((whole(passed) == 0).sum())
         count += passed.numel()
     return {"quantization_noise_norm": square**0.5, "clipped_share": clipped / max(count, 1)}
 
@@ -34,11 +35,12 @@ def perturbation_figures(latents: Latents) -> dict[str, float]:
     """
     dot, noise_square, e_square, flipped, count = 0.0, 0.0, 0.0, 0, 0
     for slot in latents.slots:
-        noise, e = _noise(slot), _perturbation(slot)
+        noise, e = whole(_noise(slot)), whole(_perturbation(slot))
         dot += float((noise * e).sum())
         noise_square += float(noise.square().sum())
         e_square += float(e.square().sum())
-        flipped += int((slot.quantizer(slot.latent + e) != slot.quantizer(slot.latent)).sum())
+        moved, rest = slot.fake_quantize(slot.latent + _perturbation(slot)), slot.fake_quantize(slot.latent)
+        flipped += int((whole(moved) != whole(rest)).sum())
         count += e.numel()
     product = (noise_square * e_square) ** 0.5
     return {
@@ -49,8 +51,7 @@ def perturbation_figures(latents: Latents) -> dict[str, float]:
 
 
 def _noise(slot: Slot) -> Tensor:
-    quantized: Tensor = slot.quantizer(slot.latent.detach())
-    return quantized - slot.latent.detach()
+    return slot.fake_quantize(slot.latent.detach()) - slot.latent.detach()
 
 
 def _perturbation(slot: Slot) -> Tensor:

@@ -13,7 +13,9 @@ from torch.optim import Optimizer
 from qsam.inputs import frozen
 from qsam.optim.diagnostics import perturbation_figures
 from qsam.optim.perturbation import Perturbation
+from qsam.optim.ranks import Ranks, owned_copy
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
+from qsam.shards import in_process_group, local
 
 if TYPE_CHECKING:
     from qsam.latent import Latents
@@ -26,6 +28,7 @@ class Passes:
     base: Optimizer
     perturbation: Perturbation | None
     param_groups: list[dict[str, Any]]
+    ranks: Ranks
     rng: str
 
     @property
@@ -63,7 +66,7 @@ class Passes:
             self._set_aside()
         self._block, self._ascent_ready = "first_pass", False
         try:
-            with self.latents_of.noise("first_pass"):
+            with self.ranks.first_pass(), self.latents_of.noise("first_pass"):
                 yield
             self._ascent_ready = self._has_gradients()
         except BaseException:
@@ -138,7 +141,7 @@ class Passes:
         """
         self._refuse_inside_block("scale_phase")
         self._check_alternates("scale_phase")
-        self.latents_of.check()
+        self._check_guard()
         if self._perturbed:  # a GradScaler skipped the weights' step: their gradients are not the scales'
             self._clear_gradients()
         start = self._random_starts.pop(0) if self._random_starts else None
@@ -169,15 +172,26 @@ class Passes:
 
     def _check_weights(self) -> None:
         """Refuse to start where somebody else wrote the weights; a write through ``.data`` shows at the update."""
-        self.latents_of.check()
+        self._check_guard()
         if self.perturbation is not None:
             self.latents_of.compare()
+
+    def _check_guard(self) -> None:
+        """Let all processes of the training look at their weights, and raise together."""
+        self._meet()
+        self.latents_of.check(lambda flag: self.ranks.any(flag, self.latents_of))
+
+    def _meet(self) -> None:
+        """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""
+        if in_process_group():
+            self.latents_of.settle(self.base)
+            self.ranks.meet(self.latents_of, self.steps, self.param_groups)
 
     def _refuse_second_shift(self) -> None:
         """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""
         for slot in self.latents_of.slots:
             grad = slot.parameter.grad
-            if slot.shift is not None and grad is not None and bool(grad.any()):
+            if slot.shift is not None and grad is not None and bool(local(grad).any()):
                 raise RuntimeError(
                     "another pass before step(): SAQ's case 2 pulls back at w + e, and each micro-batch has its own e. "
                     "Accumulate inside one closure, or use case 3."
@@ -208,7 +222,7 @@ class Passes:
             yield from group["params"]
 
     def _set_aside(self) -> None:
-        self._aside = [(p, p.grad) for p in self._parameters()]
+        self._aside = [(p, None if p.grad is None else owned_copy(p.grad)) for p in self._parameters()]
         self._clear_gradients()
 
     def _put_back(self) -> None:

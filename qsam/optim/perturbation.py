@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from qsam.latent import Latents, Slot, perturb_, quantizer_parameters
 from qsam.optim.directions import DIRECTIONS, Ascent
+from qsam.optim.ranks import SCOPES, owned_copy
+from qsam.shards import local, whole
 
 Selection = str | Callable[[str, nn.Parameter], bool]
 
@@ -30,7 +32,7 @@ class Perturbation:
         every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
         start: The first step that may be perturbed, counted from 0. An integer >= 0.
         reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass; None.
-        scope: ``"global"``, one e for all processes.
+        scope: ``"global"``, one e for all processes; ``"rank"``, each its own.
         masked: Take ``M * g_Q`` in place of g_Q: the gradient as the quantizer's clip mask lets it through.
         inside: Add e to w and quantize the sum, ``p <- Q(w + e)``, in place of ``p <- Q(w) + e``.
         normalize_weights: Take e in units of each tensor's standard deviation, as if its weights had unit variance.
@@ -62,11 +64,17 @@ class Perturbation:
             raise ValueError(f"`perturb` must be 'quantized', 'all' or a predicate (name, parameter), got {perturb!r}.")
         if reuse not in (None, "perturbation"):
             raise ValueError(f"`reuse` must be None or 'perturbation', got {reuse!r}.")
-        if scope != "global":
-            raise ValueError(f"`perturbation_scope` must be 'global', got {scope!r}.")
+        if scope not in SCOPES:
+            raise ValueError(f"`perturbation_scope` must be 'global' or 'rank', got {scope!r}.")
         self.direction = DIRECTIONS.get(direction)()
+        if scope == "rank" and (reuse is not None or self.direction.averages):
+            what = f"reuse={reuse!r}" if reuse is not None else f"direction={direction!r}"
+            raise ValueError(
+                f"{what} remembers first passes, which differ between ranks with perturbation_scope='rank', and a "
+                "checkpoint holds the memory of one: use 'global'."
+            )
         self.perturb = perturb
-        self.every, self.start, self.reuse = every, start, reuse
+        self.every, self.start, self.reuse, self.scope = every, start, reuse, scope
         self.masked, self.inside, self.normalize_weights = masked, inside, normalize_weights
         self.norm: Tensor | None = None
         self.kept: dict[str, Tensor] = {}
@@ -162,7 +170,7 @@ class Perturbation:
             return [ascent.gradient for ascent in ascents], self.kept_norm
         directions, norm = self.direction(ascents, step)
         if self.reuse is not None and self.every > 1:
-            self.kept = {a.name: d for a, d in zip(ascents, directions, strict=True)}
+            self.kept = {a.name: owned_copy(d) for a, d in zip(ascents, directions, strict=True)}
             self.kept_norm = norm
         return directions, norm
 
@@ -180,7 +188,7 @@ class Perturbation:
                 perturb_([(a.parameter, d, c)])
             else:
                 a.slot.shift = d.to(a.slot.latent.dtype) * c.to(a.slot.latent.dtype)
-                a.parameter.copy_(a.slot.quantizer(a.slot.latent + a.slot.shift))
+                a.parameter.copy_(a.slot.fake_quantize(a.slot.latent + a.slot.shift))
 
     def _selects(self, name: str, p: nn.Parameter, slot: Slot | None) -> bool:
         if callable(self.perturb):
@@ -194,8 +202,8 @@ class Perturbation:
         before = {id(p): values for p, values in self._float_copies}
         for a, (target, d, c) in zip(ascents, targets, strict=True):
             old = a.slot.quantized() if a.slot is not None else before[id(a.parameter)]
-            asked += float((d.float() * c.float()).square().sum())
-            got += float((target.float() - old.float()).square().sum())
+            asked += float(whole(d.float() * c.float()).square().sum())
+            got += float(whole(target.float() - old.float()).square().sum())
         warnings.warn(
             f"16-bit parameters round the perturbation away: {asked**0.5:.3g} was asked for, {got**0.5:.3g} realised. "
             "Keep the parameters in fp32 and use autocast.",
@@ -221,7 +229,7 @@ def checked_rho(rho: Any) -> float:
 def _unit(ascent: Ascent) -> Tensor:
     """Return the standard deviation of a tensor's weights: the authors divide by it before they quantize."""
     weight = ascent.parameter if ascent.slot is None else ascent.slot.latent
-    std = weight.detach().float().std(correction=0)
+    std = whole(weight.detach()).float().std(correction=0)
     return torch.where(std > 0, std, 1.0)
 
 
@@ -233,4 +241,4 @@ def _clean_(directions: Sequence[Tensor], norm: Tensor) -> None:
     """
     if norm.device.type != "cpu" or not bool(torch.isfinite(norm)):
         for d in directions:
-            d.nan_to_num_(0.0, 0.0, 0.0)
+            local(d).nan_to_num_(0.0, 0.0, 0.0)

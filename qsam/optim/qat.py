@@ -14,6 +14,7 @@ from torch.optim import SGD, Optimizer
 
 from qsam.optim.base import QuantizedOptimizer, register_optimizer
 from qsam.optim.groups import Base, needs_closure, pointed_at_model
+from qsam.optim.ranks import DataParallel
 from qsam.optim.scale_rates import ScaleRate
 from qsam.optim.update import Closure
 
@@ -30,6 +31,7 @@ class QAT(QuantizedOptimizer):
         ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
         rng: Of no effect with one pass; here so that methods are exchanged by name.
         max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
+        ddp: False where the processes of a group each train a model of their own. None: they train copies of this one.
         params: Parameters or groups for a base class; all trainable ones by default.
         scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
             which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
@@ -59,6 +61,7 @@ class QAT(QuantizedOptimizer):
         ste: str = "clipped",
         rng: str = "shared",
         max_grad_norm: float | None = None,
+        ddp: DataParallel = None,
         params: Iterable[Any] | None = None,
         scale_lr: ScaleRate = None,
         scale_optimizer: type[Optimizer] = SGD,
@@ -67,12 +70,13 @@ class QAT(QuantizedOptimizer):
         if taken := sorted(_SAM_ONLY & set(arguments)):
             raise TypeError(f"QAT has no perturbation and takes no {taken}: use SAQ or SQuAT, or drop them.")
         super().__init__(
-            model, base, perturbation=None, rho=0.0, ste=ste, rng=rng, max_grad_norm=max_grad_norm, params=params,
+            model, base, perturbation=None, rho=0.0, ste=ste, rng=rng, max_grad_norm=max_grad_norm, ddp=ddp, params=params,
             scale_lr=scale_lr, scale_optimizer=scale_optimizer, arguments=arguments,
-            ours={"ste", "rng", "max_grad_norm", "params", "scale_lr", "scale_optimizer"},
+            ours={"ste", "rng", "max_grad_norm", "ddp", "params", "scale_lr", "scale_optimizer"},
         )  # fmt: skip
 
     def _run(self, closure: Closure) -> Any:
+        self._meet()
         if needs_closure(self.base):
             return self._let_base_call(closure)
         with self.latents_of.noise("step"):
@@ -85,7 +89,7 @@ class QAT(QuantizedOptimizer):
     def _let_base_call(self, closure: Closure) -> Any:
         """Step a base that calls the closure itself (LBFGS): each call sees Q(w) and leaves dw on the latents."""
         latents, scale_grads = self.latents_of, {}
-        latents.check()
+        self._check_guard()
 
         def evaluate() -> Any:
             nonlocal scale_grads

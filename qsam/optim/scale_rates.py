@@ -25,6 +25,7 @@ from torch import Tensor
 from torch.optim import SGD, Optimizer
 
 from qsam.latent import ScaleSlot, Slot
+from qsam.shards import whole
 
 MAX_RELATIVE_STEP = 1e-2
 """c: no balanced step is longer than this share of the scale, whatever the base's learning rate means."""
@@ -149,7 +150,7 @@ def balanced_rate(base: Optimizer, slots: Sequence[Slot]) -> tuple[bool, float]:
         lr, entries = _learning_rate(group), sum(slot.latent.numel() for slot in found)
         step_square += lr**2 * entries
         lr_sum += lr / (1 - float(group.get("momentum") or 0.0)) * entries
-        weight_square += sum(float(slot.latent.detach().square().sum()) for slot in found)
+        weight_square += sum(float(whole(slot.latent.detach()).square().sum()) for slot in found)
         count += entries
     if isinstance(base, SGD):
         return False, lr_sum / max(count, 1)

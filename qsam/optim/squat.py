@@ -131,7 +131,8 @@ class SQuAT(TwoPass):
         """Step s from the first pass's gradients, and leave those of the weights for the perturbation."""
         if self.schedule != "fused":
             raise RuntimeError("step_scales() between the first and the perturbed pass is for schedule='fused'.")
-        grads = self._pull_back(keep=True)
+        order = [scale.parameter for scale in self.scale_slots]
+        grads = self.ranks.mean(self._pull_back(keep=True), order)
         for slot in self.latents_of.slots:
             slot.latent.grad = None
         try:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsam.shards import local
+
 Group = dict[str, Any]
 
 
@@ -118,4 +120,4 @@ def all_lr_zero(groups: Sequence[Group]) -> bool:
 def no_gradient_but_zeros(groups: Sequence[Group]) -> bool:
     """Whether the gradients are all exactly zero (and there are some)."""
     grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
-    return bool(grads) and not any(bool(torch.count_nonzero(g)) for g in grads)
+    return bool(grads) and not any(bool(torch.count_nonzero(local(g))) for g in grads)

@@ -11,6 +11,7 @@ from torch.optim import SGD, Optimizer
 from qsam.optim.base import QuantizedOptimizer
 from qsam.optim.groups import Base
 from qsam.optim.perturbation import Perturbation, Selection, checked_rho
+from qsam.optim.ranks import DataParallel
 from qsam.optim.scale_rates import ScaleRate
 from qsam.optim.update import Closure
 
@@ -33,7 +34,10 @@ class TwoPass(QuantizedOptimizer):
         ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
         rng: ``"shared"``: all passes of a step see the same dropout; ``"independent"``: each its own.
         max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
-        perturbation_scope: ``"global"``: one e for all processes.
+        perturbation_scope: ``"global"``: one e for all processes. ``"rank"``: each its own, from its own part of the
+            batch (SAM's m-sharpness); the first pass is not averaged. It needs the DistributedDataParallel model.
+        ddp: The DistributedDataParallel model, if ``model`` is the one inside. False where the processes of a group
+            each train a model of their own. None: they train copies of this one.
         params: Parameters or groups for a base class; all trainable ones by default.
         scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
             which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
@@ -68,6 +72,7 @@ class TwoPass(QuantizedOptimizer):
         rng: str = "shared",
         max_grad_norm: float | None = None,
         perturbation_scope: str = "global",
+        ddp: DataParallel = None,
         params: Iterable[Any] | None = None,
         scale_lr: ScaleRate = None,
         scale_optimizer: type[Optimizer] = SGD,
@@ -80,7 +85,7 @@ class TwoPass(QuantizedOptimizer):
         ours = set(TwoPass.__init__.__annotations__) - {"model", "base", "arguments", "return"}
         super().__init__(
             model, base, perturbation=perturbation, rho=checked_rho(rho), ste=ste, rng=rng,
-            max_grad_norm=max_grad_norm, params=params, scale_lr=scale_lr, scale_optimizer=scale_optimizer,
+            max_grad_norm=max_grad_norm, ddp=ddp, params=params, scale_lr=scale_lr, scale_optimizer=scale_optimizer,
             arguments=arguments, ours=ours,
         )  # fmt: skip
 

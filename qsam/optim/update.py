@@ -11,6 +11,8 @@ from torch.optim import Optimizer
 
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.passes import Passes
+from qsam.quantizers import Quantizer
+from qsam.shards import whole
 
 if TYPE_CHECKING:
     from qsam.latent import ScaleSlot, Slot
@@ -31,7 +33,7 @@ class Update(Passes):
     def _update(self, *, weights: bool, scales: bool) -> None:
         """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
         latents = self.latents_of
-        latents.check()
+        self._check_guard()
         try:
             if weights and self.perturbation is not None:
                 self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
@@ -56,10 +58,11 @@ class Update(Passes):
         """Move what moves once a step: the quantizers' state, and the step's number."""
         for slot in self.latents_of.slots:
             slot.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
-            slot.quantizer.update(slot.latent.detach())
+            slot.quantizer.update(whole(slot.latent.detach()) if _moves(slot.quantizer) else slot.latent.detach())
         self.latents_of.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
         self._passes_made = 0
+        self.ranks.verify(self.latents_of)
 
     def _pull_back(self, keep: bool = False) -> dict[int, Tensor]:
         """Put dw on the latents and return the scales' gradients by the id of the scale."""
@@ -148,3 +151,8 @@ class Update(Passes):
 
     def _maximizes(self) -> bool:
         return bool(self.base.param_groups[0].get("maximize", False))
+
+
+def _moves(quantizer: Quantizer) -> bool:
+    """Whether the quantizer has a state of its own that moves with w, and wants to see all of it."""
+    return type(quantizer).update is not Quantizer.update

@@ -256,7 +256,7 @@ def test_fused_squat_refuses_directions_of_one_pass() -> None:
         ({"rho": -0.1}, ValueError, "`rho` must be finite and >= 0, got -0.1"),
         ({"rho": float("nan")}, ValueError, "`rho` must be finite and >= 0"),
         ({"rho": "0.1"}, TypeError, "`rho` must be a number >= 0"),
-        ({"perturbation_scope": "rank"}, ValueError, "`perturbation_scope` must be 'global'"),
+        ({"perturbation_scope": "rank"}, ValueError, "perturbation_scope='rank' must keep DistributedDataParallel"),
     ],
 )
 def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from qsam.latent import Slot
 from qsam.registry import Registry
+from qsam.shards import norms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,10 +43,13 @@ class Direction:
     Attributes:
         passes: 2: the direction comes from a first pass at Q(w). 1: it is known before the step, from what ``learn``
             and the base optimizer's state hold.
+        averages: Whether ``memory`` is made of first-pass gradients, which differ between ranks that each have their
+            own e.
         memory: One tensor a perturbed parameter, by name, if the direction keeps any; it is saved with the optimizer.
     """
 
     passes = 2
+    averages = False
 
     def __init__(self) -> None:
         self.memory: dict[str, Tensor] = {}
@@ -74,8 +78,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all entries together, in fp32 or wider, without a temporary of their size."""
     if not tensors:
         return torch.zeros(())
-    norms = [torch.linalg.vector_norm(t, dtype=torch.promote_types(t.dtype, torch.float32)) for t in tensors]
-    total: Tensor = torch.linalg.vector_norm(torch.stack([n.to(norms[0].device) for n in norms]))
+    total: Tensor = torch.linalg.vector_norm(norms(tensors))
     return total
 
 

@@ -24,6 +24,8 @@ LAMBDA = 0.9
 class Friendly(Direction):
     """``d = g - m``, m an average of past gradients that is moved after its use. Keeps one copy of the weights."""
 
+    averages = True
+
     def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
         """Return ``g - sigma * m``; move m."""
         directions = [self._one(ascent) for ascent in ascents]

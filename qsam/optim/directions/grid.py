@@ -31,7 +31,7 @@ class Grid(Direction):
 
 
 def _unit(ascent: Ascent) -> Tensor:
-    step_size = None if ascent.slot is None else ascent.slot.quantizer.step_size(ascent.slot.latent.detach())
+    step_size = None if ascent.slot is None else ascent.slot.step_size()
     if step_size is None:
         raise ValueError(
             f"direction 'grid' needs a step size, and {ascent.name!r} has none: perturb the uniformly "

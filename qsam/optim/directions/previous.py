@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qsam.optim.directions.base import Ascent, Direction, global_norm, register_direction
+from qsam.optim.ranks import owned_copy
 
 
 @register_direction("previous")
@@ -29,4 +30,4 @@ class Previous(Direction):
 
     def learn(self, ascents: Sequence[Ascent]) -> None:
         """Keep the gradients, by reference: their Parameters let go of them after the step."""
-        self.memory = {ascent.name: ascent.gradient for ascent in ascents}
+        self.memory = {ascent.name: owned_copy(ascent.gradient) for ascent in ascents}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from qsam.optim.directions.base import Ascent, Direction, global_norm, register_direction
+from qsam.shards import own_part
 
 
 @register_direction("random")
@@ -21,6 +22,9 @@ class Random(Direction):
         """Return Gaussian tensors."""
         generator = torch.Generator().manual_seed(step)
         directions = [
-            torch.randn(a.gradient.shape, generator=generator).to(a.gradient.device, a.gradient.dtype) for a in ascents
+            own_part(
+                torch.randn(a.gradient.shape, generator=generator).to(a.gradient.device, a.gradient.dtype), a.gradient
+            )
+            for a in ascents
         ]
         return directions, global_norm(directions)
