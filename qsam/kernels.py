@@ -110,8 +110,9 @@ def quantized(x: Tensor, grid: Grid) -> Tensor | None:
 
 def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
     """Write ``out <- Q(w; s)`` in one sweep; return False, and do nothing, where that cannot be fused."""
-    rows = _rows_of(grid, w, out)
+    rows = _rows_of(grid, w) if out.is_contiguous() and _is_plain(out) else None
     if rows is not None:
+        rows.append(out.detach().view(rows[0].shape))
         _run(_write, *rows, _column(grid), _limits(grid, w.device))
     return rows is not None
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam import shards
+from qsam import kernels, shards
 from qsam.attach import coverage_of, quantize_
 from qsam.coverage import Coverage, Input, Weight, owner_of, set_owner
 from qsam.functional import wide_dtype
@@ -44,6 +44,7 @@ class Slot:
         attr: Its name there.
         latent: w, fp32 or the Parameter's dtype if that is wider.
         shift: What was added to w before it was quantized in the last perturbed pass (SAQ, case 2), until the update.
+        parked: Whether p holds a copy of w, from a fused pull-back until the next write.
     """
 
     path: str
@@ -51,6 +52,7 @@ class Slot:
     attr: str
     latent: nn.Parameter
     shift: Tensor | None = None
+    parked: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -189,7 +191,10 @@ class Latents:
         if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
             shards.reshard_(self.root)
         for slot in self.slots:
-            slot.parameter.copy_(slot.quantized())
+            grid = self._grid(slot)
+            if grid is None or not kernels.write_(slot.latent, grid, slot.parameter):
+                slot.parameter.copy_(slot.quantized())
+            slot.parked = False
         self._seen = [slot.fingerprint() for slot in self.slots]
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
@@ -295,7 +300,35 @@ class Latents:
     def compare(self) -> None:
         """Note whether each p holds Q(w), for a step whose perturbed pass writes p before the pull-back compares it."""
         for slot in self.slots:
-            self._note_value(slot, slot.quantized())
+            grid = self._grid(slot)
+            same = None if grid is None else kernels.holds(slot.latent, grid, slot.parameter)
+            if same is None:
+                self._note_value(slot, slot.quantized())
+            else:
+                self._note_verdict(slot, same)
+
+    def pull_back_(self, slot: Slot, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Do what :meth:`pull_back` does, in one sweep where a kernel can: ``grad`` becomes dw, and p is parked."""
+        grid = self._grid(slot)
+        found = None if grid is None else kernels.pull_back_(slot.latent, grid, grad, slot.parameter)
+        if found is None:
+            return self.pull_back(slot, grad)
+        slot.parked = True
+        self._note_verdict(slot, found[1])
+        return grad, {"scale": found[0]}
+
+    def scale_gradients(self, slot: Slot, grad: Tensor) -> dict[str, Tensor]:
+        """Return the second part of :meth:`pull_back` alone."""
+        grid = self._grid(slot)
+        found = None if grid is None else kernels.scale_gradient(slot.latent, grid, grad, slot.parameter)
+        if found is None:
+            return self.pull_back(slot, grad)[1]
+        self._note_verdict(slot, found[1])
+        return {"scale": found[0]}
+
+    def _grid(self, slot: Slot) -> kernels.Grid | None:
+        """Return the grid of a Q(w) that the kernels know."""
+        return None if self.noisy or slot.shift is not None else slot.quantizer.grid(slot.latent)
 
     def pull_back(self, slot: Slot, grad: Tensor, *, compare: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the VJP of Q at (w, parameters) applied to ``grad``; at w + e where ``slot.shift`` holds an e.
@@ -333,8 +366,11 @@ class Latents:
         p, out = shards.local(slot.parameter), shards.local(out)
         if p.device.type == "cpu" and torch.equal(out.to(p.dtype), p):
             return  # the usual case in one sweep; elsewhere to read the verdict now would wait for the device
-        same = out.to(p.dtype) == p
-        self._suspects.append((slot.path, (~same & ~torch.isnan(p)).any()))
+        self._note_verdict(slot, ((out.to(p.dtype) == p) | torch.isnan(p)).all())
+
+    def _note_verdict(self, slot: Slot, same: Tensor) -> None:
+        if same.device.type != "cpu" or not bool(same):
+            self._suspects.append((slot.path, ~same))
 
     def _say_if_on_grid(self) -> None:
         rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity)]

@@ -98,7 +98,7 @@ class QAT(QuantizedOptimizer):
                 self._clear_gradients()
                 with torch.enable_grad(), latents.noise("step"):
                     loss = closure()
-                scale_grads = self._pull_back()
+                scale_grads = self._pull_back(self._differentiate)
             self._clip()
             return loss
 

@@ -132,9 +132,7 @@ class SQuAT(TwoPass):
         if self.schedule != "fused":
             raise RuntimeError("step_scales() between the first and the perturbed pass is for schedule='fused'.")
         order = [scale.parameter for scale in self.scale_slots]
-        grads = self.ranks.mean(self._pull_back(keep=True), order)
-        for slot in self.latents_of.slots:
-            slot.latent.grad = None
+        grads = self.ranks.mean(self._pull_back(self.latents_of.scale_gradients), order)
         try:
             self._step_scales(grads)
         finally:

@@ -37,7 +37,7 @@ class Update(Passes):
         try:
             if weights and self.perturbation is not None:
                 self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
-            scale_grads = self._pull_back()
+            scale_grads = self._pull_back(self._consume if weights else latents.scale_gradients)
             if weights:
                 self._step_base()
             if scales:
@@ -64,8 +64,12 @@ class Update(Passes):
         self._passes_made = 0
         self.ranks.verify(self.latents_of)
 
-    def _pull_back(self, keep: bool = False) -> dict[int, Tensor]:
-        """Put dw on the latents and return the scales' gradients by the id of the scale."""
+    def _pull_back(self, pull: Callable[[Slot, Tensor], dict[str, Tensor]]) -> dict[int, Tensor]:
+        """Return the scales' gradients by the id of the scale.
+
+        Args:
+            pull: Takes a weight and its gradient, and returns the gradients of the quantizer's parameters by name.
+        """
         grads: dict[int, Tensor] = {}
         owned = {id(p) for p in self._parameters()}
         for slot in self.latents_of.slots:
@@ -78,16 +82,29 @@ class Update(Passes):
                     "unfrozen "
                     "(call add_param_group), or replaced (build the optimizer afterwards)."
                 )
-            dw, ds = self.latents_of.pull_back(slot, p.grad)
-            slot.latent.grad = dw if self.ste == "clipped" else p.grad.to(dw.dtype)
-            for name, gradient in ds.items():
+            for name, gradient in pull(slot, p.grad).items():
                 grads[id(getattr(slot.quantizer, name))] = gradient
-            if not keep:
-                p.grad = None
         for scale in self.scale_slots:
             if scale.parameter.grad is not None:
                 grads[id(scale.parameter)] = scale.parameter.grad
         return grads
+
+    def _consume(self, slot: Slot, grad: Tensor) -> dict[str, Tensor]:
+        """Put dw on the latent, in the memory of ``grad`` if it fits."""
+        if self.ste == "identity":
+            ds = self.latents_of.scale_gradients(slot, grad)
+            slot.latent.grad = grad.to(slot.latent.dtype)
+        else:
+            slot.latent.grad, ds = self.latents_of.pull_back_(slot, grad)
+        slot.parameter.grad = None
+        return ds
+
+    def _differentiate(self, slot: Slot, grad: Tensor) -> dict[str, Tensor]:
+        """Put dw on the latent, and leave p as it is."""
+        dw, ds = self.latents_of.pull_back(slot, grad)
+        slot.latent.grad = dw if self.ste == "clipped" else grad.to(dw.dtype)
+        slot.parameter.grad = None
+        return ds
 
     def _step_base(self, closure: Closure | None = None) -> Any:
         """Step the base optimizer on the latents; after an exception they are what they were before."""
@@ -111,7 +128,8 @@ class Update(Passes):
         """Return a copy of w. A Parameter of w's dtype serves as its place: it is rewritten after the step anyway."""
         p = slot.parameter
         if in_place and p.dtype == slot.latent.dtype:
-            p.copy_(slot.latent)
+            if not slot.parked:
+                p.copy_(slot.latent)
             return p.detach()
         return slot.latent.detach().clone()
 
