@@ -244,35 +244,91 @@ def _pulled(v: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Ten
 
 
 def _equal(q: Tensor, p: Tensor) -> Tensor:
-    return ((q == p) | p.isnan()).all()
+    """Whether p is q or NaN everywhere; as a sum, which a processor's vectors do and `all` does not."""
+    return torch.where((q == p) | p.isnan(), 0.0, 1.0).sum() == 0
 
 
 # --- calling them ---------------------------------------------------------------------------------------------------
 
 
-@functools.cache
-def _compiled(kernel: Callable[..., Any]) -> Callable[..., Any]:
-    return torch.compile(kernel, fullgraph=True, dynamic=True, options=_OPTIONS)
-
-
 def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
     """Run a kernel compiled, or as it stands where compiling has failed."""
     with torch.no_grad():
-        if _CHOICE.failure is not None:
-            return kernel(*tensors)
-        try:
-            return _compiled(kernel)(*(t.detach() for t in tensors))
-        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError, OSError) as error:
-            if _CHOICE.backend == "compiled":
-                raise
-            _CHOICE.failure = f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
-            warnings.warn(
-                f"qsam's kernels cannot be compiled here and run eagerly, which is slower ({_CHOICE.failure}). Install "
-                'a C++ compiler, or say qsam.set_backend("eager").',
-                UserWarning,
-                stacklevel=2,
-            )
-            return kernel(*tensors)
+        if _CHOICE.failure is None:
+            try:
+                found = _compiled(kernel, tuple((t.dtype, t.dim()) for t in tensors), tensors[0].device.type)
+                return found(*(t.detach() for t in tensors))
+            except _COMPILER_ERRORS as error:
+                if _CHOICE.backend == "compiled":
+                    raise
+                _say_failed(error)
+        return kernel(*tensors)
+
+
+_COMPILER_ERRORS = (RuntimeError, OSError)
+"""What a missing or failing compiler raises: torch's own errors of compilation are RuntimeErrors."""
+
+
+def _say_failed(error: BaseException) -> None:
+    reason = [*str(error).strip().splitlines(), ""][0]
+    _CHOICE.failure = f"{type(error).__name__}: {reason}"
+    warnings.warn(
+        f"qsam's kernels cannot be compiled here and run eagerly, which is slower ({_CHOICE.failure}). Install a C++ "
+        'compiler, or say qsam.set_backend("eager").',
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+@functools.cache
+def _compiled(
+    kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...], device: str
+) -> Callable[..., Any]:
+    """Return a kernel compiled for tensors of these dtypes and numbers of dimensions, of any size."""
+    _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), kinds[0][0])
+    if device != "cpu":
+        return torch.compile(kernel, fullgraph=True, dynamic=True)
+    return _Direct(kernel, kinds)
+
+
+class _Direct:
+    """A kernel on a CPU, called without torch.compile's guards, which would cost more than the kernel.
+
+    It is compiled from examples of its own, whose sizes are all different, so that it holds for all sizes above 1;
+    dtypes and dimensions are checked by who looks it up.
+    """
+
+    def __init__(self, kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...]) -> None:
+        self.call: Callable[..., Any] | None = None
+        self.sources: list[int | tuple[int, int]] = []
+        torch.compile(kernel, backend=self._backend, fullgraph=True, dynamic=True)(*self._examples(kernel, kinds))
+        assert self.call is not None
+
+    def _examples(self, kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...]) -> list[Tensor]:
+        """Return tensors of rows, then the scales, then the limits."""
+        rows = 67 if kinds[0][1] == 2 else 0
+        shapes = [(rows, 4099) if rows else (2**17 + 3,)] * (len(kinds) - 2) + [(rows, 1) if rows else (1,), (2,)]
+        self.examples = [torch.ones(shape, dtype=kind[0]) for shape, kind in zip(shapes, kinds, strict=True)]
+        return self.examples
+
+    def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+        call = torch._inductor.compile(graph, inputs, options=_OPTIONS)
+        sizes = {size: (i, d) for i, t in enumerate(self.examples) for d, size in enumerate(t.shape)}
+
+        def first(*arguments: Any) -> Any:
+            """Learn from the first call which argument of the graph is which tensor, or which size of one."""
+            places = {id(t): i for i, t in enumerate(self.examples)}
+            self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
+            self.call = call
+            return call(*arguments)
+
+        return first
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        """Run it."""
+        assert self.call is not None
+        found = self.call(*(tensors[s] if isinstance(s, int) else tensors[s[0]].shape[s[1]] for s in self.sources))
+        return found[0] if len(found) == 1 else found
 
 
 def _fuses(x: Tensor, grid: Grid) -> bool:
@@ -290,7 +346,7 @@ def _is_plain(t: Tensor) -> bool:
 
 def _as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
     """Return ``x`` as ``(n,)`` or as rows ``(R, n)``, one a step size, and what undoes that; None: it has gaps."""
-    if x.is_contiguous():
+    if x.is_contiguous() and x.numel() > grid.rows:
         shape = x.shape
         return x.view(-1) if grid.rows == 1 else x.view(grid.rows, -1), lambda out: out.view(shape)
     if grid.rows == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
@@ -303,7 +359,7 @@ def _rows_of(grid: Grid, *tensors: Tensor) -> list[Tensor] | None:
     """Return contiguous tensors of one wide dtype as rows, or None."""
     first = tensors[0]
     alike = all(t.dtype == first.dtype and t.is_contiguous() and _is_plain(t) for t in tensors)
-    if not (alike and first.dtype == wide_dtype(first.dtype) and _fuses(first, grid)):
+    if not (alike and first.dtype == wide_dtype(first.dtype) and first.numel() > grid.rows and _fuses(first, grid)):
         return None
     return [t.detach().view(-1) if grid.rows == 1 else t.detach().view(grid.rows, -1) for t in tensors]
 

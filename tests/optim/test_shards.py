@@ -92,7 +92,9 @@ def equals_one_process(
         assert is_sharded(slot.latent)
         assert slot.latent.placements == slot.parameter.placements
         q = slot.quantizer
-        full = copy.deepcopy(method.model(MLP, **quantized).get_submodule(slot.path.removesuffix(".weight"))).weight_quantizer
+        full = copy.deepcopy(
+            method.model(MLP, **quantized).get_submodule(slot.path.removesuffix(".weight"))
+        ).weight_quantizer
         with torch.no_grad():
             for name, p in full.named_parameters():
                 p.copy_(whole(getattr(q, name).detach()))

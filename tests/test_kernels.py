@@ -1,0 +1,300 @@
+"""The fused kernels compute what the eager formulas compute; where they cannot, nothing is lost."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import qsam
+from qsam import kernels
+from qsam.functional import fake_quantize
+from qsam.kernels import Grid
+from qsam.quantizers import LSQ
+from tests.models import CONV, MLP
+from tests.optim.methods import METHODS, QUANTIZING, assert_on_grid, latents, train
+
+KINDS = [
+    pytest.param({}, (33, 7, 5), id="per_tensor"),
+    pytest.param({}, (1025,), id="per_tensor-flat"),
+    pytest.param({"granularity": "per_channel", "axis": 0}, (12, 40), id="per_channel"),
+    pytest.param({"granularity": "per_channel", "axis": 1}, (12, 40), id="per_channel-axis-1"),
+    pytest.param({"granularity": "per_group", "axis": 0, "group_size": 8}, (12, 40), id="per_group"),
+]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def _backend() -> object:
+    """Leave the process as it was."""
+    with kernels.using("auto"):
+        yield
+
+
+def lsq(kind: dict[str, object], x: Tensor, *, bits: int = 3, shrink: float = 0.6) -> LSQ:
+    q = LSQ(bits=bits, **kind)
+    q.observe_(x.float())
+    q.requires_grad_(True)
+    q.scale.data.mul_(shrink)  # so that some entries are clipped
+    return q
+
+
+def values(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def passed(backend: str, q: LSQ, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return Q(x) and its gradients."""
+    q.scale.grad = None
+    leaf = x.detach().requires_grad_()
+    with kernels.using(backend):
+        out = q(leaf)
+        out.backward(values(tuple(out.shape), out.dtype, 1))
+    return out.detach(), leaf.grad, q.scale.grad
+
+
+def assert_sums_agree(ours: Tensor, theirs: Tensor, terms: int) -> None:
+    """Two orders of one sum in fp32 differ by about eps * sqrt(terms) of its largest partial sum; 8 is slack."""
+    bound = 8 * torch.finfo(torch.float32).eps * terms**0.5
+    torch.testing.assert_close(ours, theirs, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize(("kind", "shape"), KINDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_forward_and_backward_are_the_eager_ones(kind, shape, dtype):
+    x = values(shape, dtype)
+    q = lsq(kind, x)
+    (out, dx, ds), (out_e, dx_e, ds_e) = passed("compiled", q, x), passed("eager", q, x)
+    assert torch.equal(out, out_e)
+    assert torch.equal(dx, dx_e)
+    assert_sums_agree(ds, ds_e, x.numel())
+
+
+def test_codes_are_equal_bit_for_bit_at_every_width_and_on_ties():
+    for bits in range(2, 9):
+        for signed in (True, False):
+            q = LSQ(bits=bits, signed=signed)
+            q.scale.data.fill_(0.137)
+            x = (torch.arange(-600, 600) / 2 * q.scale).detach().reshape(60, 20)
+            with torch.no_grad(), kernels.using("compiled"):
+                out = q(x)
+            assert torch.equal(out, q.dequantize(q.codes(x)))
+
+
+@pytest.mark.parametrize("value", [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 3e38])
+def test_special_values_are_the_eager_ones(value):
+    x = torch.full((4, 8), value)
+    x[0] = 0.3
+    q = LSQ(bits=4)
+    q.scale.data.fill_(0.1)
+    q.requires_grad_(True)
+    (*ours, ds), (*theirs, ds_e) = passed("compiled", q, x), passed("eager", q, x)
+    for a, b in zip(ours, theirs, strict=True):
+        assert torch.equal(a.nan_to_num(7e7), b.nan_to_num(7e7))
+    torch.testing.assert_close(ds, ds_e, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("scale", [-0.1, 0.0])
+def test_a_scale_that_is_not_positive_is_the_eager_one(scale):
+    q = LSQ(bits=4).requires_grad_(True)
+    q.scale.data.fill_(scale)
+    x = values((8, 16)) if scale else torch.zeros(8, 16)
+    for ours, theirs in zip(passed("compiled", q, x), passed("eager", q, x), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+def test_only_the_gradients_that_are_asked_for_are_computed():
+    x = values((16, 16))
+    q = lsq({}, x)
+    with kernels.using("compiled"):
+        (ds,) = torch.autograd.grad(q(x).sum(), q.scale)
+        q.requires_grad_(False)
+        leaf = x.clone().requires_grad_()
+        (dx,) = torch.autograd.grad(q(leaf).sum(), leaf)
+        assert not q(x).requires_grad
+    assert ds.shape == (1,)
+    assert torch.equal(dx, ((x / q.scale).abs() < 4).float() * ((x / q.scale) < 3))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced"])
+def test_a_layout_with_gaps_gives_what_its_copy_gives(layout):
+    x = values((4, 6, 8, 10))
+    x = {
+        "transposed": x.transpose(1, 3),
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "sliced": x[:, ::2],
+    }[layout]
+    q = lsq({}, x)
+    with kernels.using("compiled"):
+        strided = x.detach().requires_grad_()
+        dense = x.detach().contiguous().requires_grad_()
+        (a,) = torch.autograd.grad(q(strided).square().sum(), strided)
+        (b,) = torch.autograd.grad(q(dense).square().sum(), dense)
+        assert torch.equal(q(strided), q(dense))
+    assert torch.equal(a, b)
+
+
+def test_a_second_derivative_and_vmap_go_the_eager_way():
+    x = values((6, 12))
+    q = lsq({}, x)
+
+    def second(t):
+        leaf = t.clone().requires_grad_()
+        (first,) = torch.autograd.grad(q(leaf).pow(3).sum(), leaf, create_graph=True)
+        return torch.autograd.grad(first.sum(), leaf)[0]
+
+    with kernels.using("compiled"):
+        fused, mapped = second(x), torch.func.vmap(q)(x)
+    with kernels.using("eager"):
+        assert torch.equal(fused, second(x))
+        assert torch.equal(mapped, q(x))
+
+
+def test_saved_for_backward_is_one_tensor_of_the_inputs_size_and_dtype():
+    for dtype in DTYPES:
+        saved: list[Tensor] = []
+        x = values((64, 64), dtype).requires_grad_()
+        q = lsq({}, x.detach())
+        with (
+            kernels.using("compiled"),
+            torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t),
+        ):
+            q(x)
+        assert [(t.dtype, t.numel()) for t in saved if t.numel() > 1] == [(dtype, x.numel())]
+        assert next(t for t in saved if t.numel() > 1).data_ptr() == x.data_ptr()
+
+
+# --- the verbs ------------------------------------------------------------------------------------------------------
+
+
+def verbs(rows: int) -> tuple[Tensor, Grid, Tensor, Tensor]:
+    w, grad = values((12, 40)), values((12, 40), seed=1)
+    scale = 0.3 + 0.01 * torch.arange(rows, dtype=torch.float32).reshape(-1, 1)
+    return w, Grid(scale.reshape(1) if rows == 1 else scale, -2, 1, 0.25, rows), grad, torch.empty_like(w)
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+def test_the_verbs_are_their_formulas(rows):
+    w, grid, grad, p = verbs(rows)
+    leaves = [w.clone().requires_grad_(), grid.scale.clone().requires_grad_()]
+    q = fake_quantize(*leaves, grid.quant_min, grid.quant_max, grid.grad_scale)
+    dw, ds = torch.autograd.grad(q, leaves, grad)
+    with kernels.using("compiled"):
+        assert kernels.write_(w, grid, p)
+        assert torch.equal(p, q)
+        assert bool(kernels.holds(w, grid, p))
+        found, same = kernels.scale_gradient(w, grid, grad, p)
+        pulled, same_too = kernels.pull_back_(w, grid, grad, p)
+    assert bool(same)
+    assert bool(same_too)
+    assert_sums_agree(found, ds, w.numel())
+    assert_sums_agree(pulled, ds, w.numel())
+    assert torch.equal(grad, dw)
+    assert torch.equal(p, w)  # parked
+
+
+@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize(("entry", "expected"), [(0.123, False), (float("nan"), True)])
+def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expected):
+    w, grid, grad, p = verbs(rows)
+    with kernels.using("compiled"):
+        kernels.write_(w, grid, p)
+        p[3, 7] = entry
+        assert bool(kernels.holds(w, grid, p)) is expected
+        assert bool(kernels.scale_gradient(w, grid, grad, p)[1]) is expected
+        assert bool(kernels.pull_back_(w, grid, grad, p)[1]) is expected
+
+
+def test_a_write_counts_as_one_for_autograd():
+    w, grid, _, p = verbs(1)
+    version = p._version
+    with kernels.using("compiled"):
+        kernels.write_(w, grid, p)
+    assert p._version > version
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+def test_training_agrees_between_the_back_ends(method, granularity):
+    if not method.quantizes and granularity != "per_tensor":
+        pytest.skip("nothing is quantized")
+    found = []
+    for backend in ("eager", "compiled"):
+        with kernels.using(backend):
+            model = method.model(MLP, **({"granularity": granularity} if method.quantizes else {}))
+            optimizer = method(model, torch.optim.SGD, lr=0.05)
+            train(optimizer, model, MLP, 4)
+            assert_on_grid(optimizer)
+            found.append(latents(optimizer, model))
+    for name in found[0]:  # four steps of sums in another order
+        torch.testing.assert_close(found[0][name], found[1][name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", QUANTIZING, ids=str)
+def test_after_an_exception_in_the_base_the_parked_latents_come_back(method):
+    class Fails(torch.optim.SGD):
+        def step(self, closure=None):
+            super().step(closure)
+            raise OSError("the base fails")
+
+    with kernels.using("compiled"):
+        model = method.model(CONV)
+        optimizer = method(model, Fails, lr=0.1)
+        before = latents(optimizer, model)
+        with pytest.raises(OSError, match="the base fails"):
+            train(optimizer, model, CONV, 1)
+        assert_on_grid(optimizer)
+        weights = {slot.path for slot in optimizer.latents_of.slots}
+        after = latents(optimizer, model)
+        assert all(torch.equal(before[name], after[name]) for name in weights)
+
+
+# --- choosing -------------------------------------------------------------------------------------------------------
+
+
+def test_auto_leaves_small_tensors_eager_and_fuses_large_ones():
+    grid = Grid(torch.ones(1), -8, 7, 1.0, 1)
+    assert kernels.quantized(torch.ones(8, 8), grid) is None
+    assert kernels.quantized(torch.ones(kernels.SMALLEST), grid) is not None
+    with kernels.using("eager"):
+        assert kernels.quantized(torch.ones(kernels.SMALLEST), grid) is None
+
+
+@pytest.mark.parametrize("backend", ["inductor", "Eager", None, 3])
+def test_another_backend_is_refused_by_name(backend):
+    with pytest.raises(ValueError, match="`backend` must be one of auto, eager, compiled, got"):
+        qsam.set_backend(backend)
+
+
+def test_without_a_compiler_auto_is_eager_and_says_so_once(monkeypatch):
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler was found\nat all")
+
+    monkeypatch.setattr(kernels, "_compiled", fails)
+    x = values((300, 300))
+    q = lsq({}, x)
+    with pytest.warns(
+        UserWarning, match=r"cannot be compiled here and run eagerly.*\(RuntimeError: no compiler was found\)"
+    ):
+        out = q(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(q(x), out)
+    with kernels.using("eager"):
+        assert torch.equal(q(x), out)
+    with kernels.using("compiled"), pytest.raises(RuntimeError, match="no compiler was found"):
+        q(x)
+
+
+def test_a_compiled_model_holds_the_formulas_themselves():
+    x = values((16, 32))
+    model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
+    qsam.quantize_(model, rules=[("*", {})])
+    qsam.calibrate(model, [x])
+    with kernels.using("compiled"):
+        expected = model(x)
+        compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
