@@ -63,7 +63,9 @@ def assert_equal_everywhere(tensors: dict[str, Tensor]) -> None:
 def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 2e-6) -> None:
     assert ours.keys() == theirs.keys()
     for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=tolerance * 10, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=tolerance * 10, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def equals_one_process(rank: int, method: Method, task: Task, wrap: dict[str, Any], options: dict[str, Any]) -> None:
@@ -91,7 +93,9 @@ def ranks_stay_equal(rank: int, method: Method, task: Task, wrap: dict[str, Any]
         assert_on_grid(ours)
 
 
-def own_perturbations(model: nn.Module, task: Task, rank: int, count: int, rho: float) -> tuple[list[Tensor], list[Tensor]]:
+def own_perturbations(
+    model: nn.Module, task: Task, rank: int, count: int, rho: float
+) -> tuple[list[Tensor], list[Tensor]]:
     """Return, computed without DDP and without the optimizer: each rank's e, and the mean of the second gradients."""
     weights = [row.module.weight for row in qsam.attach.coverage_of(model).quantized]
     start = [w.detach().clone() for w in weights]
@@ -115,7 +119,9 @@ def own_perturbations(model: nn.Module, task: Task, rank: int, count: int, rho: 
 
 
 def each_rank_has_its_own_e(rank: int, by_hand: bool) -> None:
-    ours, model, ddp = parallel(SAQ, MLP, perturbation_scope="rank", base=SGD, lr=1.0, rho=0.05, scale_lr=0.0, ste="identity")
+    ours, model, ddp = parallel(
+        SAQ, MLP, perturbation_scope="rank", base=SGD, lr=1.0, rho=0.05, scale_lr=0.0, ste="identity"
+    )
     reference = copy.deepcopy(model)
     e, mean = own_perturbations(reference, MLP, rank, distributed.get_world_size(), 0.05)
     before = latents(ours, model)
@@ -278,7 +284,9 @@ def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two:
     two(equals_one_process, method, MLP, {}, {})
 
 
-@pytest.mark.parametrize("wrap", [{"gradient_as_bucket_view": True}, {"static_graph": True}], ids=lambda w: next(iter(w)))
+@pytest.mark.parametrize(
+    "wrap", [{"gradient_as_bucket_view": True}, {"static_graph": True}], ids=lambda w: next(iter(w))
+)
 @pytest.mark.parametrize("method", [SQUAT, FUSED], ids=str)
 def test_ddps_own_settings_change_nothing(method: Method, wrap: dict[str, Any], two: Processes) -> None:
     two(equals_one_process, method, MLP, wrap, {})
@@ -312,7 +320,9 @@ def test_rank_scope_is_each_ranks_own_e_and_the_mean_of_the_second_gradients(by_
 
 
 @pytest.mark.parametrize(("method", "scope"), [(QAT, "global"), (SQUAT, "global"), (FUSED, "rank")], ids=str)
-def test_ranks_with_seeds_and_data_of_their_own_start_from_rank_zero(method: Method, scope: str, two: Processes) -> None:
+def test_ranks_with_seeds_and_data_of_their_own_start_from_rank_zero(
+    method: Method, scope: str, two: Processes
+) -> None:
     two(one_seed_a_rank, method, scope)
 
 
@@ -335,7 +345,9 @@ def test_quantize_after_ddp_is_refused(two: Processes) -> None:
 
 @pytest.mark.parametrize("wrap", [{}, {"gradient_as_bucket_view": True}], ids=["buckets-apart", "bucket-views"])
 @pytest.mark.parametrize("sync", [True, False], ids=["synced", "no_sync"])
-def test_accumulated_gradients_are_kept_through_the_first_pass(wrap: dict[str, Any], sync: bool, two: Processes) -> None:
+def test_accumulated_gradients_are_kept_through_the_first_pass(
+    wrap: dict[str, Any], sync: bool, two: Processes
+) -> None:
     two(accumulation, wrap, sync)
 
 
@@ -374,8 +386,16 @@ def test_a_transformer_on_two_ranks_stays_equal(method: Method, two: Processes) 
         ({"perturbation_scope": "rank"}, ValueError, "must keep DistributedDataParallel from averaging .* as `ddp`"),
         ({"ddp": True}, TypeError, "`ddp` must be the DistributedDataParallel model, None, or False .* got bool"),
         ({"ddp": nn.Linear(2, 2)}, TypeError, "got Linear"),
-        ({"perturbation_scope": "rank", "reuse": "perturbation"}, ValueError, "reuse='perturbation' remembers first passes"),
-        ({"perturbation_scope": "rank", "direction": "friendly"}, ValueError, "direction='friendly' remembers first passes"),
+        (
+            {"perturbation_scope": "rank", "reuse": "perturbation"},
+            ValueError,
+            "reuse='perturbation' remembers first passes",
+        ),
+        (
+            {"perturbation_scope": "rank", "direction": "friendly"},
+            ValueError,
+            "direction='friendly' remembers first passes",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(options: dict[str, Any], error: type[Exception], match: str) -> None:

@@ -12,7 +12,7 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.shards import is_sharded, local, whole
-from tests.models import EVERYWHERE, MLP, Task
+from tests.models import MLP
 from tests.optim.methods import METHODS, Method, closure_of, scales_of
 from tests.optim.test_ranks import part
 from tests.processes import Processes, running
@@ -92,7 +92,9 @@ def equals_one_process(
         assert is_sharded(slot.latent)
         assert slot.latent.placements == slot.parameter.placements
         q = slot.quantizer
-        full = copy.deepcopy(method.model(MLP, **quantized).get_submodule(slot.path.removesuffix(".weight"))).weight_quantizer
+        full = copy.deepcopy(
+            method.model(MLP, **quantized).get_submodule(slot.path.removesuffix(".weight"))
+        ).weight_quantizer
         with torch.no_grad():
             for name, p in full.named_parameters():
                 p.copy_(whole(getattr(q, name).detach()))
@@ -146,3 +148,156 @@ def test_adams_moments_are_sharded_too(two: Processes) -> None:
 def test_four_processes_equal_one(method: Method, four: Processes) -> None:
     """The head has 4 rows, a row a process; the smallest scale has one entry, on one process."""
     four(equals_one_process, method, "shard", SGD_OPTIONS, {})
+
+
+# --- order of calls, writes by others, exceptions ------------------------------------------------------------------
+
+
+def step(optimizer: Any, model: nn.Module, number: int, rank: int) -> None:
+    optimizer.step(closure_of(optimizer, model, MLP, part(MLP.batch(number), rank)))
+
+
+def groups_of_old(rank: int, method: Method) -> None:
+    model = method.model(MLP)
+    optimizer = method(model)
+    shard_(model)
+    with pytest.raises(RuntimeError, match="6 of the old ones are in the optimizer's groups.*fully_shard before"):
+        step(optimizer, model, 0, rank)
+
+
+@pytest.mark.parametrize("name", ["qat", "saq"])
+def test_groups_that_hold_the_old_parameters_are_refused(name: str, two: Processes) -> None:
+    two(groups_of_old, next(m for m in METHODS if m.name == name))
+
+
+def foreign_writes(rank: int, method: Method) -> None:
+    optimizer, model = build(method, "shard", {}, {})
+    step(optimizer, model, 0, rank)
+    if rank == 0:
+        with torch.no_grad():
+            local(optimizer.latents_of.slots[0].parameter).add_(1)
+    with pytest.raises(RuntimeError, match="written by somebody else since the last step"):
+        step(optimizer, model, 1, rank)
+    optimizer.sync_latents()
+    step(optimizer, model, 1, rank)
+
+
+@pytest.mark.parametrize("method", [QAT, SAQ], ids=str)
+def test_a_write_into_one_shard_stops_all(method: Method, two: Processes) -> None:
+    two(foreign_writes, method)
+
+
+def exceptions(rank: int) -> None:
+    ours, model = build(SAQ, "shard", SGD_OPTIONS, {})
+    step(ours, model, 0, rank)
+    before = {name: whole(p.detach()).clone() for name, p in model.named_parameters()}
+    with ours.first_pass():
+        MLP.loss(model, part(MLP.batch(1), rank)).backward()
+    with pytest.raises(ZeroDivisionError), ours.perturbed():
+        MLP.loss(model, part(MLP.batch(1), rank))  # a forward without its backward leaves gathered Parameters
+        raise ZeroDivisionError
+    after = {
+        name: whole(p.detach())
+        for name, p in ((n, getattr(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])) for n in before)
+    }
+    for name in before:
+        assert torch.equal(before[name], after[name]), name
+    step(ours, model, 1, rank)
+
+
+def test_after_an_exception_in_a_pass_the_shards_hold_the_quantized_weights(two: Processes) -> None:
+    two(exceptions)
+
+
+def nonfinite(rank: int) -> None:
+    ours, model = build(SAQ, "shard", SGD_OPTIONS, {})
+    with ours.first_pass():
+        MLP.loss(model, part(MLP.batch(1), rank)).backward()
+    if rank == 0:
+        local(ours.latents_of.slots[0].parameter.grad).view(-1)[0] = float("nan")
+    with ours.perturbed():
+        for slot in ours.latents_of.slots:
+            assert torch.equal(local(slot.parameter), local(slot.quantized())), "e must be 0 on all"
+        MLP.loss(model, part(MLP.batch(1), rank)).backward()
+    ours.step()
+
+
+def test_a_nan_in_one_shard_gives_no_perturbation_on_any(two: Processes) -> None:
+    two(nonfinite)
+
+
+# --- refused -----------------------------------------------------------------------------------------------------------
+
+
+def sixteen_bit_scales(rank: int) -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"scale of the input of '0' would be torch.bfloat16 .* fully_shard\(row.quantizer\)"
+    ):
+        QAT(shard_(QAT.model(MLP), mp_policy=policy))
+    model = QAT.model(MLP)
+    seen = []
+    for row in qsam.attach.coverage_of(model).inputs:
+        if row.quantizer is not None:
+            fully_shard(row.quantizer, mesh=distributed.init_device_mesh("cpu", (2,)))
+            row.quantizer.register_forward_pre_hook(lambda q, _: seen.append(q.scale.dtype))
+    shard_(model, mp_policy=policy)
+    optimizer = QAT(model)
+    step(optimizer, model, 0, rank)
+    assert set(seen) == {torch.float32}
+    assert {slot.latent.dtype for slot in optimizer.latents_of.slots} == {torch.float32}
+
+
+def test_a_param_dtype_that_rounds_scales_is_refused_and_its_cure_works(two: Processes) -> None:
+    two(sixteen_bit_scales)
+
+
+def other_ways_to_split(rank: int) -> None:
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    cpu = torch.device("cpu")
+    with pytest.raises(ValueError, match="FSDP1, which flattens weights: use FSDP2"):
+        QAT(FullyShardedDataParallel(QAT.model(MLP), device_id=cpu, use_orig_params=True))
+    with pytest.raises(ValueError, match="FSDP1, which flattens weights: use FSDP2"):
+        qsam.SAM(FullyShardedDataParallel(MLP.build(), device_id=cpu), AdamW, lr=1e-3)
+    model = QAT.model(MLP)
+    mesh = distributed.init_device_mesh("cpu", (2,))
+    model[0].weight = nn.Parameter(distribute_tensor(model[0].weight.detach(), mesh, [Shard(1)]))
+    with pytest.raises(ValueError, match=r"'0.weight' is placed as .*Shard\(0\) and Replicate\(\) only: use FSDP2"):
+        QAT(model)
+
+
+def test_fsdp1_and_columns_are_refused(two: Processes) -> None:
+    two(other_ways_to_split)
+
+
+def measures(rank: int) -> None:
+    optimizer, model = build(SAQ, "shard", {}, {})
+    with pytest.raises(RuntimeError, match="sharpness measures a whole model, and this one is sharded: gather"):
+        qsam.sharpness(optimizer, closure_of(optimizer, model, MLP, MLP.batch(0)))
+    with pytest.raises(RuntimeError, match="dequantize_ cannot take the scales out of a sharded model"):
+        qsam.dequantize_(model, optimizer)
+    step(optimizer, model, 0, rank)
+    found = optimizer.diagnostics()
+    step(optimizer, model, 1, rank)
+    found = optimizer.diagnostics()
+    assert abs(found["perturbation_norm"] - 0.1) < 1e-4
+    everywhere: list[Any] = [None, None]
+    distributed.all_gather_object(
+        everywhere, {k: v for k, v in found.items() if k not in {"loss", "loss_perturbed", "rise"}}
+    )
+    assert everywhere[0] == everywhere[1]
+
+
+def test_measures_of_a_whole_model_are_refused_and_diagnostics_are_of_the_whole(two: Processes) -> None:
+    two(measures)
+
+
+def rank_scope(rank: int) -> None:
+    with pytest.raises(ValueError, match="perturbation_scope='rank' must keep DistributedDataParallel"):
+        SAQ(shard_(SAQ.model(MLP)), perturbation_scope="rank")
+
+
+def test_rank_scope_is_for_whole_copies_only(two: Processes) -> None:
+    two(rank_scope)
