@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from recipes import ranks
 from recipes.bert_glue_options import EMBEDDED_MODEL, PASSES, Options
 from recipes.glue_data import Splits, Task, fixed_order, get_task, load_task
 from recipes.runs import Json, Run
@@ -135,6 +136,8 @@ def _config(options: Options, rows: Rows, method: str, seed: int) -> Json:
         "batch_size": options.batch_size,
         "precision": options.precision,
     }
+    if ranks.count() > 1:  # each has random numbers of its own: another number of processes is another run
+        shared["processes"] = ranks.count()
     if method == "fp32":
         return {**shared, **fp32}
     quantizer = {"bits": options.bits, "activation_bits": options.activation_bits}

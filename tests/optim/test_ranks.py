@@ -167,14 +167,14 @@ def one_seed_a_rank(rank: int, method: Method, scope: str) -> None:
     else:
         ddp = DistributedDataParallel(model)
         ours = method(ddp, perturbation_scope="rank")
-    for i in range(2):
+    for _i in range(2):
         batch = {"x": torch.randn(8, 8) - 3 * rank, "labels": torch.randint(4, (8,))}  # signs differ: all agree
         ours.step(closure_of(ours, ddp, MLP, batch))
         assert_equal_everywhere(everything(ours, model))
 
 
 def a_foreign_write_stops_all(rank: int, method: Method) -> None:
-    ours, model, ddp = parallel(method, MLP)
+    ours, _model, ddp = parallel(method, MLP)
     step_on_part(ours, ddp, MLP, 0, rank)
     if rank == 1:
         with torch.no_grad():
@@ -255,7 +255,7 @@ def memory_in_buckets(rank: int) -> None:
 
 
 def scaler_between_the_passes(rank: int) -> None:
-    ours, model, ddp = parallel(FUSED, MLP, perturbation_scope="rank")
+    ours, _model, ddp = parallel(FUSED, MLP, perturbation_scope="rank")
     scaler = torch.amp.GradScaler("cpu")
     with ours.first_pass():
         scaler.scale(MLP.loss(ddp, part(MLP.batch(0), rank))).backward()
