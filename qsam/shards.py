@@ -39,7 +39,7 @@ def local(tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return tensor.detach()
     with torch.no_grad():  # else it is a view with a count of versions of its own, and the guard reads that
-        part: Tensor = tensor.to_local()  # type: ignore[attr-defined]
+        part: Tensor = tensor.to_local()
     return part.detach()
 
 

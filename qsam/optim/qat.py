@@ -79,7 +79,7 @@ class QAT(QuantizedOptimizer):
         self._meet()
         if needs_closure(self.base):
             return self._let_base_call(closure)
-        with self.latents_of.noise("step"):
+        with self._plain_pass():
             loss = closure()
         self._note_loss("loss", loss)
         self._finish_step()

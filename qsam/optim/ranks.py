@@ -220,7 +220,7 @@ def _equal(numbers: Tensor, group: distributed.ProcessGroup) -> bool:
 
 
 def owned_copy(gradient: Tensor) -> Tensor:
-    """Return a gradient that nobody overwrites: with ``gradient_as_bucket_view`` DDP puts the next in the same place."""
+    """Return a gradient that nobody overwrites: with ``gradient_as_bucket_view`` DDP reuses the place of the last."""
     if gradient.is_sparse or hasattr(gradient, "device_mesh"):
         return gradient
     return gradient if gradient.untyped_storage().nbytes() == gradient.nbytes else gradient.clone()

@@ -62,9 +62,9 @@ def assert_equal_everywhere(tensors: dict[str, Tensor]) -> None:
 
 def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 2e-6) -> None:
     assert ours.keys() == theirs.keys()
-    for name in ours:
+    for name, tensor in ours.items():
         torch.testing.assert_close(
-            ours[name], theirs[name], rtol=tolerance * 10, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            tensor, theirs[name], rtol=tolerance * 10, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -200,7 +200,7 @@ def a_checkpoint_on_one_rank_only(rank: int) -> None:
 def without_ddp(rank: int) -> None:
     model = QAT.model(MLP)
     ours = QAT(model)
-    with pytest.raises(RuntimeError, match="the ranks hold different weights after a step: wrap .* `ddp=False`"):
+    with pytest.raises(RuntimeError, match=r"the ranks hold different weights after a step: wrap .* `ddp=False`"):
         step_on_part(ours, model, MLP, 0, rank)
     model = QAT.model(MLP)
     alone = QAT(model, ddp=False)
@@ -210,7 +210,7 @@ def without_ddp(rank: int) -> None:
 
 def quantizing_inside(rank: int) -> None:
     ddp = DistributedDataParallel(MLP.build())
-    with pytest.raises(RuntimeError, match="DistributedDataParallel already, .* call quantize_ before"):
+    with pytest.raises(RuntimeError, match=r"DistributedDataParallel already, .* call quantize_ before"):
         qsam.quantize_(ddp)
     with pytest.raises(RuntimeError, match="call quantize_ before"):
         qsam.QAT(ddp, AdamW)

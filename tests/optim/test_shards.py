@@ -68,8 +68,8 @@ def gathered(optimizer: Any, model: nn.Module) -> dict[str, torch.Tensor]:
 
 def close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
     assert ours.keys() == theirs.keys()
-    for name in ours:
-        torch.testing.assert_close(ours[name], theirs[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=2e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
 def equals_one_process(
@@ -143,6 +143,23 @@ def test_adams_moments_are_sharded_too(two: Processes) -> None:
     two(equals_one_process, SQUAT, "optimizer", ADAM, {}, 3)
 
 
+def two_by_two(rank: int) -> None:
+    """Two copies, each in two parts."""
+    mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
+    model, alone = SQUAT.model(MLP), SQUAT.model(MLP)
+    fully_shard(model, mesh=mesh)
+    ours, theirs = SQUAT(model, **SGD_OPTIONS), SQUAT(alone, ddp=False, **SGD_OPTIONS)
+    for i in range(3):
+        step(ours, model, i, rank)
+        theirs.step(closure_of(theirs, alone, MLP, MLP.batch(i)))
+    close(gathered(ours, model), gathered(theirs, alone))
+
+
+@pytest.mark.long
+def test_copies_of_shards_equal_one_process(four: Processes) -> None:
+    four(two_by_two)
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_four_processes_equal_one(method: Method, four: Processes) -> None:
@@ -161,7 +178,7 @@ def groups_of_old(rank: int, method: Method) -> None:
     model = method.model(MLP)
     optimizer = method(model)
     shard_(model)
-    with pytest.raises(RuntimeError, match="6 of the old ones are in the optimizer's groups.*fully_shard before"):
+    with pytest.raises(RuntimeError, match=r"6 of the old ones are in the optimizer's groups.*fully_shard before"):
         step(optimizer, model, 0, rank)
 
 
@@ -196,12 +213,10 @@ def exceptions(rank: int) -> None:
     with pytest.raises(ZeroDivisionError), ours.perturbed():
         MLP.loss(model, part(MLP.batch(1), rank))  # a forward without its backward leaves gathered Parameters
         raise ZeroDivisionError
-    after = {
-        name: whole(p.detach())
-        for name, p in ((n, getattr(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2])) for n in before)
-    }
-    for name in before:
-        assert torch.equal(before[name], after[name]), name
+    for slot in ours.latents_of.slots:
+        assert is_sharded(slot.parameter)
+    for name, p in model.named_parameters():
+        assert torch.equal(before[name], whole(p.detach())), name
     step(ours, model, 1, rank)
 
 
