@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,12 @@ def two() -> Iterator[Processes]:
 @pytest.fixture(scope="module")
 def four() -> Iterator[Processes]:
     yield from running(4)
+
+
+def long_but(kept: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
+    """Return all values for ``parametrize``, those that are not among ``kept`` marked long."""
+    kept = list(kept)
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in everything]
 
 
 # --- what the processes run ---------------------------------------------------------------------------------------
@@ -279,7 +285,7 @@ def saving_on_rank_zero(rank: int) -> None:
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", long_but([QAT, SQUAT, FUSED], METHODS), ids=str)
 def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two: Processes) -> None:
     two(equals_one_process, method, MLP, {}, {})
 
@@ -287,12 +293,12 @@ def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two:
 @pytest.mark.parametrize(
     "wrap", [{"gradient_as_bucket_view": True}, {"static_graph": True}], ids=lambda w: next(iter(w))
 )
-@pytest.mark.parametrize("method", [SQUAT, FUSED], ids=str)
+@pytest.mark.parametrize("method", long_but([FUSED], [SQUAT, FUSED]), ids=str)
 def test_ddps_own_settings_change_nothing(method: Method, wrap: dict[str, Any], two: Processes) -> None:
     two(equals_one_process, method, MLP, wrap, {})
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.perturbs], ids=str)
+@pytest.mark.parametrize("method", long_but([SAQ, FUSED], [m for m in METHODS if m.perturbs]), ids=str)
 def test_rank_scope_keeps_the_ranks_equal(method: Method, two: Processes) -> None:
     two(ranks_stay_equal, method, MLP, {}, {})
 

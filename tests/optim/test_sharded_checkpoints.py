@@ -16,7 +16,7 @@ from torch.optim import SGD, AdamW
 from qsam.shards import whole
 from tests.models import EVERYWHERE, MLP
 from tests.optim.methods import METHODS, Method, closure_of
-from tests.optim.test_ranks import part
+from tests.optim.test_ranks import long_but, part
 from tests.optim.test_shards import close, gathered, shard_
 from tests.processes import Processes, running
 
@@ -83,13 +83,19 @@ def load(rank: int, folder: Path, method: Method, wrapper: str, base: Any, exact
     distributed.barrier()
 
 
-@pytest.mark.parametrize("base", [AdamW, SGD], ids=lambda base: base.__name__)
-@pytest.mark.parametrize("method", KINDS, ids=str)
+@pytest.mark.parametrize("base", long_but([AdamW], [AdamW, SGD]), ids=lambda base: base.__name__)
+@pytest.mark.parametrize("method", long_but(KINDS[-1:], KINDS), ids=str)
 def test_two_processes_go_on_to_the_same_bits(method: Method, base: Any, two: Processes, tmp_path: Path) -> None:
     two(save, tmp_path, method, "fsdp", base)
     two(load, tmp_path, method, "fsdp", base, True)
 
 
+def test_shards_go_on_as_one_process(two: Processes, one: Processes, tmp_path: Path) -> None:
+    two(save, tmp_path, KINDS[-1], "fsdp", AdamW)
+    one(load, tmp_path, KINDS[-1], "none", AdamW, False)
+
+
+@pytest.mark.long
 def test_shards_go_on_as_copies_and_as_one_process(two: Processes, one: Processes, tmp_path: Path) -> None:
     two(save, tmp_path, KINDS[-1], "fsdp", AdamW)
     two(load, tmp_path, KINDS[-1], "ddp", AdamW, False)
@@ -97,6 +103,7 @@ def test_shards_go_on_as_copies_and_as_one_process(two: Processes, one: Processe
     one(load, tmp_path, KINDS[-1], "fsdp", AdamW, False)
 
 
+@pytest.mark.long
 def test_copies_go_on_as_shards(two: Processes, tmp_path: Path) -> None:
     two(save, tmp_path, KINDS[-1], "ddp", AdamW)
     two(load, tmp_path, KINDS[-1], "ddp", AdamW, True)
@@ -130,7 +137,7 @@ def gather_whole(rank: int, folder: Path, method: Method) -> None:
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
-@pytest.mark.parametrize("method", KINDS, ids=str)
+@pytest.mark.parametrize("method", long_but(KINDS[-1:], KINDS), ids=str)
 def test_a_full_gather_is_the_whole_and_goes_back(method: Method, two: Processes, tmp_path: Path) -> None:
     two(gather_whole, tmp_path, method)
 

@@ -14,7 +14,7 @@ import qsam
 from qsam.shards import is_sharded, local, whole
 from tests.models import MLP
 from tests.optim.methods import METHODS, Method, closure_of, scales_of
-from tests.optim.test_ranks import part
+from tests.optim.test_ranks import long_but, part
 from tests.processes import Processes, running
 
 SAQ = next(m for m in METHODS if m.name == "saq")
@@ -106,33 +106,36 @@ SGD_OPTIONS = {"base": SGD, "lr": 0.05}
 ADAM = {"base": AdamW, "lr": 1e-3}
 
 
-@pytest.mark.parametrize("first", ["shard", "optimizer"])
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("first", ["shard", pytest.param("optimizer", marks=pytest.mark.long)])
+@pytest.mark.parametrize("method", long_but([QAT, SQUAT], METHODS), ids=str)
 def test_shards_equal_one_process(method: Method, first: str, two: Processes) -> None:
     two(equals_one_process, method, first, SGD_OPTIONS, {})
 
 
-@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
+@pytest.mark.parametrize("granularity", long_but(["per_channel"], ["per_channel", "per_group"]))
 def test_scales_with_rows_of_their_own_are_sharded_like_their_weight(granularity: str, two: Processes) -> None:
     two(equals_one_process, SQUAT, "shard", SGD_OPTIONS, {"granularity": granularity})
 
 
-@pytest.mark.parametrize("weights", ["fixed_step", "identity", "stochastic", "diffq"])
+@pytest.mark.parametrize("weights", long_but(["stochastic"], ["fixed_step", "identity", "stochastic", "diffq"]))
 def test_quantizers_that_see_the_whole_weight_get_it(weights: str, two: Processes) -> None:
     two(equals_one_process, SAQ, "shard", SGD_OPTIONS, {"weights": weights})
 
 
+OPTIONS: list[dict[str, Any]] = [
+    *({"direction": name} for name in ("asam", "grid", "friendly", "momentum", "previous", "random")),
+    {"case": 1},
+    {"case": 2, "rho": 1.0},
+    {"perturb": "all", "normalize_weights": True},
+    {"every": 2, "reuse": "perturbation", "start": 1},
+    {"max_grad_norm": 0.05},
+    {"ste": "identity", "scale_lr": (0.01, 0.02)},
+]
+
+
 @pytest.mark.parametrize(
     "options",
-    [
-        *({"direction": name} for name in ("asam", "grid", "friendly", "momentum", "previous", "random")),
-        {"case": 1},
-        {"case": 2, "rho": 1.0},
-        {"perturb": "all", "normalize_weights": True},
-        {"every": 2, "reuse": "perturbation", "start": 1},
-        {"max_grad_norm": 0.05},
-        {"ste": "identity", "scale_lr": (0.01, 0.02)},
-    ],
+    long_but([{"direction": "grid"}, {"case": 2, "rho": 1.0}], OPTIONS),
     ids=lambda options: "-".join(map(str, options.items())),
 )
 def test_every_option_is_that_of_one_process(options: dict[str, Any], two: Processes) -> None:

@@ -61,7 +61,8 @@ def test_a_resumed_run_of_two_processes_goes_on_to_the_same_bits(glue: Path, tin
         assert checkpoint.is_file(), "it ended before it was killed"
     run(killed)
     for name in ("cola-fp32-seed0", "cola-squat-w2a8-seed0"):
-        assert comparable(results(tmp_path / "killed", name)) == comparable(results(tmp_path / "apart", name))
+        ours, theirs = (comparable(results(tmp_path / out, name)) for out in ("killed", "apart"))
+        assert {**ours, "commit": None} == {**theirs, "commit": None}  # somebody may commit in the meantime
         assert weights(tmp_path / "killed", name) == weights(tmp_path / "apart", name)
     assert main(words(glue, tiny, tmp_path / "apart", *more, steps=40)) == 2, "one process is another run"
 
