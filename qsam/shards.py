@@ -1,6 +1,6 @@
 """Weights that live in parts on several processes (FSDP2): what the four verbs need to work on a process's own rows.
 
-A sharded tensor is a DTensor. Q, its pull-back and norms are computed on local rows where that gives the whole's result,
+A sharded tensor is a DTensor. Q, its pull-back and norms are computed on local rows where that gives the same as all:
     Q(w)[rows] = Q(w[rows]; s),   ds = sum over processes of ds[rows],   ||d||^2 = sum over processes of ||d[rows]||^2
 and on the gathered weight, one at a time, for a quantizer that may look at more than its own entries.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, distributed, nn
@@ -36,12 +36,16 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part, detached and sharing memory; a plain tensor is its own part."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor.detach()
+    if not is_sharded(tensor):
+        return tensor.detach()
+    with torch.no_grad():  # else it is a view with a count of versions of its own, and the guard reads that
+        part: Tensor = tensor.to_local()
+    return part.detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
     """Return the tensor gathered from all processes, which all must ask for it; a plain one as it is."""
-    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor
+    return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def own_part(tensor: Tensor, like: Tensor) -> Tensor:
@@ -157,18 +161,18 @@ class _Part:
 
     @staticmethod
     def of(quantizer: Quantizer, w: Tensor) -> _Part:
-        own = dict(quantizer.named_parameters())
+        own: dict[str, Tensor] = dict(quantizer.named_parameters())
         if not is_sharded(w):
             return _Part(quantizer, w, own, False)
         if not _works_on_rows(quantizer, w):
             return _Part(quantizer, whole(w), {name: whole(s) for name, s in own.items()}, True)
         rows = local(w)
         leaves = {name: local(s) if _follows(s, w) else whole(s) for name, s in own.items()}
-        return _Part(quantizer, rows, leaves, False, _correction(quantizer, w, rows, leaves["scale"]))
+        return _Part(quantizer, rows, leaves, False, _correction(cast(LSQ, quantizer), w, rows, leaves["scale"]))
 
     def run(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
         # Processes that hold no row (a weight of fewer rows than processes) take part in the communication only.
-        return functional_call(self.quantizer, leaves, (x,)) if x.numel() else x.clone()  # type: ignore[no-any-return]
+        return functional_call(self.quantizer, leaves, (x,)) if x.numel() else x.clone()
 
     def place(self, out: Tensor, w: Tensor) -> Tensor:
         return own_part(out, w) if self.is_whole else from_rows(out, w)
@@ -187,7 +191,7 @@ class _Part:
 
 def _works_on_rows(quantizer: Quantizer, w: Tensor) -> bool:
     """Whether Q of some rows is these rows of Q: known of LSQ; another class may look at the whole weight."""
-    if type(quantizer) not in (LSQ, PerChannel):
+    if type(quantizer) is not LSQ and type(quantizer) is not PerChannel:
         return False
     return quantizer.granularity == "per_tensor" or (quantizer.axis == 0 and _follows(quantizer.scale, w))
 
@@ -198,7 +202,7 @@ def _follows(s: Tensor, w: Tensor) -> bool:
     return same and s.dim() == w.dim() and s.shape[0] == w.shape[0] and s.shape[0] > 1
 
 
-def _correction(quantizer: Quantizer, w: Tensor, rows: Tensor, scale: Tensor) -> float:
+def _correction(quantizer: LSQ, w: Tensor, rows: Tensor, scale: Tensor) -> float:
     total = w.numel() // max(quantizer.scale.numel(), 1)
     seen = rows.numel() // max(scale.numel(), 1)
     return lsq_grad_scale(total, quantizer.quant_max) / lsq_grad_scale(seen, quantizer.quant_max)

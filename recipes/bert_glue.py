@@ -1,7 +1,10 @@
 """BERT on GLUE: fine-tune in full precision, then train with quantized weights, and compare methods.
 
     python -m recipes.bert_glue --task cola --method lsq squat --glue-dir DIR --seed 0 1 2
+    torchrun --nproc_per_node=2 -m recipes.bert_glue ...
 
+With `torchrun` each process trains on its part of every batch (`--batch-size` stays that of all together), each
+evaluates everything, and the first one writes; see docs/distributed.md.
 The lines that qsam needs are marked `# qsam`. All methods of a task and seed start from the same full-precision model.
 Each run is a folder, `OUTPUT_DIR/<task>-<method>-w<bits>a<bits>-seed<seed>/`; `recipes/runs.py` says what is in it.
 """
@@ -26,6 +29,7 @@ from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
 import qsam
+from recipes import ranks
 from recipes.bert_glue_model import (
     DEVICE,
     Data,
@@ -55,7 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        run_all(arguments)
+        with ranks.process_group():
+            run_all(arguments)
     except (ValueError, OSError, SafetensorError) as error:
         print(f"bert_glue: {error}", file=sys.stderr)
         return 2
@@ -70,25 +75,36 @@ def run_all(arguments: Sequence[str] | None) -> None:
     options = parse_options(arguments)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    rows = load_rows(options)
-    print(f"{rows.splits.source}\nMetrics are measured on {rows.evaluated_on}.", flush=True)
+    with ranks.first_goes_first():
+        rows = load_rows(options)
+        data = load_data(rows, options.model, options.max_length)
+    say(f"{rows.splits.source}\nMetrics are measured on {rows.evaluated_on}.")
     runs = planned_runs(options, rows)
-    data = load_data(rows, options.model, options.max_length)
     for (method, seed), run in runs.items():
-        if run.is_finished:
-            print(f"{run.folder.name}: finished before.", flush=True)
+        ranks.wait()  # what a run of before has written is there, and nobody has begun with this one
+        if ranks.from_first(run.is_finished):
+            say(f"{run.folder.name}: finished before.")
         elif method == "fp32":
             fine_tune(run, data, options.save_every)
         else:
             train_method(run, runs["fp32", seed].model_folder, data, options.save_every)
-    report(options.output_dir, options.task)
+    if ranks.is_first():
+        report(options.output_dir, options.task)
+
+
+def say(text: str) -> None:
+    """Print, once."""
+    if ranks.is_first():
+        print(text, flush=True)
 
 
 def fine_tune(run: Run, data: Data, save_every: int) -> None:
     """Fine-tune the pretrained model in full precision."""
-    run.start()
+    if ranks.is_first():
+        run.start()
     torch.manual_seed(run.config["seed"])  # the head is drawn here
     model = load_model(run.config["model"], data.task)
+    ranks.part_ways(run.config["seed"])
     optimizer = torch.optim.Adam(model.parameters(), fused=True, lr=run.config["lr"])
     progress = train_(model, optimizer, data, run, save_every)
     finish(run, model, None, data, progress)
@@ -96,7 +112,8 @@ def fine_tune(run: Run, data: Data, save_every: int) -> None:
 
 def train_method(run: Run, start: Path, data: Data, save_every: int) -> None:
     """Quantize the fine-tuned model, if the method does, and train it, unless it is rounding alone."""
-    run.start()
+    if ranks.is_first():
+        run.start()
     config, method = run.config, parse_method(run.config["method"])
     model = load_model(str(start), data.task)
     coverage = None
@@ -110,6 +127,7 @@ def train_method(run: Run, start: Path, data: Data, save_every: int) -> None:
         qsam.write_(model)  # qsam
         return finish(run, model, coverage, data, Progress())
     torch.manual_seed(config["seed"])
+    ranks.part_ways(config["seed"])
     optimizer = method.optimizer(model, torch.optim.Adam, config, fused=True, lr=config["lr"])  # qsam
     return finish(run, model, coverage, data, train_(model, optimizer, data, run, save_every))
 
@@ -121,16 +139,18 @@ def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 
     steps = training_steps(config, len(rows))
     scheduler = LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
     progress = restore_(run, model, optimizer, scheduler)
+    wrapped = ranks.wrapped(model)
     parts = {"model": model, "optimizer": optimizer, "scheduler": scheduler}
 
-    def forward_backward(inputs: dict[str, Tensor], labels: Tensor) -> float:
+    def forward_backward(inputs: dict[str, Tensor], labels: Tensor, weight: float) -> float:
         optimizer.zero_grad()
-        loss = loss_of(data.task, logits_of(model, inputs, config["precision"]), labels)
+        loss = weight * loss_of(data.task, logits_of(wrapped, inputs, config["precision"]), labels)
         loss.backward()
         progress.passes += 1
         return loss.item()
 
-    with tqdm(total=steps, initial=progress.step, desc=run.folder.name, disable=None, dynamic_ncols=True) as bar:
+    quiet = None if ranks.is_first() else True  # None: off where there is no terminal
+    with tqdm(total=steps, initial=progress.step, desc=run.folder.name, disable=quiet, dynamic_ncols=True) as bar:
         while progress.step < steps:
             epoch = len(progress.history)
             batches = epoch_batches(rows, config["batch_size"], seed=config["seed"], epoch=epoch)
@@ -138,8 +158,9 @@ def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 
             model.train()
             for batch in batches[progress.step - start : end - start]:
                 begin = time.perf_counter()
-                closure = partial(forward_backward, *data.train.batch(batch, DEVICE))
-                loss = optimizer.step(closure)  # qsam: as often as the method has passes
+                inputs, labels = data.train.batch(ranks.own_rows(batch), DEVICE)
+                closure = partial(forward_backward, inputs, labels, ranks.weight_of(batch))
+                loss = ranks.mean(optimizer.step(closure))  # qsam: as often as the method has passes
                 scheduler.step()
                 progress.add_step(loss, time.perf_counter() - begin)
                 if progress.step % DIAGNOSTICS_EVERY == 1:
@@ -152,7 +173,8 @@ def train_(model: nn.Module, optimizer: torch.optim.Optimizer, data: Data, run: 
                 {key: evaluate(model, data.task, dev, config["precision"]) for key, dev in data.dev.items()}
             )
             save_checkpoint(run, progress, parts)
-            tqdm.write(f"{run.folder.name}: {progress.line(steps)}")
+            if ranks.is_first():
+                tqdm.write(f"{run.folder.name}: {progress.line(steps)}")
     return progress
 
 
@@ -190,7 +212,8 @@ def finish(run: Run, model: nn.Module, coverage: qsam.Coverage | None, data: Dat
         "threads": torch.get_num_threads(),
         "device": DEVICE.type,
     }
-    run.finish(results, partial(save_model, model=model, tokenizer=data.tokenizer, coverage=coverage))
+    if ranks.is_first():
+        run.finish(results, partial(save_model, model=model, tokenizer=data.tokenizer, coverage=coverage))
 
 
 if __name__ == "__main__":

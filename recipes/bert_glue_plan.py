@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from recipes import ranks
 from recipes.bert_glue_options import EMBEDDED_MODEL, Options, method_settings
 from recipes.glue_data import Splits, Task, fixed_order, get_task, load_task
 from recipes.methods import parse_method
@@ -116,6 +117,8 @@ def _config(options: Options, rows: Rows, method: str, seed: int) -> Json:
         "batch_size": options.batch_size,
         "precision": options.precision,
     }
+    if ranks.count() > 1:  # each has random numbers of its own: another number of processes is another run
+        shared["processes"] = ranks.count()
     if method == "fp32":
         return {**shared, **fp32}
     parsed = parse_method(method)

@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from recipes import ranks
 from recipes.runs import Json, Run, restore_rng_, rng_state
 
 
@@ -82,15 +83,18 @@ class Progress:
 
 
 def save_checkpoint(run: Run, progress: Progress, parts: Mapping[str, Any]) -> None:
-    """Replace the run's checkpoint.
+    """Replace the run's checkpoint; on several processes the first one writes, with the random states of all.
 
     Args:
         run: the run.
         progress: how far it is.
         parts: the model, the optimizer, the scheduler: whatever has a `state_dict`, by name.
     """
-    states = {name: part.state_dict() for name, part in parts.items()}
-    run.save_checkpoint({**states, "progress": asdict(progress), "rng": rng_state()})
+    own, *others = ranks.everyones(rng_state())
+    if ranks.is_first():
+        states = {name: part.state_dict() for name, part in parts.items()}
+        more = {"rng_of_others": others} if others else {}
+        run.save_checkpoint({**states, "progress": asdict(progress), "rng": own, **more})
 
 
 def restore_(run: Run, model: nn.Module, optimizer: Optimizer, scheduler: LRScheduler) -> Progress:
@@ -105,5 +109,5 @@ def restore_(run: Run, model: nn.Module, optimizer: Optimizer, scheduler: LRSche
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])  # after the model: the full-precision weights are here
     scheduler.load_state_dict(state["scheduler"])
-    restore_rng_(state["rng"])
+    restore_rng_([state["rng"], *state.get("rng_of_others", [])][ranks.rank()])
     return Progress(**state["progress"])

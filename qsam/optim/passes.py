@@ -181,6 +181,14 @@ class Passes:
         self._meet()
         self.latents_of.check(lambda flag: self.ranks.any(flag, self.latents_of))
 
+    @contextlib.contextmanager
+    def _plain_pass(self) -> Iterator[None]:
+        """The pass of a step without perturbation, with noise where there is some."""
+        if self.latents_of.noises:  # it overwrites p; all processes must look before
+            self._check_guard()
+        with self.latents_of.noise("step"):
+            yield
+
     def _meet(self) -> None:
         """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""
         if in_process_group():

@@ -70,8 +70,8 @@ class QAT(QuantizedOptimizer):
         if taken := sorted(_SAM_ONLY & set(arguments)):
             raise TypeError(f"QAT has no perturbation and takes no {taken}: use SAQ or SQuAT, or drop them.")
         super().__init__(
-            model, base, perturbation=None, rho=0.0, ste=ste, rng=rng, max_grad_norm=max_grad_norm, ddp=ddp, params=params,
-            scale_lr=scale_lr, scale_optimizer=scale_optimizer, arguments=arguments,
+            model, base, perturbation=None, rho=0.0, ste=ste, rng=rng, max_grad_norm=max_grad_norm, ddp=ddp,
+            params=params, scale_lr=scale_lr, scale_optimizer=scale_optimizer, arguments=arguments,
             ours={"ste", "rng", "max_grad_norm", "ddp", "params", "scale_lr", "scale_optimizer"},
         )  # fmt: skip
 
@@ -79,7 +79,7 @@ class QAT(QuantizedOptimizer):
         self._meet()
         if needs_closure(self.base):
             return self._let_base_call(closure)
-        with self.latents_of.noise("step"):
+        with self._plain_pass():
             loss = closure()
         self._note_loss("loss", loss)
         self._finish_step()

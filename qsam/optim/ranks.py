@@ -77,7 +77,7 @@ class Ranks:
         """Keep the gradients of a first pass apart, forward and backward, where each rank has its own e."""
         if self.scope == "rank":
             assert isinstance(self.ddp, DistributedDataParallel)
-            return self.ddp.no_sync()  # type: ignore[no-any-return, no-untyped-call]
+            return self.ddp.no_sync()
         return contextlib.nullcontext()
 
     def meet(self, latents: Latents, steps: int, groups: Sequence[dict[str, Any]]) -> None:
@@ -131,8 +131,8 @@ class Ranks:
         flat = torch.cat([flat, flat.new_tensor([float(g is not None) for g in found])])
         distributed.all_reduce(flat, group=group)
         values, counts = flat[: -len(order)] / group.size(), flat[-len(order) :].tolist()
-        parts = values.split([t.numel() for t in order])
-        return {id(t): v.view_as(t) for t, v, n in zip(order, parts, counts, strict=True) if n > 0}
+        means = torch.split(values, [t.numel() for t in order])
+        return {id(t): v.view_as(t) for t, v, n in zip(order, means, counts, strict=True) if n > 0}
 
     def verify(self, latents: Latents) -> None:
         """See, after the first step only, that the ranks hold the same: without DDP their gradients are not averaged.
@@ -220,7 +220,7 @@ def _equal(numbers: Tensor, group: distributed.ProcessGroup) -> bool:
 
 
 def owned_copy(gradient: Tensor) -> Tensor:
-    """Return a gradient that nobody overwrites: with ``gradient_as_bucket_view`` DDP puts the next in the same place."""
+    """Return a gradient that nobody overwrites: with ``gradient_as_bucket_view`` DDP reuses the place of the last."""
     if gradient.is_sparse or hasattr(gradient, "device_mesh"):
         return gradient
     return gradient if gradient.untyped_storage().nbytes() == gradient.nbytes else gradient.clone()

@@ -100,7 +100,7 @@ class TwoPass(QuantizedOptimizer):
         self._losses.clear()
         passes = self.perturbation.passes(self.steps)
         if passes == 0:
-            with self.latents_of.noise("step"):
+            with self._plain_pass():
                 return self._call(closure, "loss")
         if passes == 1:
             with self.perturbed():

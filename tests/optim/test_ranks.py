@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,12 @@ def two() -> Iterator[Processes]:
 @pytest.fixture(scope="module")
 def four() -> Iterator[Processes]:
     yield from running(4)
+
+
+def long_but(kept: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
+    """Return all values for ``parametrize``, those that are not among ``kept`` marked long."""
+    kept = list(kept)
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in everything]
 
 
 # --- what the processes run ---------------------------------------------------------------------------------------
@@ -62,9 +68,9 @@ def assert_equal_everywhere(tensors: dict[str, Tensor]) -> None:
 
 def close(ours: dict[str, Tensor], theirs: dict[str, Tensor], tolerance: float = 2e-6) -> None:
     assert ours.keys() == theirs.keys()
-    for name in ours:
+    for name, tensor in ours.items():
         torch.testing.assert_close(
-            ours[name], theirs[name], rtol=tolerance * 10, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
+            tensor, theirs[name], rtol=tolerance * 10, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
         )
 
 
@@ -167,14 +173,14 @@ def one_seed_a_rank(rank: int, method: Method, scope: str) -> None:
     else:
         ddp = DistributedDataParallel(model)
         ours = method(ddp, perturbation_scope="rank")
-    for i in range(2):
+    for _i in range(2):
         batch = {"x": torch.randn(8, 8) - 3 * rank, "labels": torch.randint(4, (8,))}  # signs differ: all agree
         ours.step(closure_of(ours, ddp, MLP, batch))
         assert_equal_everywhere(everything(ours, model))
 
 
 def a_foreign_write_stops_all(rank: int, method: Method) -> None:
-    ours, model, ddp = parallel(method, MLP)
+    ours, _model, ddp = parallel(method, MLP)
     step_on_part(ours, ddp, MLP, 0, rank)
     if rank == 1:
         with torch.no_grad():
@@ -200,7 +206,7 @@ def a_checkpoint_on_one_rank_only(rank: int) -> None:
 def without_ddp(rank: int) -> None:
     model = QAT.model(MLP)
     ours = QAT(model)
-    with pytest.raises(RuntimeError, match="the ranks hold different weights after a step: wrap .* `ddp=False`"):
+    with pytest.raises(RuntimeError, match=r"the ranks hold different weights after a step: wrap .* `ddp=False`"):
         step_on_part(ours, model, MLP, 0, rank)
     model = QAT.model(MLP)
     alone = QAT(model, ddp=False)
@@ -210,7 +216,7 @@ def without_ddp(rank: int) -> None:
 
 def quantizing_inside(rank: int) -> None:
     ddp = DistributedDataParallel(MLP.build())
-    with pytest.raises(RuntimeError, match="DistributedDataParallel already, .* call quantize_ before"):
+    with pytest.raises(RuntimeError, match=r"DistributedDataParallel already, .* call quantize_ before"):
         qsam.quantize_(ddp)
     with pytest.raises(RuntimeError, match="call quantize_ before"):
         qsam.QAT(ddp, AdamW)
@@ -255,7 +261,7 @@ def memory_in_buckets(rank: int) -> None:
 
 
 def scaler_between_the_passes(rank: int) -> None:
-    ours, model, ddp = parallel(FUSED, MLP, perturbation_scope="rank")
+    ours, _model, ddp = parallel(FUSED, MLP, perturbation_scope="rank")
     scaler = torch.amp.GradScaler("cpu")
     with ours.first_pass():
         scaler.scale(MLP.loss(ddp, part(MLP.batch(0), rank))).backward()
@@ -279,7 +285,7 @@ def saving_on_rank_zero(rank: int) -> None:
 # --- the laws -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", long_but([QAT, SQUAT, FUSED], METHODS), ids=str)
 def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two: Processes) -> None:
     two(equals_one_process, method, MLP, {}, {})
 
@@ -287,12 +293,12 @@ def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two:
 @pytest.mark.parametrize(
     "wrap", [{"gradient_as_bucket_view": True}, {"static_graph": True}], ids=lambda w: next(iter(w))
 )
-@pytest.mark.parametrize("method", [SQUAT, FUSED], ids=str)
+@pytest.mark.parametrize("method", long_but([FUSED], [SQUAT, FUSED]), ids=str)
 def test_ddps_own_settings_change_nothing(method: Method, wrap: dict[str, Any], two: Processes) -> None:
     two(equals_one_process, method, MLP, wrap, {})
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.perturbs], ids=str)
+@pytest.mark.parametrize("method", long_but([SAQ, FUSED], [m for m in METHODS if m.perturbs]), ids=str)
 def test_rank_scope_keeps_the_ranks_equal(method: Method, two: Processes) -> None:
     two(ranks_stay_equal, method, MLP, {}, {})
 
