@@ -146,6 +146,7 @@ def write_(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: the model is not quantized, or an optimizer owns its weights (it writes them itself).
+        ValueError: an fp16 Parameter cannot hold its quantized values; nothing has been written then.
     """
     coverage = _require(model, "write_")
     if owner_of(coverage) is not None:
@@ -153,9 +154,32 @@ def write_(model: nn.Module) -> None:
             "an optimizer owns the weights of this model and writes them itself: write_ is for a model without one."
         )
     for row in coverage.quantized:
-        parameter = getattr(row.module, row.attr)
         assert row.quantizer is not None
+        refuse_overflow(row.name, getattr(row.module, row.attr), row.quantizer)
+    for row in coverage.quantized:
+        assert row.quantizer is not None
+        parameter = getattr(row.module, row.attr)
         parameter.copy_(row.quantizer(parameter))
+
+
+@torch.no_grad()
+def refuse_overflow(name: str, parameter: Tensor, quantizer: Quantizer, weight: Tensor | None = None) -> None:
+    """Raise ValueError if a Parameter is fp16 and its quantized values are not: the rounded-up ones are infinity.
+
+    Args:
+        name: Its path, for the message.
+        parameter: Where Q(w) will be written.
+        quantizer: Q.
+        weight: w; None where the Parameter holds it.
+    """
+    if parameter.dtype != torch.float16:
+        return
+    wide = quantizer(parameter.float() if weight is None else weight)
+    if bool((torch.isinf(wide.to(parameter.dtype)) & torch.isfinite(wide)).any()):
+        raise ValueError(
+            f"{name!r} is fp16, which ends at 65504, and its quantized values reach {float(wide.abs().max()):.4g}: "
+            "keep the parameters in fp32 under autocast, or use bf16."
+        )
 
 
 def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
@@ -167,10 +191,12 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
             Without it the weights stay as they are (on the grid, once they have been written).
 
     Raises:
-        RuntimeError: the model is not quantized, or another optimizer owns its weights.
+        RuntimeError: the model is not quantized, another optimizer owns its weights, or the owner is inside a block.
     """
     coverage = _require(model, "dequantize_")
     owner = owner_of(coverage)
+    if owner is not None:
+        owner._refuse_inside_block("dequantize_")
     if optimizer is not None:
         if owner is None or owner is not optimizer:
             raise RuntimeError("this optimizer does not own the model's weights: give the one that was built on it.")
