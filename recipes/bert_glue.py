@@ -75,6 +75,7 @@ def run_all(arguments: Sequence[str] | None) -> None:
     data = load_data(rows, options.model, options.max_length)
     for (method, seed), run in runs.items():
         if run.is_finished:
+            run.tidy()
             print(f"{run.folder.name}: finished before.", flush=True)
         elif method == "fp32":
             fine_tune(run, data, options.save_every)

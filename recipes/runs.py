@@ -142,8 +142,12 @@ class Run:
         _sync(self.folder)
         everything = {**results, "config": self.config, "versions": versions(), "commit": git_commit()}
         write_json(self.folder / RESULTS, everything)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        self.tidy()
         return everything
+
+    def tidy(self) -> None:
+        """Remove the checkpoint of a finished run; it may have been stopped between its results and this."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -1,7 +1,6 @@
 """The recipe is killed, again and again, at moments that nobody chose: what it ends with has the bits of a calm run."""
 
 import dataclasses
-import os
 import random
 import signal
 import time
@@ -22,9 +21,10 @@ MORE = ["--method", "squat", "--schedule", "next_batch", "--rho", "0.05", "--sav
 """Checkpoints within epochs and between them, in both phases of the alternation, with dropout."""
 
 
-@pytest.fixture
-def victims(tmp_path: Path) -> Iterator[Victims]:
-    found = Victims(tmp_path)
+@pytest.fixture(scope="module")
+def victims(glue: Path, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Victims]:
+    folder = tmp_path_factory.mktemp("victims")
+    found = Victims(folder, words(glue, tiny, folder / "warm", "--method", "lsq", steps=1))
     yield found
     found.close()
 
@@ -65,14 +65,15 @@ def last_checkpoint(out: Path) -> dict[str, Any]:
 
 def calm_run(victims: Victims, arguments: list[str], out: Path) -> Calm:
     obstacle = hold_back_the_end(out)
+    begin = time.monotonic()
     victims.start([*arguments, "--output-dir", str(out)])
     assert victims.wait() == 2
-    begin = time.monotonic()
+    seconds = time.monotonic() - begin
     last, size = last_checkpoint(out), (out / SQUAT / "checkpoint.pt").stat().st_size
     obstacle.unlink()
     victims.start([*arguments, "--output-dir", str(out)])
     assert victims.wait() == 0
-    return Calm(out, time.monotonic() - begin, last, size)
+    return Calm(out, seconds, last, size)
 
 
 def assert_same_bits(ours: Any, theirs: Any, where: str = "checkpoint") -> None:
@@ -96,23 +97,27 @@ def assert_same_bits(ours: Any, theirs: Any, where: str = "checkpoint") -> None:
 
 
 def after_a_while(victims: Victims, arguments: list[str], out: Path, calm: Calm, chance: random.Random) -> int:
-    child = victims.start(arguments)
+    victims.start(arguments)
     time.sleep(chance.uniform(0, calm.seconds))
-    os.kill(child, signal.SIGKILL)  # it is the server's child: until the server has answered, the number is its own
-    return victims.wait()
+    return victims.kill()
 
 
 def while_it_writes(victims: Victims, arguments: list[str], out: Path, calm: Calm, chance: random.Random) -> int:
     """Kill it when a file that is not complete is there; of such moments, let some pass."""
-    child = victims.start(arguments)
-    moments, limit = chance.randrange(6), time.monotonic() + 3 * calm.seconds
+    victims.start(arguments)
+    moments, seen, limit = chance.randrange(8), False, time.monotonic() + calm.seconds
     while time.monotonic() < limit:
-        torn = [path for name in NAMES for path in (out / name).glob("*.partial") if path.stat_exists()]
-        if torn and not (moments := moments - 1) > 0:
-            break
-        time.sleep(0.0005)
-    os.kill(child, signal.SIGKILL)
-    return victims.wait()
+        before, seen = seen, any(is_torn(path) for name in NAMES for path in (out / name).glob("*.partial"))
+        if seen and not before:
+            moments -= 1
+            if moments < 0:
+                break
+        time.sleep(0.0002)
+    return victims.kill()
+
+
+def is_torn(path: Path) -> bool:
+    return path.name != "model.partial" or path.is_dir()  # the file of that name is our obstacle
 
 
 def at_a_byte(victims: Victims, arguments: list[str], out: Path, calm: Calm, chance: random.Random) -> int:
@@ -124,22 +129,68 @@ def at_a_byte(victims: Victims, arguments: list[str], out: Path, calm: Calm, cha
 WAYS = (after_a_while, while_it_writes, at_a_byte)
 
 
-def kill_until_it_ends(
-    kills: int, victims: Victims, arguments: list[str], out: Path, calm: Calm, chance: random.Random
+def kill_often(
+    kills: int, victims: Victims, arguments: list[str], out: Path, calm: Calm, chance: random.Random, ended: int
 ) -> list[str]:
-    """Kill the recipe up to ``kills`` times, each time in another way, then let it end; return how it was killed."""
+    """Start the recipe until it has been killed ``kills`` times, or has ended by itself; return how it was killed."""
     done: list[str] = []
+    while len(done) < kills:
+        way = WAYS[len(done) % len(WAYS)]
+        code = way(victims, arguments, out, calm, chance)
+        if code == ended:
+            break
+        assert code in KILLED, (way.__name__, code)
+        done.append(way.__name__)
+    return done
+
+
+def killed_run(kills: int, victims: Victims, arguments: list[str], out: Path, calm: Calm, seed: int) -> list[str]:
+    """Kill a run up to ``kills`` times while it trains, and up to twice while it finishes; compare it with the calm one."""
+    chance = random.Random(seed)
     obstacle = hold_back_the_end(out)
     arguments = [*arguments, "--output-dir", str(out)]
-    while len(done) < kills:
-        way = WAYS[(len(done) + chance.randrange(2)) % len(WAYS)]
-        ended = way(victims, arguments, out, calm, chance)
-        if ended not in KILLED:
-            assert ended == 2, way  # all steps are done
-            break
-        done.append(way.__name__)
+    done = kill_often(kills, victims, arguments, out, calm, chance, ended=2)
     victims.start(arguments)
     assert victims.wait() == 2
     assert_same_bits(last_checkpoint(out), calm.last)
     obstacle.unlink()
+    done += kill_often(2, victims, arguments, out, calm, chance, ended=0)
+    victims.start(arguments)
+    assert victims.wait() == 0
+    for name in NAMES:
+        assert comparable(results(out, name)) == comparable(results(calm.out, name))
+        assert weights(out, name) == weights(calm.out, name)
+        assert files(out / name) == files(calm.out / name)
     return done
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@fault(
+    "`SIGKILL` at a random moment of training, of evaluating and of writing (the start of a file, its middle, its end, "
+    "between two files)",
+    happens="the same command with `--resume` goes on from the last complete checkpoint",
+    kept="every bit: the last checkpoint (weights, latents, scales, moments, random numbers, data order, means) and the "
+    "results are those of a run that was never stopped, and no other file is left",
+)
+def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(
+    victims: Victims, glue: Path, tiny: Path, tmp_path: Path
+) -> None:
+    arguments = words(glue, tiny, tmp_path, *MORE, steps=7)
+    calm = calm_run(victims, arguments, tmp_path / "calm")
+    assert len(killed_run(3, victims, arguments, tmp_path / "killed", calm, seed=0)) >= 3
+
+
+@pytest.mark.long
+def test_runs_that_were_killed_fifty_times_end_with_the_same_bits(
+    victims: Victims, glue: Path, tiny: Path, tmp_path: Path
+) -> None:
+    arguments = words(glue, tiny, tmp_path, *MORE, steps=14)
+    calm = calm_run(victims, arguments, tmp_path / "calm")
+    done: list[str] = []
+    while len(done) < 50:
+        seed = len(done)
+        done += killed_run(50 - len(done), victims, arguments, tmp_path / f"killed{seed}", calm, seed)
+    assert min(done.count(way.__name__) for way in WAYS) >= 5

@@ -95,6 +95,8 @@ def weights(out: Path, name: str) -> bytes:
 
 
 def comparable(found: dict[str, Any]) -> dict[str, Any]:
-    """Everything but the time that it took."""
+    """Everything but the time that it took, and the commit, which may have changed since."""
     epochs = [{key: value for key, value in entry.items() if key != "seconds"} for entry in found["epochs"]]
-    return {key: value for key, value in found.items() if key not in {"seconds", "versions"}} | {"epochs": epochs}
+    return {key: value for key, value in found.items() if key not in {"seconds", "versions", "commit"}} | {
+        "epochs": epochs
+    }
