@@ -108,8 +108,8 @@ class Registry(Generic[T]):
             except Exception as error:  # the import of a foreign package may raise whatever it likes
                 sentence = (
                     f"the {self.kind} {point.name!r} of the package {_package(point)} cannot be loaded: its entry "
-                    f"point {point.value!r} in the group {group!r} raised {type(error).__name__} ({error}). Upgrade that "
-                    "package, or uninstall it."
+                    f"point {point.value!r} in the group {group!r} raised {type(error).__name__} ({error}). Upgrade "
+                    "that package, or uninstall it."
                 )
                 self._broken.append((sentence, error))
 

@@ -230,7 +230,7 @@ def read_json(path: Path) -> Json:
     try:
         content: Json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
+        raise ValueError(f"{path} is not JSON ({error}): something else wrote it. Delete its folder.") from error
     return content
 
 

@@ -111,10 +111,13 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             What the closure returned in the first pass; None without a closure.
 
         Raises:
+            TypeError: a closure that cannot be called.
             RuntimeError: called inside a block, without new gradients, or after somebody else wrote the weights.
         """
         self._refuse_inside_block("step")
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"`closure` must be a function that returns the loss, got {closure!r}.")
             self._clear_gradients()
             with torch.enable_grad():
                 return self._run(closure)

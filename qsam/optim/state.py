@@ -39,8 +39,9 @@ def pack(groups: Sequence[Group], entries: Mapping[int, Mapping[str, Any]]) -> d
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:
     """Whether this is a checkpoint of a bare base optimizer, not one of qsam's."""
-    groups = state_dict.get("param_groups") or [{}]
-    return "qsam_step" not in groups[0]
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, Sequence) and groups else {}
+    return not isinstance(first, Mapping) or "qsam_step" not in first
 
 
 def check(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> None:

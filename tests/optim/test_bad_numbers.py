@@ -29,7 +29,7 @@ class StoppedByTheUser(Exception):
 def test_a_bad_batch_that_the_closure_refuses_changes_nothing(method, bad):
     ends = []
     for poisoned in (True, False):
-        model = method.model(MLP)
+        model = method.model(MLP, activations=None)  # an input quantizer clips infinity to its grid
         optimizer = method(model)
         train(optimizer, model, MLP, 2)
         if poisoned:
@@ -99,7 +99,7 @@ def half_model(largest):
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(8, 4, bias=False)).half()
     with torch.no_grad():
-        model[0].weight.uniform_(30000, 60000)
+        model[0].weight.uniform_(55000, 60000)
         model[0].weight[::2] *= -1
     qsam.quantize_(model, bits=2, activations=None, rules=[("*", {})])
     with torch.no_grad():
@@ -108,7 +108,7 @@ def half_model(largest):
 
 
 OVERFLOW = (
-    r"'0\.weight' is fp16, which ends at 65504, and its quantized values reach 8e\+04: keep the parameters in fp32 under "
+    r"'0\.weight' is fp16, which ends at 65504, and its quantized values reach 7e\+04: keep the parameters in fp32 under "
     r"autocast, or use bf16\."
 )
 
@@ -120,7 +120,7 @@ OVERFLOW = (
 )
 @pytest.mark.parametrize("method", QUANTIZING, ids=str)
 def test_an_fp16_weight_that_cannot_hold_its_grid_is_refused(method):
-    model = half_model(80000.0)
+    model = half_model(70000.0)
     before = snapshot(model)
     for call in (lambda: method(model), lambda: qsam.write_(model)):
         with pytest.raises(ValueError, match=OVERFLOW):
@@ -138,7 +138,8 @@ def test_an_fp16_weight_that_cannot_hold_its_grid_is_refused(method):
 )
 def test_an_fp16_overflow_in_training_is_told_one_step_later():
     model = half_model(60000.0)
-    optimizer = QUANTIZING[0](model, SGD, lr=0.0, scale_lr=1.0)
+    (qat,) = (m for m in QUANTIZING if m.name == "qat")
+    optimizer = qat(model, SGD, lr=0.0, scale_lr=1.0)
     (slot,) = optimizer.latents_of.slots
 
     def step(grow):
@@ -146,7 +147,7 @@ def test_an_fp16_overflow_in_training_is_told_one_step_later():
         optimizer.step()
         if grow:
             with torch.no_grad():
-                slot.quantizer.scale.fill_(40000.0)
+                slot.quantizer.scale.fill_(35000.0)
             optimizer.latents_of.write()
 
     step(grow=False)

@@ -20,6 +20,7 @@ from tests.optim.methods import (
     latents,
     train,
 )
+from tests.reliability import fault
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
@@ -235,6 +236,11 @@ def test_state_dict_hooks_run(method):
 PLAIN = r"this is a checkpoint of the bare base optimizer: the latents start from the model's present weights\."
 
 
+@fault(
+    "a checkpoint of the bare base optimizer",
+    happens="it loads, with one warning: the latents start from the model's present weights",
+    kept="moments and step of the base",
+)
 @each_method
 def test_a_checkpoint_of_the_bare_base_loads_with_one_warning(method):
     model = MLP.build()
@@ -334,6 +340,11 @@ REFUSED = [
 ]
 
 
+@fault(
+    "a checkpoint of other bits, another granularity, another model or other groups",
+    happens="ValueError that names the first difference",
+    kept="weights, latents, scales, moments and settings: nothing has been changed",
+)
 @pytest.mark.parametrize(
     ("method", "other"),
     [

@@ -25,6 +25,7 @@ from recipes.bert_glue_options import DEMO, METHODS, parse_options
 from recipes.bert_glue_plan import load_rows
 from recipes.embedded import VADER
 from tests.recipes.tiny_glue import FORMATS, METRICS, TRAIN_ROWS, comparable, results, weights, words
+from tests.reliability import fault
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -426,6 +427,11 @@ def test_a_hub_that_cannot_be_reached_is_an_error_and_a_script_may_be_run_by_its
     assert not (tmp_path / "out").exists()
 
 
+@fault(
+    "a full disk at any file of a run",
+    happens="one line, exit code 2",
+    kept="the run: `--resume` ends with the same bits",
+)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("file", ["run.json", "checkpoint.pt", "results.json"])
 def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(
@@ -453,6 +459,11 @@ def test_a_torn_checkpoint_is_a_clear_error(
     assert "checkpoint.pt cannot be read" in capsys.readouterr().err
 
 
+@fault(
+    "a training that diverges",
+    happens="one line with the step and what to lower, exit code 2",
+    kept="the last checkpoint, which is finite",
+)
 def test_a_training_that_diverges_says_so_and_keeps_its_checkpoint(
     glue: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
