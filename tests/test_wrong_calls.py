@@ -13,7 +13,9 @@ from tests.models import MLP
 from tests.optim.methods import assert_same, closure_of, everything, train
 from tests.wrong_calls.book import PAGE, chapters, page
 
-ENTRIES = [pytest.param(entry, id=f"{title}: {code}"[:90]) for title, entries in chapters() for entry, code in entries]
+ENTRIES = [
+    pytest.param(entry, code, id=f"{title}: {code}"[:90]) for title, entries in chapters() for entry, code in entries
+]
 
 
 class Needs:

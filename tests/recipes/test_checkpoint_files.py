@@ -42,7 +42,6 @@ class Training:
         self.optimizer = QAT(self.model)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1.0)
         train(self.optimizer, self.model, MLP, steps)
-        self.scheduler.step()
 
     def save(self) -> None:
         parts = {"model": self.model, "optimizer": self.optimizer, "scheduler": self.scheduler}
