@@ -30,7 +30,7 @@ INTRO = """# What goes wrong, what happens then, and what is kept
 
 Written by `python -m tests.reliability` from the tests: each row is a fault that a test provokes, for every method that
 it concerns. The contract behind it: outside the blocks the model holds exactly Q(w), the full-precision weights are
-those of before the fault, and the next step works.
+those of before the fault, and the next step works, unless the row says otherwise.
 """
 
 LIMITS = """## What no test here can show
@@ -41,6 +41,9 @@ LIMITS = """## What no test here can show
 - `torch.load` does not compare a file with its checksums: bits that flip within the tensors of a checkpoint are read as
   if nothing had happened (`tests/recipes/test_checkpoint_files.py` shows it). The recipe compares them first; with a
   training loop of your own, use `zipfile.ZipFile(path).testzip()`.
+- `qsam.json` is a text that may be edited, and has no checksum of its own: a flipped bit that leaves it a valid spec is
+  not noticed. The checksum of `qsam.safetensors` is in it.
+- Infinity in the input of a quantized layer is clipped to its grid, as every value beyond it; NaN passes through.
 - A NaN gradient in the pass that updates reaches the weights, as in any torch optimizer: use a `GradScaler` or stop on a
   loss that is not finite, as the recipe does. `max_grad_norm` does not stop it.
 - After an exception in the middle of the base optimizer's step its moments and the float parameters are as torch leaves

@@ -203,7 +203,7 @@ class Failing(AdamW):
 @fault(
     "an exception in the base optimizer's step",
     happens="the exception, as it is",
-    kept="the latents are rolled back, the step's number and the scales too; moments and float parameters are as torch leaves them",
+    kept="the latents are rolled back; the scales (but for `fused`, where they step before) and the step's number are as before; moments and float parameters are as torch leaves them",
 )
 @each_method
 def test_after_an_exception_in_the_base_the_latents_are_rolled_back(method):
