@@ -118,10 +118,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
             as ``model(batch)``.
 
     Raises:
+        TypeError: no module, or batches that cannot be iterated over.
         RuntimeError: the model is not quantized, is sharded already, or no batch reached an input that has no scale.
         ValueError: there was no batch, or an input is not finite.
     """
     coverage = _require(model, "calibrate")
+    if not isinstance(batches, Iterable):
+        raise TypeError(f"`batches` must be an iterable of inputs, a DataLoader say, got {batches!r}.")
     if is_sharded(model.modules()):
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
     quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
@@ -151,6 +154,7 @@ def write_(model: nn.Module) -> None:
 
     Raises:
         RuntimeError: the model is not quantized, or an optimizer owns its weights (it writes them itself).
+        ValueError: an fp16 Parameter cannot hold its quantized values; nothing has been written then.
     """
     coverage = _require(model, "write_")
     if owner_of(coverage) is not None:
@@ -158,9 +162,32 @@ def write_(model: nn.Module) -> None:
             "an optimizer owns the weights of this model and writes them itself: write_ is for a model without one."
         )
     for row in coverage.quantized:
-        parameter = getattr(row.module, row.attr)
         assert row.quantizer is not None
+        refuse_overflow(row.name, getattr(row.module, row.attr), row.quantizer)
+    for row in coverage.quantized:
+        assert row.quantizer is not None
+        parameter = getattr(row.module, row.attr)
         parameter.copy_(row.quantizer(parameter))
+
+
+@torch.no_grad()
+def refuse_overflow(name: str, parameter: Tensor, quantizer: Quantizer, weight: Tensor | None = None) -> None:
+    """Raise ValueError if a Parameter is fp16 and its quantized values are not: the rounded-up ones are infinity.
+
+    Args:
+        name: Its path, for the message.
+        parameter: Where Q(w) will be written.
+        quantizer: Q.
+        weight: w; None where the Parameter holds it.
+    """
+    if parameter.dtype != torch.float16:
+        return
+    wide = quantizer(parameter.float() if weight is None else weight)
+    if bool((torch.isinf(wide.to(parameter.dtype)) & torch.isfinite(wide)).any()):
+        raise ValueError(
+            f"{name!r} is fp16, which ends at 65504, and its quantized values reach {float(wide.abs().max()):.4g}: "
+            "keep the parameters in fp32 under autocast, or use bf16."
+        )
 
 
 def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
@@ -172,10 +199,12 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
             Without it the weights stay as they are (on the grid, once they have been written).
 
     Raises:
-        RuntimeError: the model is not quantized, or another optimizer owns its weights.
+        RuntimeError: the model is not quantized, another optimizer owns its weights, or the owner is inside a block.
     """
     coverage = _require(model, "dequantize_")
     owner = owner_of(coverage)
+    if owner is not None:
+        owner._refuse_inside_block("dequantize_")
     if optimizer is not None:
         if owner is None or owner is not optimizer:
             raise RuntimeError("this optimizer does not own the model's weights: give the one that was built on it.")
@@ -211,6 +240,8 @@ def _holders(model: nn.Module) -> list[nn.Module]:
 
 
 def _require(model: nn.Module, caller: str) -> Coverage:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     coverage = coverage_of(model)
     if coverage is None:
         raise RuntimeError(f"{caller} needs a quantized model: call qsam.quantize_(model) first.")
@@ -228,7 +259,10 @@ def _call(model: nn.Module, batch: Any) -> None:
 
 def _plan(choices: list[Choice]) -> Coverage:
     """Build every quantizer before anything is attached, so that an error leaves the model as it was."""
-    coverage = Coverage(tuple(_plan_weight(choice) for choice in choices), tuple(_plan_inputs(choices)))
+    return _not_empty(Coverage(tuple(_plan_weight(choice) for choice in choices), tuple(_plan_inputs(choices))))
+
+
+def _not_empty(coverage: Coverage) -> Coverage:
     if not coverage.quantizers:
         raise ValueError(
             "nothing was quantized: no layer that qsam knows, or every one is kept float. Name some in `rules`."
@@ -315,9 +349,8 @@ def _input_quantizer(choice: Choice, name: str, module: nn.Module) -> Quantizer:
 def _build(name: str | None, where: str, init: str, cure: str = "", **arguments: Any) -> Quantizer:
     if not isinstance(name, str):
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {name!r}.")
-    cls = QUANTIZERS.get(name)
     try:
-        quantizer = cls(**arguments)
+        quantizer = QUANTIZERS.get(name)(**arguments)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}{cure}") from error
     quantizer.init = init
@@ -366,7 +399,7 @@ def _rebuilt(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) 
     weights = [_rebuilt_weight(site, content["weights"].get(name), floats) for name, site in sites.items()]
     inputs = [_rebuilt_input(name, modules[name], entry) for name, entry in content["inputs"].items()]
     inputs += [Input(name, None, why, modules[name]) for name, why in content.get("float_inputs", {}).items()]
-    coverage = Coverage(tuple(weights), tuple(inputs))
+    coverage = _not_empty(Coverage(tuple(weights), tuple(inputs)))
     for path, quantizer in coverage.quantizers.items():
         if tensors is not None:
             _load_scales(quantizer, path, tensors)
@@ -384,7 +417,7 @@ def _check_names(content: Mapping[str, Any], sites: Mapping[str, Site], modules:
         raise ValueError(f"the spec names {unknown[0]!r}, which this model does not have: it belongs to another model.")
     for name, entry in content["weights"].items():
         shape = list(sites[name].parameter.shape)
-        if entry.get("shape", shape) != shape:
+        if isinstance(entry, Mapping) and entry.get("shape", shape) != shape:
             raise ValueError(
                 f"{name!r} has shape {shape}, the spec's has {entry['shape']}: it belongs to another model."
             )
@@ -407,6 +440,8 @@ def _rebuilt_input(name: str, module: nn.Module, entry: Mapping[str, Any]) -> In
 
 def _from_entry(entry: Mapping[str, Any], where: str) -> Quantizer:
     arguments = ("bits", "signed", "granularity", "axis", "group_size")
+    if not isinstance(entry, Mapping):
+        raise ValueError(f"{where}: its entry in the spec must be a dict, got {entry!r}.")
     for key in (*arguments, "quantizer", "init", "calibrated"):
         if key not in entry:
             raise ValueError(f"{where}: its entry in the spec lacks {key!r}.")

@@ -187,11 +187,14 @@ def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping
         The spec, and the quantizers' tensors by name (None for a spec given as a dict).
 
     Raises:
+        TypeError: neither a path nor a dict.
         FileNotFoundError: no such file.
         ValueError: not a qsam spec, one of a newer format, or scales that were not saved with it.
     """
     if isinstance(spec, Mapping):
         return _checked_spec(spec, "the given spec"), None
+    if not isinstance(spec, str | os.PathLike):
+        raise TypeError(f"`spec` must be a path or what `Coverage.to_spec()` returned, got {spec!r}.")
     path = Path(spec)
     path = path / SPEC_NAME if path.is_dir() else path
     if not path.is_file():
@@ -219,6 +222,9 @@ def _checked_spec(content: Any, where: str) -> Mapping[str, Any]:
         raise ValueError(
             f"{where} has qsam_format {content['qsam_format']!r}; this qsam reads {FORMAT}: install a newer qsam."
         )
+    for key in ("weights", "inputs", "float", "float_inputs"):
+        if not isinstance(content.get(key, {}), Mapping):
+            raise ValueError(f"{where} is not a qsam spec: its {key!r} must be a dict, got {content[key]!r}.")
     return content
 
 
@@ -234,7 +240,10 @@ def _entry(row: Weight | Input) -> dict[str, Any]:
 def _replace(path: Path, content: bytes) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_bytes(content)
+        with temporary.open("wb") as handle:
+            handle.write(content)
+            handle.flush()
+            os.fsync(handle.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -186,6 +186,8 @@ def loss_slice(
         raise ValueError(f"`points` must be odd, so that the quantized weights are among them, got {points}.")
     distances = torch.linspace(-radius, radius, points, dtype=torch.float64)
     directions = [directions] if isinstance(directions, str) else directions
+    if not isinstance(directions, Sequence | Mapping):
+        raise TypeError(f"`directions` must be names, or a mapping from names to tensors, got {directions!r}.")
     with probing(optimizer, closure, "loss_slice", points * len(directions), progress) as probe:
         units = _units(probe, directions, seed)
         losses = {name: [probe.loss(unit * t) for t in distances.tolist()] for name, unit in units.items()}

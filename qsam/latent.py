@@ -22,9 +22,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam import kernels, shards
-from qsam.attach import coverage_of, quantize_
+from qsam.attach import coverage_of, quantize_, refuse_overflow
 from qsam.coverage import Coverage, Input, Weight, owner_of, set_owner
 from qsam.functional import wide_dtype
+from qsam.inputs import NAME as INPUT_NAME
 from qsam.inputs import is_sharded
 from qsam.policy import unwrap_model
 from qsam.quantizers import Identity, Noise, Quantizer
@@ -32,6 +33,11 @@ from qsam.quantizers import Identity, Noise, Quantizer
 _log = logging.getLogger("qsam")
 _BLOCK = "_qsam_block"
 """Attribute of the root module: the name of the open block in which p is not Q(w)."""
+
+_OVERFLOW = (
+    "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
+    "infinity there: keep the parameters in fp32 under autocast, lower `scale_lr`, or start from the last checkpoint."
+)
 
 
 @dataclasses.dataclass(eq=False)
@@ -99,6 +105,7 @@ class Latents:
 
     Raises:
         RuntimeError: another optimizer owns this model's weights.
+        ValueError: an fp16 Parameter that cannot hold its quantized values.
     """
 
     def __init__(self, model: nn.Module, owner: Any, coverage: Coverage | None) -> None:
@@ -111,16 +118,21 @@ class Latents:
         self.noisy = False
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
+        self._attached: list[tuple[nn.Module, str, Quantizer]] = []
+        self._overflows: list[tuple[str, Tensor]] = []
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
                 "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
             )
         shards.refuse_unknown(self.root)
-        self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
         if coverage is None:
             self.settle()
             return
-        self.slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
+        self._attached = _places(coverage)
+        slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
+        for slot in slots:
+            refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
+        self.slots = slots
         self._input_noises = list(_streams(coverage.inputs))
         self.noises = [*_streams(coverage.quantized), *self._input_noises]
         self.claim(owner)
@@ -178,9 +190,6 @@ class Latents:
     def release(self) -> None:
         """Put the latents into the model and give up ownership."""
         self.put_latents()
-        for key, hook in list(self.root._state_dict_pre_hooks.items()):
-            if hook is _refuse_state_dict:
-                del self.root._state_dict_pre_hooks[key]
         if self.coverage is not None:
             set_owner(self.coverage, None)
         self.slots, self.noises, self._input_noises = [], [], []
@@ -198,7 +207,8 @@ class Latents:
         self._seen = [slot.fingerprint() for slot in self.slots]
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
-        vars(self.root).pop(_BLOCK, None)
+        if vars(self.root).pop(_BLOCK, None) is not None:
+            _allow_state_dict(self.root)
 
     @torch.no_grad()
     def put_latents(self) -> None:
@@ -225,6 +235,8 @@ class Latents:
 
     def open_block(self, name: str) -> None:
         """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
+        if _BLOCK not in vars(self.root):  # the hook stays no longer than the block: the optimizer may be thrown away
+            self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
         vars(self.root)[_BLOCK] = name
         torch.clear_autocast_cache()  # what is cached is Q(w), and p will not be
 
@@ -280,8 +292,14 @@ class Latents:
             agree: Tells whether a flag is set in any process; None where the others may not be asking.
 
         Raises:
-            RuntimeError: the model's weights are not the Q(w) that were left there.
+            RuntimeError: the model's weights are not the Q(w) that were left there, or its quantizers are others.
+            ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
+        self.check_attached()
+        overflown = [path for path, flag in self._overflows if bool(flag)]
+        self._overflows.clear()
+        if overflown:
+            raise ValueError(_OVERFLOW.format(overflown[0]))
         late = [path for path, flag in self._suspects if bool(flag)]
         self._suspects.clear()
         changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
@@ -295,6 +313,20 @@ class Latents:
 
     def _any_process(self, flag: bool) -> bool:
         return shards.any_process(flag, self.root.parameters())
+
+    def check_attached(self) -> None:
+        """Refuse to go on if the model no longer has the quantizers that this optimizer was built with.
+
+        Raises:
+            RuntimeError: they were taken off, or replaced.
+        """
+        for module, name, quantizer in self._attached:
+            if getattr(module, name, None) is not quantizer:
+                raise RuntimeError(
+                    "the quantizers that this optimizer was built on have been taken off its model (dequantize_): it "
+                    "can no longer be used. Build a new one; to keep its full-precision weights, call "
+                    "qsam.dequantize_(model, optimizer), with the optimizer."
+                )
 
     @torch.no_grad()
     def compare(self) -> None:
@@ -364,6 +396,8 @@ class Latents:
         It catches writes through ``.data``, which leave no trace in the fingerprint.
         """
         p, out = shards.local(slot.parameter), shards.local(out)
+        if p.dtype == torch.float16:
+            self._overflows.append((slot.path, (torch.isinf(p) & torch.isfinite(out)).any()))
         if p.device.type == "cpu" and torch.equal(out.to(p.dtype), p):
             return  # the usual case in one sweep; elsewhere to read the verdict now would wait for the device
         self._note_verdict(slot, ((out.to(p.dtype) == p) | torch.isnan(p)).all())
@@ -508,6 +542,19 @@ def _refuse_foreign(paths: list[str]) -> None:
         f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
         "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
     )
+
+
+def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:
+    """Return every quantizer with the module and the name where it is attached."""
+    weights = ((row.module, f"{row.attr}_quantizer", row.quantizer) for row in coverage.weights)
+    inputs = ((row.module, INPUT_NAME, row.quantizer) for row in coverage.inputs)
+    return [(module, name, quantizer) for module, name, quantizer in (*weights, *inputs) if quantizer is not None]
+
+
+def _allow_state_dict(root: nn.Module) -> None:
+    for key, hook in list(root._state_dict_pre_hooks.items()):
+        if hook is _refuse_state_dict:
+            del root._state_dict_pre_hooks[key]
 
 
 def _refuse_state_dict(module: nn.Module, *_: Any) -> None:

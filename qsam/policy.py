@@ -290,7 +290,7 @@ def _checked_rules(rules: Rules | None, call: Settings) -> list[tuple[Selector, 
         try:
             dataclasses.replace(call, **(overrides or {}))
         except (TypeError, ValueError) as error:
-            raise type(error)(f"in the rule {selector!r}: {error}") from error
+            raise type(error)(f"in the rule {_shown(selector)}: {error}") from error
         checked.append((selector, overrides))
     return checked
 
@@ -327,4 +327,9 @@ def _no_match(selector: Selector, sites: Sequence[Site]) -> str:
     names = [site.name for site in sites if site.parameter.dim() >= 2]
     hint = nearest(selector, names) if isinstance(selector, str) else ""
     listed = f" There are: {', '.join(names[:8])}{', ...' if len(names) > 8 else '.'}"
-    return f"the rule {selector!r} matches no parameter of two or more dimensions.{hint or listed}"
+    return f"the rule {_shown(selector)} matches no parameter of two or more dimensions.{hint or listed}"
+
+
+def _shown(selector: Selector) -> str:
+    """Return a selector as it may stand in a message: a type or a function by its name, without an address."""
+    return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))

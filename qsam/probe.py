@@ -152,10 +152,12 @@ def probing(subject: Subject, closure: Closure, caller: str, count: int, progres
         progress: A progress bar: None on a terminal, if tqdm is there; True always; False never.
 
     Raises:
-        TypeError: neither an optimizer nor a model.
+        TypeError: neither an optimizer nor a model; a closure that cannot be called.
         RuntimeError: inside a block of the optimizer; after somebody else wrote its weights; no trainable weight.
     """
     root, latents, weights = _weights_of(subject, caller)
+    if not callable(closure):
+        raise TypeError(f"{caller} needs a function that returns the loss, got {closure!r}.")
     if any(is_sharded(p) for p in root.parameters()):
         raise RuntimeError(
             f"{caller} measures a whole model, and this one is sharded: gather its weights, "

@@ -37,6 +37,7 @@ class Registry(Generic[T]):
         self._check = check
         self._entry_points = entry_points
         self._classes: dict[str, type[T]] = {}
+        self._broken: list[tuple[str, Exception]] = []
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
         """Return a decorator that registers a class as ``name``.
@@ -67,9 +68,12 @@ class Registry(Generic[T]):
 
         Raises:
             ValueError: there is none; the message names the nearest.
+            ImportError: there is none, and a package that may have it cannot be imported.
         """
         if name not in self._classes:
             self._load_entry_points()
+        if name not in self._classes:
+            self._refuse_broken()
         if name not in self._classes:
             known = list(self)
             hint = nearest(str(name), known) or f" Registered: {', '.join(known)}."
@@ -81,8 +85,13 @@ class Registry(Generic[T]):
         return next((name for name, known in self._classes.items() if known is cls), None)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over all names, sorted, those of other packages included."""
+        """Iterate over all names, sorted, those of other packages included.
+
+        Raises:
+            ImportError: one of these packages cannot be imported.
+        """
         self._load_entry_points()
+        self._refuse_broken()
         return iter(sorted(self._classes))
 
     def __contains__(self, name: object) -> bool:
@@ -94,7 +103,26 @@ class Registry(Generic[T]):
             return
         group, self._entry_points = self._entry_points, None
         for point in importlib.metadata.entry_points(group=group):
-            loaded = point.load()
-            # A module registers its classes when it is imported; a class that has not done so is named by its point.
-            if isinstance(loaded, type) and loaded not in self._classes.values():
-                self.register(point.name)(loaded)
+            try:
+                self._load(point)
+            except Exception as error:  # the import of a foreign package may raise whatever it likes
+                sentence = (
+                    f"the {self.kind} {point.name!r} of the package {_package(point)} cannot be loaded: its entry "
+                    f"point {point.value!r} in the group {group!r} raised {type(error).__name__} ({error}). Upgrade "
+                    "that package, or uninstall it."
+                )
+                self._broken.append((sentence, error))
+
+    def _refuse_broken(self) -> None:
+        for sentence, error in self._broken:
+            raise ImportError(sentence) from error
+
+    def _load(self, point: importlib.metadata.EntryPoint) -> None:
+        loaded = point.load()
+        # A module registers its classes when it is imported; a class that has not done so is named by its point.
+        if isinstance(loaded, type) and loaded not in self._classes.values():
+            self.register(point.name)(loaded)
+
+
+def _package(point: importlib.metadata.EntryPoint) -> str:
+    return "unknown" if point.dist is None else f"{point.dist.name} {point.dist.version}"

@@ -83,6 +83,8 @@ def run_all(arguments: Sequence[str] | None) -> None:
     for (method, seed), run in runs.items():
         ranks.wait()  # what a run of before has written is there, and nobody has begun with this one
         if ranks.from_first(run.is_finished):
+            if ranks.is_first():
+                run.tidy()
             say(f"{run.folder.name}: finished before.")
         elif method == "fp32":
             fine_tune(run, data, options.save_every)

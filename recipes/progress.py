@@ -102,12 +102,27 @@ def restore_(run: Run, model: nn.Module, optimizer: Optimizer, scheduler: LRSche
 
     Returns:
         How far it is.
+
+    Raises:
+        ValueError: if the checkpoint is of another training.
     """
     state = run.load_checkpoint()
     if state is None:
         return Progress()
-    model.load_state_dict(state["model"])
-    optimizer.load_state_dict(state["optimizer"])  # after the model: the full-precision weights are here
+    if missing := {"model", "optimizer", "scheduler", "rng", "progress"} - set(state):
+        raise _of_another(run, f"it has no {min(missing)!r}")
+    try:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])  # after the model: the full-precision weights are here
+    except (RuntimeError, ValueError) as error:
+        raise _of_another(run, str(error)) from error
     scheduler.load_state_dict(state["scheduler"])
     restore_rng_([state["rng"], *state.get("rng_of_others", [])][ranks.rank()])
     return Progress(**state["progress"])
+
+
+def _of_another(run: Run, reason: str) -> ValueError:
+    return ValueError(
+        f"the checkpoint in {run.folder} is of another training ({' '.join(reason.split())}): delete the folder to "
+        "start that run again."
+    )

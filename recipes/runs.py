@@ -13,10 +13,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import pickle
 import platform
 import shutil
 import subprocess
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -104,16 +104,20 @@ class Run:
         """Return the last checkpoint, or None if there is none.
 
         Raises:
-            ValueError: if the file cannot be read.
+            ValueError: if the file cannot be read, was changed since it was written, or is something else.
         """
         path = self.folder / CHECKPOINT
         if not path.is_file():
             return None
         try:
-            state: Json = torch.load(path, map_location="cpu", weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            _check_sums(path)
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            if not isinstance(state, dict):
+                raise ValueError(f"it holds a {type(state).__name__}, not a dict")
+        except Exception as error:  # a torn file makes the unpickler raise whatever comes
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
-                f"{path} cannot be read ({error}): delete {self.folder} to start that run again."
+                f"{path} cannot be read ({reason}): delete {self.folder} to start that run again."
             ) from error
         return state
 
@@ -132,11 +136,18 @@ class Run:
             shutil.rmtree(leftover, ignore_errors=True)
         partial.mkdir()
         save_model(partial)
+        for path in partial.iterdir():
+            _sync(path)
         os.replace(partial, self.model_folder)
+        _sync(self.folder)
         everything = {**results, "config": self.config, "versions": versions(), "commit": git_commit()}
         write_json(self.folder / RESULTS, everything)
-        (self.folder / CHECKPOINT).unlink(missing_ok=True)
+        self.tidy()
         return everything
+
+    def tidy(self) -> None:
+        """Remove the checkpoint of a finished run; it may have been stopped between its results and this."""
+        (self.folder / CHECKPOINT).unlink(missing_ok=True)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -178,12 +189,30 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
             handle.flush()
             os.fsync(handle.fileno())
         os.replace(partial, path)
+        _sync(path.parent)  # else the new name may be lost with the power
     except BaseException as error:
         with contextlib.suppress(OSError):
             partial.unlink()
         if isinstance(error, OSError):
             raise OSError(error.errno, f"{path} cannot be written: {error.strerror}. What was there is kept") from error
         raise
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or the names in a folder, on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _check_sums(path: Path) -> None:
+    """Compare every part of a zip file with its checksum: `torch.load` does not, and would read flipped bits."""
+    with zipfile.ZipFile(path) as archive:
+        torn = archive.testzip()
+    if torn is not None:
+        raise ValueError(f"its part {torn} differs from its checksum")
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -201,7 +230,7 @@ def read_json(path: Path) -> Json:
     try:
         content: Json = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{path} is not JSON ({error}).") from error
+        raise ValueError(f"{path} is not JSON ({error}): something else wrote it. Delete its folder.") from error
     return content
 
 

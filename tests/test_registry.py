@@ -7,6 +7,7 @@ from torch import nn
 from qsam.quantizers import LSQ, QUANTIZERS, Identity, Quantizer, list_quantizers, register_quantizer
 from qsam.quantizers.base import _check_class
 from qsam.registry import Registry, nearest
+from tests.reliability import fault
 
 
 @pytest.fixture
@@ -131,8 +132,42 @@ def test_an_entry_point_whose_name_is_taken_is_refused(plugin):
     plugin("class Lion: pass\n", "cat = zoo:Lion\n")
     registry = Registry("animal", entry_points="qsam.animals")
     registry.register("cat")(Cat)
-    with pytest.raises(ValueError, match="The animal name 'cat' is taken"):
+    with pytest.raises(
+        ImportError, match=r"the animal 'cat' of the package zoo 1\.0 .*ValueError \(The animal name 'cat' is taken"
+    ):
         list(registry)
+    assert registry.get("cat") is Cat
+
+
+BROKEN = (
+    r"the animal 'lion' of the package zoo 1\.0 cannot be loaded: its entry point 'zoo:Lion' in the group "
+    r"'qsam\.animals' raised RuntimeError \(needs a newer CUDA\)\. Upgrade that package, or uninstall it\."
+)
+
+
+@fault(
+    "an installed package whose quantizer cannot be imported",
+    happens="ImportError with package, version, entry point and reason, when its name or the list is asked for",
+    kept="qsam's own quantizers and those of the other packages",
+)
+def test_an_entry_point_that_cannot_be_imported_is_named_each_time(plugin):
+    plugin("raise RuntimeError('needs a newer CUDA')\n", "lion = zoo:Lion\n")
+    registry = Registry("animal", entry_points="qsam.animals")
+    registry.register("cat")(Cat)
+    for ask in (lambda: registry.get("lion"), lambda: list(registry), lambda: "dog" in registry):
+        for _ in range(2):
+            with pytest.raises(ImportError, match=BROKEN) as caught:
+                ask()
+            assert isinstance(caught.value.__cause__, RuntimeError)
+    assert registry.get("cat") is Cat
+
+
+def test_a_broken_entry_point_does_not_hide_the_others(plugin):
+    plugin("class Tiger: pass\n", "lion = zoo:Lion\ntiger = zoo:Tiger\n")
+    registry = Registry("animal", entry_points="qsam.animals")
+    assert registry.get("tiger").__name__ == "Tiger"
+    with pytest.raises(ImportError, match=r"'zoo:Lion' .* raised AttributeError"):
+        registry.get("lion")
 
 
 def test_the_quantizers_of_the_library_are_registered():

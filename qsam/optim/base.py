@@ -15,6 +15,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from qsam.coverage import FORMAT
 from qsam.latent import Latents, ScaleSlot, coverage_for, scale_tensors
 from qsam.optim import state as packing
 from qsam.optim.checkpoint import Checkpoint
@@ -91,7 +92,13 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         self.param_groups[:] = self.base.param_groups
         if self.scale_base is not None:
             self.param_groups += [self._public_group(group) for group in self.scale_base.param_groups]
-        self.param_groups[0].update(qsam_step=0, qsam_phase=0, qsam_quantizers=self._describe_quantizers())
+        self.param_groups[0].update(
+            qsam_format=FORMAT,
+            qsam_step=0,
+            qsam_phase=0,
+            qsam_base_class=type(self.base).__name__,
+            qsam_quantizers=self._describe_quantizers(),
+        )
         self._state_created = False
         self._start_passes()
         self.scales = ScaleFacade(self)
@@ -109,11 +116,14 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             What the closure returned in the first pass; None without a closure.
 
         Raises:
+            TypeError: a closure that cannot be called.
             RuntimeError: called inside a block, without new gradients, or after somebody else wrote the weights.
         """
         self._refuse_inside_block("step")
         self._meet()
         if closure is not None:
+            if not callable(closure):
+                raise TypeError(f"`closure` must be a function that returns the loss, got {closure!r}.")
             self._clear_gradients()
             with torch.enable_grad():
                 return self._run(closure)
@@ -189,6 +199,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             cosine of e and Q(w) - w, and ``flipped_share``*, the share of codes that e would flip. What has not been
             measured is left out.
         """
+        self.latents_of.check_attached()
         found = {name: float(value) for name, value in self._losses.items()}
         if len(found) == 2:
             found["rise"] = found["loss_perturbed"] - found["loss"]
@@ -223,7 +234,6 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
 
     def _release(self) -> None:
         """Put the latents into the model for good."""
-        self._refuse_inside_block("dequantize_")
         if self.latents_of.sharded:
             raise RuntimeError(
                 "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "

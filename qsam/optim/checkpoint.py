@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,6 +57,7 @@ class Checkpoint(Passes):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self.param_groups[0]["qsam_input_signs"] = input_signs(self.latents_of.coverage)
+        self._note_parameters()
         if self.perturbation is not None and self.perturbation.kept_norm is not None:
             self.param_groups[0]["qsam_kept_norm"] = float(self.perturbation.kept_norm)
         packed = packing.pack(self.param_groups, self._entries())
@@ -79,10 +81,15 @@ class Checkpoint(Passes):
         model's present weights, which is said once.
 
         Raises:
+            TypeError: not a dict.
             ValueError: it does not fit; nothing has been changed then.
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("load_state_dict")
+        if not isinstance(state_dict, Mapping):
+            raise TypeError(
+                f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
+            )
         self.latents_of.settle(self.base)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
@@ -96,9 +103,12 @@ class Checkpoint(Passes):
             post_hook(self)
 
     def _load(self, state_dict: dict[str, Any]) -> None:
+        self._note_parameters()
         packing.check(state_dict, self.param_groups)
         found = packing.entries(state_dict, self.param_groups, "qsam_latent")
         scales = packing.entries(state_dict, self.param_groups, "qsam_scale")
+        weights = {id(slot.parameter): slot.path for slot in self.latents_of.slots}
+        packing.check_latents(self.param_groups, found, weights)
         ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
         theirs = [i for i, group in enumerate(self.param_groups) if "qsam_scales" in group]
         self._load_base(state_dict.get("qsam_base") or packing.part(state_dict, ours), ours)
@@ -156,6 +166,9 @@ class Checkpoint(Passes):
             UserWarning,
             stacklevel=3,
         )
+
+    def _note_parameters(self) -> None:
+        self.param_groups[0]["qsam_parameters"] = packing.parameter_shapes(self.param_groups, self.latents_of.root)
 
     def _load_base(self, state_dict: dict[str, Any], positions: list[int]) -> None:
         with pointed_at_latents(self.base, self.latents_of):

@@ -50,6 +50,8 @@ def build_base(
         _strip_scales(base, scales)
     else:
         _check_arguments(method, base, arguments, ours)
+        if params is not None and not isinstance(params, Iterable):
+            raise TypeError(f"`params` must be parameters or groups of them, got {params!r}.")
         if params is None:
             params = [p for p in latents.root.parameters() if p.requires_grad and id(p) not in scales]
         base = base(params, **arguments)
@@ -171,7 +173,10 @@ def _check_owned(base: Optimizer, latents: Latents, scales: set[int]) -> None:
 def _check_arguments(method: str, base: Callable[..., Optimizer], arguments: dict[str, Any], ours: set[str]) -> None:
     if not callable(base):
         raise TypeError(f"`base` must be an optimizer class or instance, got {base!r}.")
-    parameters = inspect.signature(base).parameters
+    try:
+        parameters = inspect.signature(base).parameters
+    except ValueError:  # a built-in type
+        raise TypeError(f"`base` must be an optimizer class or instance, got {base!r}.") from None
     if any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
         return
     for name in arguments:

@@ -255,6 +255,7 @@ class Passes:
         return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
 
     def _refuse_inside_block(self, verb: str) -> None:
+        self.latents_of.check_attached()
         if self._block is not None:
             raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")
 

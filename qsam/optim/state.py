@@ -10,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from qsam.coverage import FORMAT
 from qsam.shards import local
 
 Group = dict[str, Any]
@@ -39,20 +40,26 @@ def pack(groups: Sequence[Group], entries: Mapping[int, Mapping[str, Any]]) -> d
 
 def is_plain(state_dict: Mapping[str, Any]) -> bool:
     """Whether this is a checkpoint of a bare base optimizer, not one of qsam's."""
-    groups = state_dict.get("param_groups") or [{}]
-    return "qsam_step" not in groups[0]
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, Sequence) and groups else {}
+    return not isinstance(first, Mapping) or "qsam_step" not in first
 
 
 def check(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> None:
     """Refuse a checkpoint that does not fit, before anything is changed.
 
     Raises:
-        ValueError: other groups, other parameters, other quantizers; names the first that differs.
+        ValueError: not a state_dict; one of a newer qsam; other groups, parameters, quantizers or another base
+            optimizer; names the first that differs.
     """
     for key in ("state", "param_groups"):
         if key not in state_dict:
             raise ValueError(f"the checkpoint has no {key!r}: it is not an optimizer's state_dict.")
     saved = state_dict["param_groups"]
+    if not isinstance(saved, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
+        raise ValueError("the checkpoint's 'param_groups' is no list of groups: it is not an optimizer's state_dict.")
+    if saved:
+        _check_format(saved[0])
     if len(saved) != len(groups):
         raise ValueError(
             f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}: build "
@@ -67,6 +74,62 @@ def check(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> None:
             )
     if not is_plain(state_dict):
         _check_quantizers(saved[0].get("qsam_quantizers", {}), groups[0].get("qsam_quantizers", {}))
+        _check_parameters(saved[0].get("qsam_parameters", {}), groups[0].get("qsam_parameters", {}))
+        _check_base(saved[0].get("qsam_base_class"), groups[0].get("qsam_base_class"))
+
+
+def check_latents(groups: Sequence[Group], found: Sequence[tuple[Tensor, Tensor]], paths: Mapping[int, str]) -> None:
+    """Refuse a checkpoint that lacks the latent of a trainable quantized weight.
+
+    Args:
+        groups: Live groups.
+        found: The latents that it has, by their Parameter.
+        paths: The path of every quantized weight, by the id of its Parameter.
+
+    Raises:
+        ValueError: names the weight.
+    """
+    there = {id(p) for p, _ in found}
+    for p in (p for group in groups for p in group["params"] if p.requires_grad):
+        if id(p) in paths and id(p) not in there:
+            raise ValueError(
+                f"the checkpoint has no latent of {paths[id(p)]!r}: its full-precision weights are lost. Save the "
+                "whole optimizer.state_dict()."
+            )
+
+
+def parameter_shapes(groups: Sequence[Group], root: nn.Module) -> dict[str, str]:
+    """Return the shape of each Parameter of the base's groups by its path, in order, as "16x8"."""
+    paths = {id(p): path.replace("_orig_mod.", "") for path, p in root.named_parameters()}
+    own = (p for group in groups if "qsam_scales" not in group for p in group["params"])
+    return {paths[id(p)]: "x".join(map(str, p.shape)) for p in own if id(p) in paths}
+
+
+def _check_format(first: Group) -> None:
+    found = first.get("qsam_format", FORMAT)
+    if found != FORMAT:
+        raise ValueError(f"the checkpoint has qsam_format {found!r}; this qsam reads {FORMAT}: install a newer qsam.")
+
+
+def _check_parameters(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Compare the parameters one by one: state goes by position, and must not land in another parameter."""
+    if not (theirs and ours):
+        return
+    for (path, shape), (their_path, their_shape) in zip(ours.items(), theirs.items(), strict=True):
+        if path != their_path:
+            raise ValueError(
+                f"{path!r} here has the place of {their_path!r} in the checkpoint: it is of another model, or its "
+                "parameters were given in another order."
+            )
+        if shape != their_shape:
+            raise ValueError(f"{path!r} has shape {shape} here and {their_shape} in the checkpoint: another model.")
+
+
+def _check_base(theirs: str | None, ours: str | None) -> None:
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"the checkpoint is of the base optimizer {theirs}, this one is {ours}: build it as it was built then."
+        )
 
 
 def _check_quantizers(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:

@@ -44,7 +44,7 @@ def check_quantizer(
         AssertionError: a law is broken: its name, the setting, the input, what must hold, the first offending values.
             Or every setting was refused.
         TypeError: neither a name nor a quantizer class.
-        ValueError: an unknown quantizer or law.
+        ValueError: an unknown quantizer or law; no setting to check.
 
     Example:
         >>> check_quantizer("lsq", bits=4, laws=["idempotent"])["idempotent"] > 100
@@ -53,7 +53,10 @@ def check_quantizer(
     cls = _resolve(name_or_class)
     chosen = _chosen(cls, laws)
     widths = range(2, 9) if bits is None else (bits,) if isinstance(bits, int) else bits
-    settings = [setting for setting in _settings(widths, signed, granularities, axes) if _takes(cls, setting)]
+    asked_for = list(_settings(widths, signed, granularities, axes))
+    if not asked_for:
+        raise ValueError("`bits`, `signed`, `granularities` and `axes` leave no setting to check.")
+    settings = [setting for setting in asked_for if _takes(cls, setting)]
     if not settings:
         raise AssertionError(f"{cls.__name__} refused every setting with ValueError: there was nothing to check.")
     widest = max(setting["bits"] for setting in settings)

@@ -20,6 +20,7 @@ from tests.optim.methods import (
     latents,
     train,
 )
+from tests.reliability import fault
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
@@ -235,6 +236,11 @@ def test_state_dict_hooks_run(method):
 PLAIN = r"this is a checkpoint of the bare base optimizer: the latents start from the model's present weights\."
 
 
+@fault(
+    "a checkpoint of the bare base optimizer",
+    happens="it loads, with one warning: the latents start from the model's present weights",
+    kept="moments and step of the base",
+)
 @each_method
 def test_a_checkpoint_of_the_bare_base_loads_with_one_warning(method):
     model = MLP.build()
@@ -311,9 +317,7 @@ def of_other_shapes(method):
     own = [p for name, p in model.named_parameters() if name[0] in "024" and "quantizer" not in name]
     model[1].requires_grad_(False)
     model[3].requires_grad_(False)
-    return method(
-        model, params=own
-    ), r"a saved qsam_latent has shape \(4, 4\), its parameter \(16, 8\): another model\."
+    return method(model, params=own), r"'0\.weight' has shape 16x8 here and 4x4 in the checkpoint: another model\."
 
 
 def of_other_groups(method):
@@ -336,6 +340,11 @@ REFUSED = [
 ]
 
 
+@fault(
+    "a checkpoint of other bits, another granularity, another model or other groups",
+    happens="ValueError that names the first difference",
+    kept="weights, latents, scales, moments and settings: nothing has been changed",
+)
 @pytest.mark.parametrize(
     ("method", "other"),
     [

@@ -5,7 +5,6 @@ import dataclasses
 import io
 import json
 import os
-import random
 import re
 import shutil
 import subprocess
@@ -13,11 +12,9 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from transformers import AutoModelForSequenceClassification, BertConfig, BertModel, BertTokenizer
+from transformers import AutoModelForSequenceClassification
 from transformers.utils import logging as transformers_logging
 
 import qsam
@@ -27,76 +24,10 @@ from recipes.bert_glue_model import evaluate, load_data
 from recipes.bert_glue_options import DEMO, parse_options
 from recipes.bert_glue_plan import load_rows
 from recipes.embedded import VADER
+from tests.recipes.tiny_glue import FORMATS, METRICS, TRAIN_ROWS, comparable, results, weights, words
+from tests.reliability import fault
 
 ROOT = Path(__file__).resolve().parents[2]
-WORDS = [f"w{i}" for i in range(20)]
-TRAIN_ROWS, DEV_ROWS = 22, 10
-MNLI = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
-STSB = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
-
-# folder, train header (None: there is none), dev header where it differs, how a text or label cell is recognised
-FORMATS: dict[str, tuple[str, str | None, str | None]] = {
-    "cola": ("CoLA", None, None),
-    "sst2": ("SST-2", "sentence label", None),
-    "mrpc": ("MRPC", "Quality #1_ID #2_ID #1_String #2_String", None),
-    "stsb": ("STS-B", STSB, None),
-    "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate", None),
-    "mnli": (
-        "MNLI",
-        f"{MNLI} sentence1 sentence2 label1 gold_label",
-        f"{MNLI} sentence1 sentence2 label1 label2 gold_label",
-    ),
-    "qnli": ("QNLI", "index question sentence label", None),
-    "rte": ("RTE", "index sentence1 sentence2 label", None),
-}
-COLA = "source label star sentence"
-TWO = ["entailment", "not_entailment"]
-LABELS = {"mnli": ["entailment", "neutral", "contradiction"], "qnli": TWO, "rte": TWO}
-METRICS = {"cola": ["matthews"], "stsb": ["pearson", "spearman"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
-
-
-def cell(column: str, task: str, chance: random.Random) -> str:
-    if column in {"label", "Quality", "is_duplicate", "gold_label", "score"}:
-        return f"{chance.uniform(0, 5):.3f}" if task == "stsb" else chance.choice(LABELS.get(task, ["0", "1"]))
-    return (
-        " ".join(chance.choices(WORDS, k=chance.randint(2, 9)))
-        if "entence" in column or "String" in column or "question" in column
-        else "x"
-    )
-
-
-def write_rows(path: Path, task: str, header: str | None, count: int, chance: random.Random) -> None:
-    columns = (header or COLA).split()
-    lines = ["\t".join(cell(column, task, chance) for column in columns) for _ in range(count)]
-    if header is not None:
-        lines.insert(0, "\t".join(column.replace("_String", " String").replace("_ID", " ID") for column in columns))
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig" if task == "mrpc" else "utf-8")
-
-
-@pytest.fixture(scope="session")
-def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder as the GLUE download makes it, with a few rows of nonsense a task."""
-    root = tmp_path_factory.mktemp("glue")
-    for task, (folder, train, dev) in FORMATS.items():
-        (root / folder).mkdir()
-        chance = random.Random(task)
-        write_rows(root / folder / "train.tsv", task, train, TRAIN_ROWS, chance)
-        for name in ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]:
-            write_rows(root / folder / f"{name}.tsv", task, dev or train, DEV_ROWS, chance)
-    return root
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random BERT of two layers with a vocabulary of its own."""
-    folder = tmp_path_factory.mktemp("tiny")
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary))
-    BertTokenizer(vocab=str(folder / "vocab.txt")).save_pretrained(folder)
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
-    BertModel(BertConfig(vocab_size=len(vocabulary), **sizes)).save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -106,27 +37,6 @@ def _settings_of_transformers() -> Iterator[None]:
     yield
     transformers_logging.set_verbosity(verbosity)
     transformers_logging.enable_progress_bar()
-
-
-def words(glue: Path, tiny: Path, out: Path, *more: object, task: str = "cola", steps: int = 5) -> list[str]:
-    settings = {"task": task, "glue-dir": glue, "model": tiny, "output-dir": out, "max-steps": steps, "batch-size": 4}
-    settings |= {"threads": 1, "precision": "fp32", "fp32-lr": 1e-3, "lr": 1e-3, "epochs": 100, "fp32-epochs": 100}
-    return [*(str(word) for name, value in settings.items() for word in (f"--{name}", value)), *map(str, more)]
-
-
-def results(out: Path, name: str) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((out / name / "results.json").read_text(encoding="utf-8"))
-    return content
-
-
-def weights(out: Path, name: str) -> bytes:
-    return (out / name / "model" / "model.safetensors").read_bytes()
-
-
-def comparable(found: dict[str, Any]) -> dict[str, Any]:
-    """Everything but the time that it took."""
-    epochs = [{key: value for key, value in entry.items() if key != "seconds"} for entry in found["epochs"]]
-    return {key: value for key, value in found.items() if key not in {"seconds", "versions"}} | {"epochs": epochs}
 
 
 # --- every task and every method ----------------------------------------------------------------------------------
@@ -525,6 +435,11 @@ def test_a_hub_that_cannot_be_reached_is_an_error_and_a_script_may_be_run_by_its
     assert not (tmp_path / "out").exists()
 
 
+@fault(
+    "a full disk at any file of a run",
+    happens="one line, exit code 2",
+    kept="the run: `--resume` ends with the same bits",
+)
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 @pytest.mark.parametrize("file", ["run.json", "checkpoint.pt", "results.json"])
 def test_a_full_disk_is_a_clear_error_and_the_run_goes_on_later(
@@ -552,6 +467,11 @@ def test_a_torn_checkpoint_is_a_clear_error(
     assert "checkpoint.pt cannot be read" in capsys.readouterr().err
 
 
+@fault(
+    "a training that diverges",
+    happens="one line with the step and what to lower, exit code 2",
+    kept="the last checkpoint, which is finite",
+)
 def test_a_training_that_diverges_says_so_and_keeps_its_checkpoint(
     glue: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

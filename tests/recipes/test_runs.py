@@ -20,6 +20,7 @@ from recipes.runs import (
     versions,
     write_json,
 )
+from tests.reliability import fault
 
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
 
@@ -87,6 +88,11 @@ def test_what_an_interrupted_start_leaves_is_no_obstacle(tmp_path: Path) -> None
     Run(tmp_path, {}).check(resume=False)
 
 
+@fault(
+    "an error while the trained model is saved",
+    happens="the error; the next start saves it again",
+    kept="the last checkpoint",
+)
 def test_an_interrupted_finish_is_repeated(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
 
@@ -131,6 +137,11 @@ def test_a_checkpoint_is_data_and_not_code(tmp_path: Path) -> None:
         run.load_checkpoint()
 
 
+@fault(
+    "a full disk while a checkpoint is written",
+    happens="OSError with the file's name and the reason",
+    kept="the last checkpoint; no half file stays",
+)
 @needs_full_device
 def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     run = started(tmp_path / "run")
@@ -145,6 +156,11 @@ def test_a_full_disk_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     assert not (run.folder / f"{CHECKPOINT}.partial").is_symlink()
 
 
+@fault(
+    "an exception while a file is written",
+    happens="the exception, as it is",
+    kept="the file that was there",
+)
 def test_an_error_while_writing_leaves_the_file(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"old")
