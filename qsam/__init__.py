@@ -10,7 +10,7 @@ from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.coverage import Coverage
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
-from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
+from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 
 __version__ = "0.1.0"
@@ -32,5 +32,6 @@ __all__ = [
     "quantize_",
     "register_quantizer",
     "sharpness",
+    "unwrap",
     "write_",
 ]

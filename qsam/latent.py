@@ -82,6 +82,8 @@ class Latents:
 
     Attributes:
         noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
+        fresh: Whether the latents still are the weights that the model had at construction. They are looked at in the
+            first pass, for a checkpoint may bring others before.
 
     Raises:
         RuntimeError: another optimizer owns this model's weights.
@@ -94,6 +96,7 @@ class Latents:
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[tuple[str, Tensor]] = []
         self.noisy = False
+        self.fresh = True
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
         if coverage is not None and owner_of(coverage) is not None:
@@ -107,7 +110,6 @@ class Latents:
         self._input_noises = list(_streams(coverage.inputs))
         self.noises = [*_streams(coverage.quantized), *self._input_noises]
         self.claim(owner)
-        self._say_if_on_grid()
         self.write()
 
     def claim(self, owner: Any) -> None:
@@ -212,8 +214,12 @@ class Latents:
         A changed fingerprint with equal values is no alarm (DDP broadcasts at construction).
 
         Raises:
-            RuntimeError: the model's weights are not the Q(w) that were left there.
+            RuntimeError: the model's weights are not the Q(w) that were left there, or are on another device.
         """
+        _refuse_moved(self.slots)
+        if self.fresh:
+            self.fresh = False
+            self._say_if_on_grid()
         late = [path for path, flag in self._suspects if bool(flag)]
         self._suspects.clear()
         changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
@@ -278,7 +284,7 @@ class Latents:
                 "the model's weights are on the quantization grid already: training starts from rounded weights. The "
                 "full-precision weights live in the optimizer only: load its state_dict to go on from them.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -386,6 +392,16 @@ def _streams(rows: Iterable[Weight | Input]) -> Iterator[Noise]:
 def _slot(path: str, module: nn.Module, attr: str) -> Slot:
     p = getattr(module, attr)
     return Slot(path, module, attr, nn.Parameter(p.detach().to(wide_dtype(p.dtype), copy=True)))
+
+
+def _refuse_moved(slots: Iterable[Slot]) -> None:
+    for slot in slots:
+        here, there = slot.latent.device, slot.parameter.device
+        if here.type != there.type:
+            raise RuntimeError(
+                f"the model was moved from {here} to {there} ({slot.path!r}), and its latents were not: move the model "
+                "first, then build the optimizer."
+            )
 
 
 def _on_grid(slot: Slot) -> bool:

@@ -19,7 +19,7 @@ from qsam.latent import Latents, ScaleSlot, coverage_for, scale_tensors
 from qsam.optim import state as packing
 from qsam.optim.checkpoint import Checkpoint
 from qsam.optim.diagnostics import noise_figures
-from qsam.optim.groups import Base, build_base
+from qsam.optim.groups import Base, build_base, needs_closure
 from qsam.optim.perturbation import Perturbation, checked_rho
 from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
 from qsam.optim.update import Closure, Update
@@ -94,7 +94,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     # --- the step -----------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Any:
-        """Take one step.
+        """Take one step: of the weights, or after :meth:`scale_phase` of the scales.
 
         Args:
             closure: torch's closure: clears gradients, runs forward and backward, returns the loss. It is called as
@@ -105,9 +105,11 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
 
         Raises:
             RuntimeError: called inside a block, without new gradients, or after somebody else wrote the weights.
+            TypeError: no closure for a base that calls it by itself (LBFGS).
         """
         self._refuse_inside_block("step")
         if closure is not None:
+            self._say_if_gradients_are_lost()
             self._clear_gradients()
             with torch.enable_grad():
                 return self._run(closure)
@@ -119,6 +121,10 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             return self._create_state()
         if not self._has_gradients():
             raise RuntimeError("step() found no gradient: run a new backward before each step.")
+        if self._scales_turn:
+            return self.step_scales()
+        if needs_closure(self.base):
+            raise TypeError(f"{type(self.base).__name__} calls its closure by itself: use step(closure).")
         if self.perturbation is not None and not self._perturbed and self.perturbation.passes(self.steps):
             self._say_once(
                 f"{type(self).__name__}.step() without first_pass() and perturbed() is a plain QAT step. A "
@@ -126,6 +132,13 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             )
         self._finish_step()
         return None
+
+    def _say_if_gradients_are_lost(self) -> None:
+        if self._has_gradients():
+            self._say_once(
+                "step(closure) clears the gradients that it finds: micro-batches that were accumulated before it (Lightning "
+                "with accumulate_grad_batches) are lost. Accumulate inside the closure, or by hand."
+            )
 
     def _run(self, closure: Closure) -> Any:
         """Make the passes of one step by calling ``closure``, and step."""
