@@ -82,8 +82,8 @@ class Latents:
 
     Attributes:
         noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
-        fresh: Whether the latents still are the weights that the model had at construction. They are looked at in the
-            first pass, for a checkpoint may bring others before.
+        fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
+            bring others than those that the model had at construction.
 
     Raises:
         RuntimeError: another optimizer owns this model's weights.

@@ -1,9 +1,9 @@
 """The Hugging Face Trainer: all passes of a step, for every method, schedule and option.
 
-    class QsamTrainer(TrainerMixin, Trainer): ...
+class QsamTrainer(TrainerMixin, Trainer): ...
 
-    passes at Q(w) and Q(w) + e    in ``training_step``, for each micro-batch
-    pass of the scales             after ``optimizer.step()``, on the same micro-batches, before the scheduler
+passes at Q(w) and Q(w) + e    in ``training_step``, for each micro-batch
+pass of the scales             after ``optimizer.step()``, on the same micro-batches, before the scheduler
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _log = logging.getLogger("qsam")
 _OPTIMIZER_FILE = "optimizer.pt"
 
 
-class TrainerMixin(Trainer):  # type: ignore[misc]
+class TrainerMixin(Trainer):
     """A Trainer whose optimizer is one of qsam's. Put it before the Trainer: ``class T(TrainerMixin, Trainer)``.
 
     - The optimizer: built by you and given as ``optimizers=(optimizer, scheduler)``; or by ``qsam_method``, which is
@@ -78,7 +78,7 @@ class TrainerMixin(Trainer):  # type: ignore[misc]
         built = self.optimizer is None
         optimizer: torch.optim.Optimizer = super().create_optimizer(*([] if model is None else [model]))
         if built and self.qsam_method is not None:
-            trained = self.model if model is None else model
+            trained: Any = self.model if model is None else model
             self.optimizer = optimizer = self.qsam_method(trained, _without_scales(optimizer, trained))
         inner = unwrap(optimizer)
         self._refuse_undrivable(inner)
@@ -89,7 +89,9 @@ class TrainerMixin(Trainer):  # type: ignore[misc]
 
     def _refuse_undrivable(self, optimizer: QuantizedOptimizer) -> None:
         if needs_closure(optimizer.base):
-            raise TypeError(f"the Trainer takes no closure, which {type(optimizer.base).__name__} wants: use AdamW or SGD.")
+            raise TypeError(
+                f"the Trainer takes no closure, which {type(optimizer.base).__name__} wants: use AdamW or SGD."
+            )
         if _is_fused(optimizer) and self.args.gradient_accumulation_steps > 1:
             raise ValueError(
                 "schedule='fused' steps the scales between the passes of one batch, and gradient_accumulation_steps is "
@@ -113,7 +115,7 @@ class TrainerMixin(Trainer):  # type: ignore[misc]
     ) -> Tensor:
         """Run one micro-batch through the blocks that are due; return the loss of the first."""
         optimizer = unwrap(self.optimizer)
-        losses = []
+        losses: list[Tensor] = []
         for block in optimizer.blocks:
             if losses and optimizer.scales_due:  # schedule "fused": the scales step from the first pass
                 self._step_scales(optimizer)
@@ -136,7 +138,7 @@ class TrainerMixin(Trainer):  # type: ignore[misc]
             last = number == len(batches)
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model=model), optimizer.scale_phase():
                 super().training_step(model, inputs, items)
-            self.current_flos += float(super().floating_point_ops(inputs))
+            self.current_flos += int(super().floating_point_ops(inputs))
         self._step_scales(optimizer, last=True)
 
     def _step_scales(self, optimizer: QuantizedOptimizer, last: bool = False) -> None:
@@ -171,10 +173,11 @@ class TrainerMixin(Trainer):  # type: ignore[misc]
     def save_model(self, *arguments: Any, **options: Any) -> None:
         """Save the model, and what rebuilds its quantizers: ``quantize_(model, spec=output_dir)``."""
         super().save_model(*arguments, **options)
-        coverage = coverage_of(unwrap_model(self.model))
+        model: Any = self.model
+        coverage = coverage_of(unwrap_model(model))
         if coverage is not None and self.args.should_save:
-            folder = arguments[0] if arguments else options.get("output_dir")
-            coverage.save(self.args.output_dir if folder is None else folder)
+            folder: Any = arguments[0] if arguments else options.get("output_dir")
+            coverage.save(str(folder or self.args.output_dir))
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *arguments: Any, **options: Any) -> Any:
         """Train; see :meth:`transformers.Trainer.train`."""
@@ -198,7 +201,7 @@ class TrainerMixin(Trainer):  # type: ignore[misc]
             _log.warning("%s has no optimizer's state: the latents are its rounded weights from now on.", best)
 
 
-class _Phases(TrainerCallback):  # type: ignore[misc]
+class _Phases(TrainerCallback):
     """Calls the mixin where the Trainer has a hook and no method to override."""
 
     def __init__(self, trainer: TrainerMixin) -> None:

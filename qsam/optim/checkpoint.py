@@ -113,7 +113,6 @@ class Checkpoint(Passes):
             self.latents_of.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
         set_input_signs(self.latents_of.coverage, self.param_groups[0].get("qsam_input_signs", {}))
         self._load_memories(state_dict)
-        self.latents_of.fresh = False
         self.latents_of.write()
 
     def _scale_state(self, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:

@@ -259,7 +259,9 @@ class Passes:
 
     def _refuse_inside_block(self, verb: str) -> None:
         if "latents_of" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
-            raise RuntimeError(f"{verb}() was called on a wrapper of the optimizer: use qsam.unwrap(optimizer).{verb}().")
+            raise RuntimeError(
+                f"{verb}() was called on a wrapper of the optimizer: use qsam.unwrap(optimizer).{verb}()."
+            )
         if self._block is not None:
             raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")
 

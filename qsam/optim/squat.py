@@ -136,11 +136,14 @@ class SQuAT(TwoPass):
         """Step s from the first pass's gradients, and leave those of the weights for the perturbation."""
         if self.schedule != "fused":
             raise RuntimeError("step_scales() between the first and the perturbed pass is for schedule='fused'.")
-        grads = self._pull_back(keep=True)
-        for slot in self.latents_of.slots:
-            slot.latent.grad = None
         try:
+            grads = self._pull_back(keep=True)
+            for slot in self.latents_of.slots:
+                slot.latent.grad = None
             self._step_scales(grads)
+        except BaseException:
+            self._clean_up()
+            raise
         finally:
             self.latents_of.write()
 

@@ -39,8 +39,8 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
         found = [vars(inner)[name] for name in _INSIDE if name in getattr(inner, "__dict__", {})]
         if not found or any(found[0] is known for known in seen):
             raise TypeError(
-                f"`optimizer` must be a qsam optimizer or a wrapper round one, got {type(optimizer).__name__}: build it "
-                "as in `optimizer = qsam.SQuAT(model, AdamW)`."
+                f"`optimizer` must be a qsam optimizer or a wrapper round one, got {type(optimizer).__name__}: "
+                "build it as in `optimizer = qsam.SQuAT(model, AdamW)`."
             )
         inner = found[0]
     ours: QuantizedOptimizer = inner

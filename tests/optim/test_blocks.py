@@ -105,7 +105,9 @@ def test_a_step_that_is_not_due_refuses_a_perturbed_pass(method):
     optimizer = method(model, start=1)
     with optimizer.first_pass():
         MLP.loss(model, MLP.batch(0)).backward()
-    with pytest.raises(RuntimeError, match=r"step 0 is not perturbed .*: run the blocks that `optimizer\.blocks` names"):
+    with pytest.raises(
+        RuntimeError, match=r"step 0 is not perturbed .*: run the blocks that `optimizer\.blocks` names"
+    ):
         optimizer.perturbed().__enter__()
     optimizer.step()
     assert optimizer.blocks == ("first_pass", "perturbed")
@@ -124,7 +126,9 @@ def test_a_step_after_the_phase_of_the_scales_is_theirs(method):
         MLP.loss(model, MLP.batch(0)).backward()
     optimizer.step()
     assert all(torch.equal(s.latent, w) for s, w in zip(optimizer.latents_of.slots, weights, strict=True))
-    assert not any(torch.equal(s.quantizer.scale, old) for s, old in zip(optimizer.latents_of.slots, scales, strict=True))
+    assert not any(
+        torch.equal(s.quantizer.scale, old) for s, old in zip(optimizer.latents_of.slots, scales, strict=True)
+    )
     assert optimizer.blocks == ("first_pass", "perturbed")
     assert_on_grid(optimizer)
 
@@ -190,7 +194,9 @@ def test_unwrap_refuses_what_holds_no_optimizer_of_ours():
     turning = type("Turning", (), {})()
     turning.optimizer = turning
     for other, name in ((plain, "SGD"), (turning, "Turning"), (None, "NoneType"), ("adam", "str")):
-        with pytest.raises(TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper round one, got {name}"):
+        with pytest.raises(
+            TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper round one, got {name}"
+        ):
             qsam.unwrap(other)
 
 

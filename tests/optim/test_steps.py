@@ -152,3 +152,20 @@ def test_the_base_steps_once_a_step_of_the_weights(method):
     for _ in range(4):
         optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(0)))
     assert steps == [None] * (2 if method.schedule == "next_batch" else 4)
+
+
+@each_method
+def test_a_closure_without_a_backward_steps_the_gradients_in_place(method):
+    """A framework's hooks may ride in a closure (Lightning's manual optimization)."""
+    ends = []
+    for hooks in (True, False):
+        model = method.model(CONV)
+        optimizer = method(model)
+        torch.manual_seed(0)
+        for block in optimizer.blocks:
+            with getattr(optimizer, block)():
+                CONV.loss(model, CONV.batch(0)).backward()
+        assert optimizer.step(lambda: "hooks") == "hooks" if hooks else optimizer.step() is None
+        assert optimizer.steps == 1
+        ends.append(everything(optimizer, model))
+    assert_same(*ends)
