@@ -52,18 +52,24 @@ def trainer(folder, model, optimizer=None, batches=4, method=None, scheduler=Non
 
 
 BY_NAME = {str(method): method for method in METHODS}
-CASES = [(method, {}) for method in METHODS]
-CASES += [
-    (BY_NAME[name], options)
-    for name, options in (
-        ("saq", {"every": 2, "start": 1}),
-        ("squat-same_batch", {"every": 2, "reuse": "perturbation"}),
-        ("squat-same_batch", {"period": 2}),
-        ("squat-next_batch", {"direction": "momentum"}),
-        ("squat-next_batch", {"every": 2}),
-        ("squat-fused", {"period": 2}),
-    )
+CASES = [
+    (BY_NAME["qat"], {}),
+    (BY_NAME["saq"], {"every": 2, "start": 1}),
+    (BY_NAME["squat-same_batch"], {}),
+    (BY_NAME["squat-same_batch"], {"every": 2, "reuse": "perturbation"}),
+    (BY_NAME["squat-next_batch"], {}),
+    (BY_NAME["squat-fused"], {"period": 2}),
 ]
+LONG_CASES = [
+    (BY_NAME["sam"], {}),
+    (BY_NAME["joint"], {}),
+    (BY_NAME["saq"], {}),
+    (BY_NAME["squat-same_batch"], {"period": 2}),
+    (BY_NAME["squat-next_batch"], {"direction": "momentum"}),
+    (BY_NAME["squat-next_batch"], {"every": 2}),
+    (BY_NAME["squat-fused"], {}),
+]
+CASES += [pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES]
 
 
 def name_of(value):

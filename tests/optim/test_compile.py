@@ -58,6 +58,9 @@ def test_a_transformer_compiles_once_with_a_scheduler_of_rho():
     method = SQUATS[0]
     counter = CompileCounterWithBackend("eager")
     model = method.model(BERT)
+    model.config.problem_type = (
+        "single_label_classification"  # else its first forward sets it, which recompiles the second
+    )
     compiled = torch.compile(model, backend=counter, fullgraph=True)
     optimizer = method(compiled)
     for i in range(3):
