@@ -34,7 +34,7 @@ def arguments(folder, **options):
     settings = {
         "output_dir": str(folder), "per_device_train_batch_size": BATCH, "num_train_epochs": 1, "learning_rate": 1e-3,
         "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "report_to": "none", "use_cpu": True, "save_strategy": "no",
-        "disable_tqdm": True, "logging_steps": 1, "train_sampling_strategy": "sequential", "dataloader_pin_memory": False,
+        "disable_tqdm": True, "logging_steps": 1, "train_sampling_strategy": "sequential", "dataloader_pin_memory": False, "optim": "adamw_torch",
     }  # fmt: skip
     return TrainingArguments(**{**settings, **options})
 
