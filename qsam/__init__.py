@@ -11,7 +11,7 @@ from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.coverage import Coverage
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.kernels import set_backend
-from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
+from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 
 __version__ = "0.1.0"
@@ -34,5 +34,6 @@ __all__ = [
     "register_quantizer",
     "set_backend",
     "sharpness",
+    "unwrap",
     "write_",
 ]

@@ -102,6 +102,8 @@ class Latents:
     Attributes:
         sharded: Whether ``fully_shard`` was called on the model, so that each process holds a part of it.
         noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
+        fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
+            bring others than those that the model had at construction.
 
     Raises:
         RuntimeError: another optimizer owns this model's weights.
@@ -116,6 +118,7 @@ class Latents:
         self._suspects: list[tuple[str, Tensor]] = []
         self.sharded = False
         self.noisy = False
+        self.fresh = True
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
         self._attached: list[tuple[nn.Module, str, Quantizer]] = []
@@ -137,7 +140,6 @@ class Latents:
         self.noises = [*_streams(coverage.quantized), *self._input_noises]
         self.claim(owner)
         self.settle()
-        self._say_if_on_grid()
         self.write()
 
     @property
@@ -292,14 +294,19 @@ class Latents:
             agree: Tells whether a flag is set in any process; None where the others may not be asking.
 
         Raises:
-            RuntimeError: the model's weights are not the Q(w) that were left there, or its quantizers are others.
+            RuntimeError: the model's weights are not the Q(w) that were left there, its quantizers are others, or it is
+                on another device.
             ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
+        _refuse_moved(self.slots)
         overflown = [path for path, flag in self._overflows if bool(flag)]
         self._overflows.clear()
         if overflown:
             raise ValueError(_OVERFLOW.format(overflown[0]))
+        if self.fresh:
+            self.fresh = False
+            self._say_if_on_grid()
         late = [path for path, flag in self._suspects if bool(flag)]
         self._suspects.clear()
         changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
@@ -414,7 +421,7 @@ class Latents:
                 "the model's weights are on the quantization grid already: training starts from rounded weights. The "
                 "full-precision weights live in the optimizer only: load its state_dict to go on from them.",
                 UserWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -523,6 +530,16 @@ def _streams(rows: Iterable[Weight | Input]) -> Iterator[Noise]:
 def _slot(path: str, module: nn.Module, attr: str) -> Slot:
     p = getattr(module, attr)
     return Slot(path, module, attr, nn.Parameter(p.detach().to(wide_dtype(p.dtype), copy=True)))
+
+
+def _refuse_moved(slots: Iterable[Slot]) -> None:
+    for slot in slots:
+        here, there = slot.latent.device, slot.parameter.device
+        if here.type != there.type:
+            raise RuntimeError(
+                f"the model was moved from {here} to {there} ({slot.path!r}), and its latents were not: move the model "
+                "first, then build the optimizer."
+            )
 
 
 def _on_grid(slot: Slot) -> bool:

@@ -7,6 +7,7 @@ from qsam.optim.qat import QAT
 from qsam.optim.sam import SAM
 from qsam.optim.saq import SAQ
 from qsam.optim.squat import SQuAT
+from qsam.optim.wrappers import unwrap
 
 __all__ = [
     "DIRECTIONS",
@@ -20,4 +21,5 @@ __all__ = [
     "SQuAT",
     "register_direction",
     "register_optimizer",
+    "unwrap",
 ]

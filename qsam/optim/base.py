@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam.coverage import FORMAT
@@ -20,10 +20,11 @@ from qsam.latent import Latents, ScaleSlot, coverage_for, scale_tensors
 from qsam.optim import state as packing
 from qsam.optim.checkpoint import Checkpoint
 from qsam.optim.diagnostics import noise_figures
-from qsam.optim.groups import Base, build_base
+from qsam.optim.groups import Base, build_base, needs_closure
 from qsam.optim.perturbation import Perturbation, checked_rho
 from qsam.optim.ranks import DataParallel, Ranks
 from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
+from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.optim.update import Closure, Update
 from qsam.registry import Registry
 from qsam.shards import any_process
@@ -106,17 +107,18 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     # --- the step -----------------------------------------------------------------------------------------------
 
     def step(self, closure: Closure | None = None) -> Any:
-        """Take one step.
+        """Take one step: of the weights, or after :meth:`scale_phase` of the scales.
 
         Args:
             closure: torch's closure: clears gradients, runs forward and backward, returns the loss. It is called as
-                often as the method has passes. Without it, the gradients of the passes made by hand are used.
+                often as the method has passes. Without it, or with one that runs no backward, the gradients of
+                the passes made by hand are used.
 
         Returns:
             What the closure returned in the first pass; None without a closure.
 
         Raises:
-            TypeError: a closure that cannot be called.
+            TypeError: a closure that cannot be called, or none for a base that calls it by itself (LBFGS).
             RuntimeError: called inside a block, without new gradients, or after somebody else wrote the weights.
         """
         self._refuse_inside_block("step")
@@ -124,9 +126,20 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         if closure is not None:
             if not callable(closure):
                 raise TypeError(f"`closure` must be a function that returns the loss, got {closure!r}.")
-            self._clear_gradients()
             with torch.enable_grad():
+                if self._has_gradients():
+                    result, backward = self._observe(closure)
+                    if not backward and self._has_gradients():
+                        self._step_by_hand()
+                        return result
+                    self._say_gradients_are_lost()
+                self._clear_gradients()
                 return self._run(closure)
+        return self._step_by_hand()
+
+    @torch.no_grad()
+    def _step_by_hand(self) -> None:
+        """Step with the gradients of the passes that were made."""
         if (
             not self._passes_made
             and packing.all_lr_zero(self.param_groups)
@@ -135,6 +148,10 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             return self._create_state()
         if not self._has_gradients():
             raise RuntimeError("step() found no gradient: run a new backward before each step.")
+        if self._scales_turn:
+            return self.step_scales()
+        if needs_closure(self.base):
+            raise TypeError(f"{type(self.base).__name__} calls its closure by itself: use step(closure).")
         if self.perturbation is not None and not self._perturbed and self.perturbation.passes(self.steps):
             self._say_once(
                 f"{type(self).__name__}.step() without first_pass() and perturbed() is a plain QAT step. A "
@@ -146,6 +163,27 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     def _all_agree(self, flag: bool) -> bool:
         """Whether it holds in every process that has a part of the weights; copies of a model agree by themselves."""
         return not any_process(not flag, self._parameters())
+
+    def _observe(self, closure: Closure) -> tuple[Any, bool]:
+        """Call ``closure`` once without a trace in buffers and random numbers, and return whether it ran a backward.
+
+        Where gradients are in place already, Lightning's manual optimization gives a closure that runs its hooks only.
+        """
+        seen: list[Tensor] = []
+        parameters = [p for p in self._parameters() if p.requires_grad]
+        handles = [p.register_post_accumulate_grad_hook(seen.append) for p in parameters]  # type: ignore[no-untyped-call]
+        try:
+            with buffers_kept(self.latents_of.root), same_random_numbers(RandomState.now()):
+                return closure(), bool(seen)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _say_gradients_are_lost(self) -> None:
+        self._say_once(
+            "step(closure) clears the gradients that it finds: micro-batches that were accumulated before it "
+            "(Lightning with accumulate_grad_batches) are lost. Accumulate inside the closure, or by hand."
+        )
 
     def _run(self, closure: Closure) -> Any:
         """Make the passes of one step by calling ``closure``, and step."""

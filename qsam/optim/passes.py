@@ -36,10 +36,27 @@ class Passes:
         """Number of steps of the weights so far."""
         return int(self.param_groups[0]["qsam_step"])
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """The blocks that are due, in order: what a loop by hand runs forward and backward in, then ``step()``.
+
+        A step of two passes is ``("first_pass", "perturbed")``; one whose direction is known, ``("perturbed",)``; one
+        that ``every`` or ``start`` leave out, ``("first_pass",)``. When SQuAT's scales have their turn it is
+        ``("scale_phase",)``: ``"same_batch"`` has it after the step, ``"next_batch"`` before the next one.
+        """
+        passes = 0 if self.perturbation is None else self.perturbation.passes(self.steps)
+        return (("first_pass",), ("perturbed",), ("first_pass", "perturbed"))[passes]
+
+    @property
+    def scales_due(self) -> bool:
+        """Whether the scales have a turn of their own now: never, in a method that does not alternate."""
+        return False
+
     def _start_passes(self) -> None:
         self._block: str | None = None
         self._ascent_ready = False
         self._perturbed = False
+        self._scales_turn = False
         self._passes_made = 0
         self._aside: list[tuple[nn.Parameter, Tensor | None]] = []
         self._random_starts: list[RandomState] = []
@@ -61,8 +78,8 @@ class Passes:
         self._refuse_second_shift()
         self._check_weights()
         self._note_random_start()
-        perturbed = self._perturbed
-        if self.perturbation is not None:  # without one, gradients add up as in any loop
+        perturbed, self._scales_turn = self._perturbed, False
+        if self.blocks != ("first_pass",):  # in a step without perturbation gradients add up as in any loop
             self._set_aside()
         self._block, self._ascent_ready = "first_pass", False
         try:
@@ -120,7 +137,14 @@ class Passes:
             raise RuntimeError(f"{type(self).__name__} has no perturbed pass: run one backward, then step().")
         self._refuse_inside_block("perturbed")
         self._refuse_second_shift()
-        if self.perturbation.passes(self.steps) == 1:
+        self._scales_turn = False
+        passes = self.perturbation.passes(self.steps)
+        if passes == 0:
+            raise RuntimeError(
+                f"step {self.steps} is not perturbed (`every`, `start`, or a direction that is not known yet): run the "
+                "blocks that `optimizer.blocks` names, then step()."
+            )
+        if passes == 1:
             if not self._ascent_ready:
                 self._check_weights()
                 self._note_random_start()
@@ -157,6 +181,7 @@ class Passes:
         finally:
             self._block = None
         self._passes_made += 1
+        self._scales_turn = True
 
     def step_scales(self) -> None:
         """Step the scales with the gradients of :meth:`scale_phase` (of the first pass, where the schedule is fused).
@@ -223,7 +248,7 @@ class Passes:
         """Clear all gradients, as :meth:`torch.optim.Optimizer.zero_grad`; outside a block its pass is void then."""
         super().zero_grad(set_to_none)  # type: ignore[misc]
         if self._block is None:
-            self._perturbed = self._ascent_ready = False
+            self._perturbed = self._ascent_ready = self._scales_turn = False
 
     def _parameters(self) -> Iterator[nn.Parameter]:
         for group in self.param_groups:
@@ -241,7 +266,7 @@ class Passes:
     def _clear_gradients(self) -> None:
         for p in self._parameters():
             p.grad = None
-        self._perturbed = self._ascent_ready = self.latents_of.noisy = False
+        self._perturbed = self._ascent_ready = self._scales_turn = self.latents_of.noisy = False
 
     def _has_gradients(self) -> bool:
         return any(p.grad is not None for p in self._parameters())
@@ -255,6 +280,10 @@ class Passes:
         return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
 
     def _refuse_inside_block(self, verb: str) -> None:
+        if "latents_of" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
+            raise RuntimeError(
+                f"{verb}() was called on a wrapper of the optimizer: use qsam.unwrap(optimizer).{verb}()."
+            )
         self.latents_of.check_attached()
         if self._block is not None:
             raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")

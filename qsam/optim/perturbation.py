@@ -80,7 +80,7 @@ class Perturbation:
         self.kept: dict[str, Tensor] = {}
         self.kept_norm: Tensor | None = None
         self._float_copies: list[tuple[nn.Parameter, Tensor]] = []
-        self._warned_16_bit = False
+        self._warned_16_bit = self._warned_empty = False
 
     def due(self, step: int) -> bool:
         """Whether the step of this number is one that ``every`` and ``start`` perturb."""
@@ -142,6 +142,8 @@ class Perturbation:
             sign: 1, or -1 where the base maximizes.
             step: Number of the step.
         """
+        if not ascents and not self._warned_empty:
+            self._warn_empty()
         units = [_unit(a) if self.normalize_weights else None for a in ascents]
         ascents = [
             a if u is None else dataclasses.replace(a, gradient=a.gradient * u)
@@ -194,6 +196,15 @@ class Perturbation:
         if callable(self.perturb):
             return bool(self.perturb(name, p))
         return slot is not None or self.perturb == "all"
+
+    def _warn_empty(self) -> None:
+        self._warned_empty = True
+        warnings.warn(
+            "nothing is perturbed: none of the selected parameters has a gradient. If the quantized weights are frozen "
+            "(LoRA), use perturb='all' or a predicate.",
+            UserWarning,
+            stacklevel=4,
+        )
 
     def _warn_16_bit(self, ascents: Sequence[Ascent], targets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Say once how much of e survives the rounding of 16-bit parameters."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import random
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,22 +19,26 @@ from torch import Tensor, nn
 
 @dataclasses.dataclass(frozen=True)
 class RandomState:
-    """The states of Python's, torch's CPU and all CUDA generators."""
+    """The states of Python's, torch's CPU and all CUDA generators, and of NumPy's global one where it is in use."""
 
     python: Any
     cpu: Tensor
     cuda: list[Tensor]
+    numpy: Any
 
     @staticmethod
     def now() -> RandomState:
         """Return the present states."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
-        return RandomState(random.getstate(), torch.get_rng_state(), cuda)
+        numpy = sys.modules.get("numpy")  # Wav2Vec2 draws the spans that it masks from it
+        return RandomState(random.getstate(), torch.get_rng_state(), cuda, numpy and numpy.random.get_state())
 
     def restore(self) -> None:
         """Set the generators back to these states."""
         random.setstate(self.python)
         torch.set_rng_state(self.cpu)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
         if self.cuda:
             torch.cuda.set_rng_state_all(self.cuda)
 

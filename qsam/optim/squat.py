@@ -76,8 +76,13 @@ class SQuAT(TwoPass):
                 "schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks."
             )
 
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """See :attr:`~qsam.optim.passes.Passes.blocks`."""
+        return ("scale_phase",) if self.schedule != "fused" and self.scales_due else super().blocks
+
     def _run(self, closure: Closure) -> Any:
-        if self.schedule == "next_batch" and self._scales_due():
+        if self.schedule == "next_batch" and self.scales_due:
             self._losses.clear()
             with self.scale_phase():
                 loss = self._call(closure, "loss")
@@ -86,14 +91,14 @@ class SQuAT(TwoPass):
         loss = self._make_passes(closure)
         alternates = self._perturbed
         self._finish_step()
-        if self.schedule == "same_batch" and alternates and self._scales_due():
+        if self.schedule == "same_batch" and alternates and self.scales_due:
             with self.scale_phase():
                 closure()
             self.step_scales()
         return loss
 
     def _between_passes(self) -> None:
-        if self.schedule == "fused" and self._ascent_ready and self._scales_due():
+        if self.schedule == "fused" and self._ascent_ready and self.scales_due:
             self.step_scales()
 
     def _finish_step(self) -> None:
@@ -132,16 +137,20 @@ class SQuAT(TwoPass):
         if self.schedule != "fused":
             raise RuntimeError("step_scales() between the first and the perturbed pass is for schedule='fused'.")
         order = [scale.parameter for scale in self.scale_slots]
-        grads = self.ranks.mean(self._pull_back(self.latents_of.scale_gradients), order)
         try:
-            self._step_scales(grads)
+            self._step_scales(self.ranks.mean(self._pull_back(self.latents_of.scale_gradients), order))
+        except BaseException:
+            self._clean_up()
+            raise
         finally:
             self.latents_of.write()
 
     def _check_alternates(self, verb: str) -> None:
         """Allow the scale phase."""
 
-    def _scales_due(self) -> bool:
+    @property
+    def scales_due(self) -> bool:
+        """Whether the scales have their turn; ``"fused"`` takes it between the passes, by :meth:`step_scales`."""
         return self._phase >= self.period
 
     @property

@@ -50,7 +50,7 @@ class Update(Passes):
     def _clean_up(self) -> None:
         """Let go of all gradients, and leave Q(w) in the model."""
         for slot in self.latents_of.slots:
-            slot.latent.grad = slot.shift = None
+            slot.latent.grad = slot.shift = slot.parameter.grad = None
         self.latents_of.write()
         self._clear_gradients()
 

@@ -502,7 +502,7 @@ def test_a_copy_of_the_model_alone_belongs_to_nobody(method):
     model = method.model(MLP)
     optimizer = method(model)
     copied = copy.deepcopy(model)
+    other = method(copied)
     with pytest.warns(UserWarning, match="on the quantization grid already: training starts from rounded weights"):
-        other = method(copied)
-    train(other, copied, MLP, 1)
+        train(other, copied, MLP, 1)
     train(optimizer, model, MLP, 1)

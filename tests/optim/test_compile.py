@@ -1,0 +1,116 @@
+"""torch.compile(model): whole graphs, compiled once; the passes write weights in place and change no guard."""
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import qsam
+from tests.models import BERT, CONV, MLP
+from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
+
+SQUATS = [m for m in METHODS if m.alternates]
+
+
+@pytest.fixture(autouse=True)
+def no_graphs_of_the_last_test():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("method", SQUATS, ids=str)
+@pytest.mark.parametrize("task", [MLP, CONV], ids=str)
+def test_squat_s_passes_share_one_whole_graph(method, task):
+    """fullgraph=True refuses a break; the counter has one frame after six steps of up to three passes."""
+    counter = CompileCounterWithBackend("aot_eager")
+    model, eager = method.model(task), method.model(task)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer, expected = method(compiled), method(eager)
+    torch.manual_seed(0)
+    losses = train(optimizer, compiled, task, 6)
+    assert counter.frame_count == 1
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert_on_grid(optimizer)
+    torch.manual_seed(0)
+    assert train(expected, eager, task, 6) == pytest.approx(losses, rel=1e-5)  # other kernels, other sums
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("qat", "saq")], ids=str)
+def test_no_method_recompiles_from_step_to_step(method):
+    counter = CompileCounterWithBackend("eager")
+    model = method.model(CONV)
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = method(compiled)
+    train(optimizer, compiled, CONV, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        train(optimizer, compiled, CONV, 3, start=1)
+        optimizer.zero_grad()
+        with optimizer.latents():
+            pass
+        optimizer.sync_latents()
+        train(optimizer, compiled, CONV, 1, start=4)
+    assert counter.frame_count == 1
+
+
+def test_a_transformer_compiles_once_with_a_scheduler_of_rho():
+    method = SQUATS[0]
+    counter = CompileCounterWithBackend("eager")
+    model = method.model(BERT)
+    model.config.problem_type = (
+        "single_label_classification"  # else its first forward sets it, which recompiles the second
+    )
+    compiled = torch.compile(model, backend=counter, fullgraph=True)
+    optimizer = method(compiled)
+    for i in range(3):
+        optimizer.param_groups[0]["qsam_rho"] = 0.1 / (1 + i)
+        optimizer.step(closure_of(optimizer, compiled, BERT, BERT.batch(i)))
+    assert counter.frame_count == 1
+
+
+def test_quantizing_a_compiled_model_drops_its_old_graph():
+    """A model that has run compiled before: the inputs' quantizers are in the new graph. Calibrate before a full graph."""
+    method = SQUATS[0]
+    model, eager = MLP.build(), MLP.build()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    MLP.loss(compiled, MLP.batch(0)).backward()
+    model.zero_grad()
+    for one in (model, eager):
+        qsam.quantize_(one)
+        qsam.calibrate(one, [MLP.batch(0)["x"]])
+    optimizer, expected = method.cls(compiled, torch.optim.AdamW), method.cls(eager, torch.optim.AdamW)
+    train(optimizer, compiled, MLP, 3)
+    train(expected, eager, MLP, 3)
+    ours, theirs = everything(optimizer, model), everything(expected, eager)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[k].float(), theirs[k].float(), rtol=1e-3, atol=1e-4) for k in ours)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_inductor_takes_the_steps_of_eager(method):
+    model, eager = method.model(MLP), method.model(MLP)
+    compiled = torch.compile(model, fullgraph=True)
+    optimizer, expected = method(compiled, lr=1e-4), method(eager, lr=1e-4)
+    losses = train(optimizer, compiled, MLP, 1)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        losses += train(optimizer, compiled, MLP, 3, start=1)
+    assert losses == pytest.approx(train(expected, eager, MLP, 4), rel=1e-3)
+    if method.quantizes:
+        assert_on_grid(optimizer)
+
+
+def test_dropping_the_graphs_changes_no_step():
+    ends = []
+    for reset in (True, False):
+        method = SQUATS[0]
+        model = method.model(MLP)
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        optimizer = method(compiled)
+        train(optimizer, compiled, MLP, 2)
+        if reset:
+            torch._dynamo.reset()
+        train(optimizer, compiled, MLP, 2, start=2)
+        ends.append(everything(optimizer, model))
+    assert_same(*ends)
