@@ -229,7 +229,7 @@ class Latents:
 
     @torch.no_grad()
     def take_frozen(self, slot: Slot, saved: Tensor | None) -> None:
-        """Set the latent of a weight that no group holds: as saved, else from a p that was loaded since."""
+        """Set a latent that no group of the checkpoint holds: as saved, else from a p that was loaded since."""
         if saved is not None:
             slot.latent.copy_(saved)
         elif not _same(slot.parameter, slot.quantized()):

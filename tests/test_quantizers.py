@@ -244,7 +244,7 @@ def test_the_base_class_leaves_init_and_forward_open():
         ({"granularity": "per_row"}, ValueError, "must be one of per_tensor, per_channel, per_group, got 'per_row'"),
         ({"granularity": "per_channel"}, ValueError, "'per_channel' needs `axis`, the channel dimension"),
         ({"granularity": "per_group", "group_size": 4}, ValueError, "'per_group' needs `axis`"),
-        ({"granularity": "per_group", "axis": 0}, ValueError, "belongs to granularity 'per_group' .* got None"),
+        ({"granularity": "per_group", "axis": 0}, ValueError, "granularity 'per_group' needs `group_size`"),
         ({"group_size": 4}, ValueError, "belongs to granularity 'per_group' .* got 4 with 'per_tensor'"),
         (
             {"granularity": "per_group", "axis": 0, "group_size": 0},

@@ -101,6 +101,8 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             qsam_quantizers=self._describe_quantizers(),
         )
         self._state_created = False
+        # What another optimizer left in the Parameters is nobody's micro-batch.
+        self._leftovers = {id(p.grad) for p in self._parameters() if p.grad is not None}
         self._start_passes()
         self.scales = ScaleFacade(self)
 
@@ -127,15 +129,34 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             if not callable(closure):
                 raise TypeError(f"`closure` must be a function that returns the loss, got {closure!r}.")
             with torch.enable_grad():
-                if self._has_gradients():
-                    result, backward = self._observe(closure)
-                    if not backward and self._has_gradients():
-                        self._step_by_hand()
-                        return result
-                    self._say_gradients_are_lost()
-                self._clear_gradients()
-                return self._run(closure)
+                return self._step_with(closure)
         return self._step_by_hand()
+
+    def _step_with(self, closure: Closure) -> Any:
+        """Run the passes; if the closure runs no backward (Lightning's manual optimization), step what is there."""
+        if any(p.grad is not None and id(p.grad) not in self._leftovers for p in self._parameters()):
+            result, backward = self._observe(closure)
+            if not backward and self._has_gradients():
+                self._step_by_hand()
+                return result
+            self._say_once(
+                "step(closure) clears the gradients that it finds: micro-batches that were accumulated before it "
+                "(Lightning with accumulate_grad_batches) are lost. Accumulate inside the closure, or by hand."
+            )
+        self._clear_gradients()
+        return self._run(closure)
+
+    def _observe(self, closure: Closure) -> tuple[Any, bool]:
+        """Call ``closure`` once without a trace in buffers and random numbers, and return whether it ran a backward."""
+        seen: list[Tensor] = []
+        parameters = [p for p in self._parameters() if p.requires_grad]
+        handles = [p.register_post_accumulate_grad_hook(seen.append) for p in parameters]  # type: ignore[no-untyped-call]
+        try:
+            with buffers_kept(self.latents_of.root), same_random_numbers(RandomState.now()):
+                return closure(), bool(seen)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     @torch.no_grad()
     def _step_by_hand(self) -> None:
@@ -163,27 +184,6 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     def _all_agree(self, flag: bool) -> bool:
         """Whether it holds in every process that has a part of the weights; copies of a model agree by themselves."""
         return not any_process(not flag, self._parameters())
-
-    def _observe(self, closure: Closure) -> tuple[Any, bool]:
-        """Call ``closure`` once without a trace in buffers and random numbers, and return whether it ran a backward.
-
-        Where gradients are in place already, Lightning's manual optimization gives a closure that runs its hooks only.
-        """
-        seen: list[Tensor] = []
-        parameters = [p for p in self._parameters() if p.requires_grad]
-        handles = [p.register_post_accumulate_grad_hook(seen.append) for p in parameters]  # type: ignore[no-untyped-call]
-        try:
-            with buffers_kept(self.latents_of.root), same_random_numbers(RandomState.now()):
-                return closure(), bool(seen)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _say_gradients_are_lost(self) -> None:
-        self._say_once(
-            "step(closure) clears the gradients that it finds: micro-batches that were accumulated before it "
-            "(Lightning with accumulate_grad_batches) are lost. Accumulate inside the closure, or by hand."
-        )
 
     def _run(self, closure: Closure) -> Any:
         """Make the passes of one step by calling ``closure``, and step."""

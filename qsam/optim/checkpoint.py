@@ -160,7 +160,9 @@ class Checkpoint(Passes):
         for i in ours:
             self.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
         self.param_groups[0].update(first)
-        self.latents_of.take_present_weights()
+        for slot in self.latents_of.slots:
+            self.latents_of.take_frozen(slot, None)
+        self.latents_of.write()
         warnings.warn(
             "this is a checkpoint of the bare base optimizer: the latents start from the model's present weights.",
             UserWarning,

@@ -146,7 +146,11 @@ def _check_granularity(granularity: str, axis: int | None, group_size: int | Non
         raise ValueError(
             f"granularity {granularity!r} needs `axis`, the channel dimension; activations are per_tensor."
         )
-    if (granularity == "per_group") != (group_size is not None):
+    if granularity == "per_group" and group_size is None:
+        raise ValueError(
+            "granularity 'per_group' needs `group_size`, the entries that share a scale: give an integer >= 1."
+        )
+    if granularity != "per_group" and group_size is not None:
         raise ValueError(
             f"`group_size` belongs to granularity 'per_group' and to no other: got {group_size} with {granularity!r}."
         )

@@ -77,6 +77,7 @@ def expected_step(model: nn.Module, optimizer: Any, case: int) -> tuple[dict[str
     else:
         perturbed = {path: quantized(path, w[path]) + e[path] for path in w}
     loss_at(model, perturbed).backward()
+    model.zero_grad()
     return {k: x.detach() - 0.1 * x.grad for k, x in w.items()}, {k: x.detach() - 0.1 * x.grad for k, x in s.items()}
 
 

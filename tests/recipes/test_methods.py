@@ -60,7 +60,7 @@ def test_a_pair_of_rates_is_for_weights_and_inputs() -> None:
         ("fp32:bits=2", r"fp32 has no setting 'bits'; it has none"),
         ("rtn2x", r"rtn cannot have 2 times the steps"),
         ("lsq0x", r"qat cannot have 0 times the steps"),
-        ("qat:weights=lsg", r"`--method qat:weights=lsg`: There is no quantizer 'lsg'. Did you mean 'lsq'"),
+        ("qat:weights=lsg", r"`--method qat:weights=lsg`: '0.weight': There is no quantizer 'lsg'. Did you mean 'lsq'"),
         ("saq:direction=asm", r"There is no direction 'asm'. Did you mean 'asam'"),
         ("qat:bits=9", r"`bits` must be an integer in \[2, 8\], got 9"),
         ("squat:every=0", r"`every` must be"),

@@ -12,9 +12,8 @@ import torch
 
 from recipes.bert_glue import main
 from recipes.ranks import own_rows, weight_of
-from tests.recipes.test_bert_glue import comparable, glue, results, tiny, weights, words
+from tests.recipes.tiny_glue import comparable, results, weights, words
 
-__all__ = ["glue", "tiny"]
 ROOT = Path(__file__).resolve().parents[2]
 
 

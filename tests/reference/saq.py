@@ -15,13 +15,13 @@ class SAQ(InGraph):
 
     def step(self, loss, batch):
         value = self.first(loss, batch)
-        e = self.ascent(self.gradient(value))
+        e = self.ascent(self.gradient_of_Q(value))
         self.perturbed(loss, batch, e).backward()
         self.step_weights()
         self.step_scales()
         return value.detach()
 
-    def gradient(self, value):
+    def gradient_of_Q(self, value):
         return dict(zip(self.Q, torch.autograd.grad(value, list(self.Q.values())), strict=True))
 
     def perturbed(self, loss, batch, e):
@@ -29,7 +29,7 @@ class SAQ(InGraph):
 
 
 class Case1(SAQ):
-    def gradient(self, value):
+    def gradient_of_Q(self, value):
         w = [self.parameters[name] for name in self.Q]
         return dict(zip(self.Q, torch.autograd.grad(value, w), strict=True))
 

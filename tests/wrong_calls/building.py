@@ -175,7 +175,7 @@ def _(quantized):
     qsam.SAQ(quantized, SGD, lr=0.1, reuse="gradient")
 
 
-@wrong(ValueError, "`perturbation_scope` must be 'global', got 'ranks'.")
+@wrong(ValueError, "`perturbation_scope` must be 'global' or 'rank', got 'ranks'.")
 def _(quantized):
     qsam.SAQ(quantized, SGD, lr=0.1, perturbation_scope="ranks")
 

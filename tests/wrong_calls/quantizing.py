@@ -95,7 +95,7 @@ def _(model):
 
 @wrong(
     ValueError,
-    "'0.weight': `group_size` belongs to granularity 'per_group' and to no other: got None with 'per_group'.",
+    "'0.weight': granularity 'per_group' needs `group_size`, the entries that share a scale: give an integer >= 1.",
 )
 def _(model):
     qsam.quantize_(model, granularity="per_group")
