@@ -404,18 +404,20 @@ def test_attention_has_a_second_derivative():
     assert torch.equal(loss, BERT.loss(model, BERT.batch(0)))
 
 
-@pytest.mark.parametrize(("activations", "distance", "derivatives"), [(None, 1e-4, True), ("lsq", 1e-6, False)])
-def test_differences_of_gradients_are_no_derivatives_where_inputs_are_quantized(activations, distance, derivatives):
+@pytest.mark.parametrize(("activations", "derivatives"), [(None, True), ("lsq", False)])
+def test_differences_of_gradients_are_no_derivatives_where_inputs_are_quantized(activations, derivatives):
     """Why second derivatives are taken: ||H u|| <= the largest |eigenvalue|, but differences see the stairs."""
     optimizer, model = trained(QUANTIZING[0], CONV, steps=30, activations=activations)
     model.eval()
     closure = closure_of(optimizer, model, CONV, CONV.batch(40))
     top = qsam.hessian_top_eigenvalue(optimizer, lambda: CONV.loss(model, CONV.batch(40))).value
-    with probing(optimizer, closure, "difference", 2, False) as probe:
-        u = torch.randn(probe.zeros().shape, generator=torch.Generator().manual_seed(0))
-        u *= distance / u.norm()
-        difference = float((probe.gradient(u)[1] - probe.gradient(-u)[1]).norm()) / (2 * distance)
-    assert difference <= top if derivatives else difference > 5 * top
+    found = []
+    for seed in range(6):  # not every direction crosses a step within this distance
+        with probing(optimizer, closure, "difference", 2, False) as probe:
+            u = torch.randn(probe.zeros().shape, generator=torch.Generator().manual_seed(seed))
+            u *= 1e-4 / u.norm()
+            found.append(float((probe.gradient(u)[1] - probe.gradient(-u)[1]).norm()) / 2e-4)
+    assert max(found) <= top if derivatives else max(found) > 5 * top
 
 
 # --- slices -------------------------------------------------------------------------------------------------------

@@ -153,13 +153,10 @@ def test_a_method_is_built_round_the_trainer_s_own_optimizer(tmp_path):
     assert optimizer.param_groups[0]["weight_decay"] == 0.1 and optimizer.param_groups[1]["weight_decay"] == 0.0
     assert all(group["qsam_rho"] == 0.05 for group in optimizer.param_groups[:2])
     twin = BERT.quantized()
-    other = trainer(tmp_path, twin)
+    other = trainer(tmp_path, twin, weight_decay=0.1)
     expected = qsam.SQuAT(twin, without_scales(Trainer.create_optimizer(other), twin), rho=0.05)
     steps_by_hand(expected, twin, BERT, [[0], [1], [2], [3]])
-    # Alone this is equal bit for bit; after a bf16 run in the same process it differs in the sixth digit (cause unknown).
-    ours, theirs = everything(optimizer, model), everything(expected, twin)
-    assert ours.keys() == theirs.keys()
-    assert all(torch.allclose(ours[k].float(), theirs[k].float(), rtol=1e-4, atol=1e-4) for k in ours)
+    assert_same(everything(optimizer, model), everything(expected, twin))
 
 
 def without_scales(base, model):
@@ -180,10 +177,10 @@ def test_the_log_is_of_the_first_pass_and_says_what_the_perturbation_added(tmp_p
     logs = [entry for entry in run.state.log_history if "loss" in entry]
     twin = BERT.quantized()
     losses = steps_by_hand(qsam.SQuAT(twin, AdamW, lr=1e-3, rho=0.5), twin, BERT, [[0], [1], [2], [3]])
-    assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-4)
+    assert [entry["loss"] for entry in logs] == pytest.approx(losses, rel=1e-6)
     assert all(entry["qsam_rise"] > 0 and entry["qsam_direction_norm"] > 0 for entry in logs)
     assert logs[1]["qsam_perturbation_norm"] == pytest.approx(0.5, rel=1e-3)
-    assert run.state.total_flos == 3 * 4 * run.model.floating_point_ops(BERT.batch(0))
+    assert run.state.total_flos == 3 * 4 * Trainer.floating_point_ops(run, BERT.batch(0))
 
 
 def test_the_rise_of_one_step_is_the_difference_of_its_losses(tmp_path):
