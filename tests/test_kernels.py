@@ -24,7 +24,7 @@ KINDS = [
     pytest.param({"granularity": "per_channel", "axis": 1}, (12, 40), id="per_channel-axis-1"),
     pytest.param({"granularity": "per_group", "axis": 0, "group_size": 8}, (12, 40), id="per_group"),
 ]
-DTYPES = [torch.float32, torch.bfloat16]
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)]
 
 
 @pytest.fixture(autouse=True)
@@ -154,7 +154,7 @@ def test_a_second_derivative_and_vmap_go_the_eager_way():
 
 
 def test_saved_for_backward_is_one_tensor_of_the_inputs_size_and_dtype():
-    for dtype in DTYPES:
+    for dtype in (torch.float32, torch.bfloat16):
         saved: list[Tensor] = []
         x = values((64, 64), dtype).requires_grad_()
         q = lsq({}, x.detach())
@@ -176,7 +176,10 @@ def verbs(rows: int) -> tuple[Tensor, Grid, Tensor, Tensor]:
     return w, Grid(scale.reshape(1) if rows == 1 else scale, -2, 1, 0.25, rows), grad, torch.empty_like(w)
 
 
-@pytest.mark.parametrize("rows", [1, 12])
+ROWS = [1, pytest.param(12, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize("rows", ROWS)
 def test_the_verbs_are_their_formulas(rows):
     w, grid, grad, p = verbs(rows)
     leaves = [w.clone().requires_grad_(), grid.scale.clone().requires_grad_()]
@@ -196,7 +199,7 @@ def test_the_verbs_are_their_formulas(rows):
     assert torch.equal(p, w)  # parked
 
 
-@pytest.mark.parametrize("rows", [1, 12])
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("entry", "expected"), [(0.123, False), (float("nan"), True)])
 def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expected):
     w, grid, grad, p = verbs(rows)
@@ -217,7 +220,7 @@ def test_a_write_counts_as_one_for_autograd():
 
 
 @pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("granularity", ["per_tensor", pytest.param("per_channel", marks=pytest.mark.long)])
 def test_training_agrees_between_the_back_ends(method, granularity):
     if not method.quantizes and granularity != "per_tensor":
         pytest.skip("nothing is quantized")

@@ -3,7 +3,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsam.functional import integer_limits
@@ -29,6 +29,7 @@ KINDS = [
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@settings(max_examples=settings().max_examples // 2)  # an example asks twenty laws
 @given(data=st.data())
 def test_the_laws_hold(setting, data):
     case = data.draw(cases(setting))
