@@ -253,16 +253,16 @@ def _equal(q: Tensor, p: Tensor) -> Tensor:
 
 def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
     """Run a kernel compiled, or as it stands where compiling has failed."""
+    call = kernel
+    if _CHOICE.failure is None:
+        try:
+            call = _compiled(kernel, tuple((t.dtype, t.dim()) for t in tensors), tensors[0].device)
+        except _COMPILER_ERRORS as error:
+            if _CHOICE.backend == "compiled":
+                raise
+            _say_failed(error)
     with torch.no_grad():
-        if _CHOICE.failure is None:
-            try:
-                found = _compiled(kernel, tuple((t.dtype, t.dim()) for t in tensors), tensors[0].device.type)
-                return found(*(t.detach() for t in tensors))
-            except _COMPILER_ERRORS as error:
-                if _CHOICE.backend == "compiled":
-                    raise
-                _say_failed(error)
-        return kernel(*tensors)
+        return call(*(t.detach() for t in tensors))
 
 
 _COMPILER_ERRORS = (RuntimeError, OSError)
@@ -282,47 +282,58 @@ def _say_failed(error: BaseException) -> None:
 
 @functools.cache
 def _compiled(
-    kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...], device: str
+    kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...], device: torch.device
 ) -> Callable[..., Any]:
-    """Return a kernel compiled for tensors of these dtypes and numbers of dimensions, of any size."""
+    """Return a kernel compiled for tensors of these dtypes and numbers of dimensions, of any size.
+
+    It is compiled here, and run, on examples of its own, so that what goes wrong later is not the compiler.
+    """
     _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), kinds[0][0])
-    if device != "cpu":
-        return torch.compile(kernel, fullgraph=True, dynamic=True)
-    return _Direct(kernel, kinds)
+    examples = _examples(kinds, device)
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
+        if device.type == "cpu":
+            return _Direct(kernel, examples)
+        call = torch.compile(kernel, fullgraph=True, dynamic=True)
+        call(*examples)
+        return call
+
+
+def _examples(kinds: tuple[tuple[torch.dtype, int], ...], device: torch.device) -> list[Tensor]:
+    """Return tensors of rows, then their scales, then the limits, with sizes that are all different."""
+    rows = 67 if kinds[0][1] == 2 else 0
+    shapes = [(rows, 4099) if rows else (2**17 + 3,)] * (len(kinds) - 2) + [(rows, 1) if rows else (1,), (2,)]
+    return [torch.ones(shape, dtype=kind[0], device=device) for shape, kind in zip(shapes, kinds, strict=True)]
 
 
 class _Direct:
     """A kernel on a CPU, called without torch.compile's guards, which would cost more than the kernel.
 
-    It is compiled from examples of its own, whose sizes are all different, so that it holds for all sizes above 1;
-    dtypes and dimensions are checked by who looks it up.
+    Compiled from examples whose sizes are all different it holds for all sizes above 1; dtypes and dimensions are
+    checked by who looks it up.
+
+    Raises:
+        RuntimeError: torch.compile is switched off.
     """
 
-    def __init__(self, kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...]) -> None:
+    def __init__(self, kernel: Callable[..., Any], examples: list[Tensor]) -> None:
         self.call: Callable[..., Any] | None = None
         self.sources: list[int | tuple[int, int]] = []
-        torch.compile(kernel, backend=self._backend, fullgraph=True, dynamic=True)(*self._examples(kernel, kinds))
+
+        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+            self.call = torch._inductor.compile(graph, inputs, options=_OPTIONS)
+            return functools.partial(self._first, examples)
+
+        torch.compile(kernel, backend=backend, fullgraph=True, dynamic=True)(*examples)
+        if not self.sources:
+            raise RuntimeError("torch.compile is switched off")
+
+    def _first(self, examples: list[Tensor], *arguments: Any) -> Any:
+        """Learn from the first call which argument of the graph is which tensor, or which size of one."""
         assert self.call is not None
-
-    def _examples(self, kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...]) -> list[Tensor]:
-        """Return tensors of rows, then the scales, then the limits."""
-        rows = 67 if kinds[0][1] == 2 else 0
-        shapes = [(rows, 4099) if rows else (2**17 + 3,)] * (len(kinds) - 2) + [(rows, 1) if rows else (1,), (2,)]
-        self.examples = [torch.ones(shape, dtype=kind[0]) for shape, kind in zip(shapes, kinds, strict=True)]
-        return self.examples
-
-    def _backend(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-        call = torch._inductor.compile(graph, inputs, options=_OPTIONS)
-        sizes = {size: (i, d) for i, t in enumerate(self.examples) for d, size in enumerate(t.shape)}
-
-        def first(*arguments: Any) -> Any:
-            """Learn from the first call which argument of the graph is which tensor, or which size of one."""
-            places = {id(t): i for i, t in enumerate(self.examples)}
-            self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
-            self.call = call
-            return call(*arguments)
-
-        return first
+        places = {id(t): i for i, t in enumerate(examples)}
+        sizes = {size: (i, d) for i, t in enumerate(examples) for d, size in enumerate(t.shape)}
+        self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
+        return self.call(*arguments)
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run it."""

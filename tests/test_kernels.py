@@ -292,6 +292,29 @@ def test_without_a_compiler_auto_is_eager_and_says_so_once(monkeypatch):
         q(x)
 
 
+def test_where_compiling_is_switched_off_auto_is_eager_and_says_so(monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", kernels._compiled.__wrapped__)  # nothing that was compiled before
+    x = values((300, 300))
+    q = lsq({}, x)
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.warns(UserWarning, match=r"run eagerly.*\(RuntimeError: torch.compile is switched off\)"),
+    ):
+        out = q(x)
+    with kernels.using("eager"):
+        assert torch.equal(q(x), out)
+
+
+def test_the_first_kernel_may_be_compiled_in_inference_mode_and_under_autocast(monkeypatch):
+    monkeypatch.setattr(kernels, "_compiled", kernels._compiled.__wrapped__)
+    x = values((300, 300))
+    q = lsq({}, x)
+    with kernels.using("compiled"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        out = q(x)
+    with kernels.using("eager"):
+        assert torch.equal(q(x), out)
+
+
 def test_a_compiled_model_holds_the_formulas_themselves():
     x = values((16, 32))
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
