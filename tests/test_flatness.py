@@ -17,9 +17,20 @@ from torch.optim import SGD, AdamW
 import qsam
 from qsam.probe import probing
 from tests.models import BERT, CONV, EVERYWHERE, MLP
-from tests.optim.methods import METHODS, QUANTIZING, assert_on_grid, assert_same, closure_of, everything, train
+from tests.optim.methods import (
+    METHODS,
+    QUANTIZING,
+    assert_on_grid,
+    assert_same,
+    closure_of,
+    everything,
+    long_but,
+    train,
+)
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+SOME = [method for method in METHODS if str(method) in {"sam", "squat-same_batch"}]
+each_method_long_but_two = pytest.mark.parametrize("method", long_but(SOME, METHODS), ids=str)
 
 
 class Quadratic(nn.Module):
@@ -265,7 +276,7 @@ def traces(optimizer, model):
     return kept, (identities, [module.training for module in model.modules()], random.getstate())
 
 
-@each_method
+@each_method_long_but_two
 @each_measure
 @pytest.mark.parametrize("mode", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("fails", [False, True], ids=["returns", "raises"])
@@ -297,7 +308,7 @@ def test_everything_is_left_as_it_was(method, measure, mode, fails):
     assert before[1] == after[1]
 
 
-@each_method
+@each_method_long_but_two
 @each_measure
 def test_training_goes_on_as_if_nothing_had_been_measured(method, measure):
     runs = []

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import AdamW
@@ -123,6 +124,12 @@ def train_by_hand(
                 scale_phase(i)
         if scaler is not None:
             scaler.update()
+
+
+def long_but(kept: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
+    """Return all values for ``parametrize``, those that are not among ``kept`` marked long."""
+    kept = list(kept)
+    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in everything]
 
 
 # --- what a run leaves behind -------------------------------------------------------------------------------------

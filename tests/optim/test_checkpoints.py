@@ -348,7 +348,12 @@ REFUSED = [
 @pytest.mark.parametrize(
     ("method", "other"),
     [
-        pytest.param(method, other, id=f"{method}-{other.__name__}")
+        pytest.param(
+            method,
+            other,
+            id=f"{method}-{other.__name__}",
+            marks=() if str(method) in {"sam", "saq", "squat-fused"} else pytest.mark.long,
+        )
         for method in METHODS
         for other in (REFUSED if method.quantizes else [of_another_model, of_other_groups])
     ],
@@ -422,8 +427,8 @@ def test_the_initialising_step_does_not_mind_that_the_model_was_just_loaded(meth
 @each_method
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 @pytest.mark.parametrize("base", [AdamW, SGD], ids=lambda base: base.__name__)
-@pytest.mark.parametrize("flat", [False, True], ids=["nested", "flat"])
-@pytest.mark.parametrize("stop", [0, 3])
+@pytest.mark.parametrize("flat", [pytest.param(False, marks=pytest.mark.long), True], ids=["nested", "flat"])
+@pytest.mark.parametrize("stop", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_resuming_through_distributed_checkpoint(method, base, flat, stop, tmp_path):
     """SGD without momentum: a base that never has a state of its own."""
     import torch.distributed.checkpoint as dcp

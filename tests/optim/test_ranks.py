@@ -2,7 +2,7 @@
 
 import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from tests.models import BERT, CONV, MLP, Batch, Task
-from tests.optim.methods import METHODS, Method, assert_on_grid, closure_of, everything, latents, scales_of
+from tests.optim.methods import METHODS, Method, assert_on_grid, closure_of, everything, latents, long_but, scales_of
 from tests.processes import Processes, running
 
 SQUAT = next(m for m in METHODS if m.schedule == "same_batch")
@@ -31,12 +31,6 @@ def two() -> Iterator[Processes]:
 @pytest.fixture(scope="module")
 def four() -> Iterator[Processes]:
     yield from running(4)
-
-
-def long_but(kept: Iterable[Any], everything: Iterable[Any]) -> list[Any]:
-    """Return all values for ``parametrize``, those that are not among ``kept`` marked long."""
-    kept = list(kept)
-    return [value if value in kept else pytest.param(value, marks=pytest.mark.long) for value in everything]
 
 
 # --- what the processes run ---------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from torch.optim import SGD, AdamW
 
 from qsam.shards import whole
 from tests.models import EVERYWHERE, MLP
-from tests.optim.methods import METHODS, Method, closure_of
-from tests.optim.test_ranks import long_but, part
+from tests.optim.methods import METHODS, Method, closure_of, long_but
+from tests.optim.test_ranks import part
 from tests.optim.test_shards import close, gathered, shard_
 from tests.processes import Processes, running
 

@@ -13,8 +13,8 @@ from torch.optim import SGD, AdamW
 import qsam
 from qsam.shards import is_sharded, local, whole
 from tests.models import MLP
-from tests.optim.methods import METHODS, Method, closure_of, scales_of
-from tests.optim.test_ranks import long_but, part
+from tests.optim.methods import METHODS, Method, closure_of, long_but, scales_of
+from tests.optim.test_ranks import part
 from tests.processes import Processes, running
 
 SAQ = next(m for m in METHODS if m.name == "saq")

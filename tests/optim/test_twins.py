@@ -17,6 +17,7 @@ from tests.optim.methods import (
     buffers_of,
     everything,
     latents,
+    long_but,
     scales_of,
     train,
     train_by_hand,
@@ -44,7 +45,8 @@ VARIANTS |= {"normalized": ({"normalize_weights": True}, NormalizedWeights)}
 STEPS = 20
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-each_granularity = pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+GRANULARITIES = ["per_tensor", "per_channel", "per_group"]
+each_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
 each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
 crosswise = pytest.mark.parametrize(("bits", "base"), [(2, AdamW), (4, SGD)], ids=["2-AdamW", "4-SGD"])
 the_other_way = pytest.mark.parametrize(("bits", "base"), [(4, AdamW), (2, SGD)], ids=["4-AdamW", "2-SGD"])
@@ -96,22 +98,22 @@ def test_every_registered_method_has_a_twin():
 
 
 @each_method
-@each_granularity
+@pytest.mark.parametrize("granularity", long_but(["per_tensor", "per_channel"], GRANULARITIES))
 @crosswise
 def test_a_method_equals_its_twin_on_an_mlp(method, granularity, bits, base):
     assert_equals_its_twin(method, MLP, base, quantization={"granularity": granularity, "bits": bits})
 
 
 @each_method
-@each_granularity
-@crosswise
+@pytest.mark.parametrize("granularity", long_but(["per_group"], GRANULARITIES))
+@pytest.mark.parametrize(("bits", "base"), [(2, AdamW), pytest.param(4, SGD, marks=pytest.mark.long)])
 def test_a_method_equals_its_twin_with_batch_norm_and_dropout(method, granularity, bits, base):
     assert_equals_its_twin(method, CONV, base, quantization={"granularity": granularity, "bits": bits})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("task", [MLP, CONV, BERT], ids=str)
-@each_base
+@pytest.mark.parametrize("task", long_but([MLP, CONV], [MLP, CONV, BERT]), ids=str)
+@pytest.mark.parametrize("base", long_but([AdamW], BASES))
 def test_a_variant_of_saq_equals_its_twin(variant, task, base):
     (saq,) = (method for method in METHODS if method.name == "saq")
     steps = 5 if task is BERT else STEPS
@@ -129,7 +131,7 @@ def test_a_method_equals_its_twin_at_the_other_bits(method, granularity, bits, b
 
 @each_method
 def test_a_method_equals_its_twin_on_a_w4a8_bert(method):
-    assert_equals_its_twin(method, BERT, AdamW)
+    assert_equals_its_twin(method, BERT, AdamW, steps=6)
 
 
 @pytest.mark.long
@@ -186,8 +188,8 @@ def test_a_method_equals_its_twin_at_any_radius(method, rho):
 
 
 @each_method
-@each_base
-@pytest.mark.parametrize("task", [CONV, BERT], ids=str)
+@pytest.mark.parametrize("base", long_but([AdamW], BASES))
+@pytest.mark.parametrize("task", long_but([CONV], [CONV, BERT]), ids=str)
 def test_by_hand_equals_step_closure(method, base, task):
     runs = []
     for drive in (train, functools.partial(train_by_hand, method)):
@@ -201,7 +203,7 @@ def test_by_hand_equals_step_closure(method, base, task):
 
 @pytest.mark.parametrize("method", QUANTIZING, ids=str)
 @each_base
-@pytest.mark.parametrize("task", [MLP, CONV, BERT], ids=str)
+@pytest.mark.parametrize("task", long_but([MLP], [MLP, CONV, BERT]), ids=str)
 def test_no_default_leaves_every_scale_where_it_began(method, base, task):
     model = method.model(task)
     before = {name: s.clone() for name, s in scales_of(model).items()}

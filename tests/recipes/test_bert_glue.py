@@ -345,6 +345,7 @@ def check_that_both_found_the_same(one: Path, other: Path, names: list[str]) -> 
         assert weights(one, name) == weights(other, name)
 
 
+@pytest.mark.long  # test_kill.py stops runs at worse moments
 def test_a_run_interrupted_twice_goes_on_to_the_same_bits(glue: Path, tiny: Path, tmp_path: Path) -> None:
     # 6 steps an epoch: checkpoints within epochs and between them, in both phases of the alternation
     more = ["--method", "squat", "--schedule", "next_batch", "--rho", "0.05", "--save-every", 5]
