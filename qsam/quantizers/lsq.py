@@ -123,7 +123,7 @@ class LSQ(Quantizer):
     def _count(self, x: Tensor) -> int:
         """Return N: the entries that share one step size; for an activation, the features of one sample."""
         if self.axis is None:
-            return x[0].numel() if x.dim() > 1 and len(x) else x.numel()
+            return x.numel() // x.shape[0] if x.dim() > 1 and len(x) else x.numel()
         return x.numel() // max(self.scale.numel(), 1)
 
     def _group(self, x: Tensor) -> Tensor:
