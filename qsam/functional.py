@@ -8,8 +8,6 @@ a multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit ar
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
@@ -22,7 +20,6 @@ Limit = int | Tensor
 """Qn or Qp; a tensor in a compiled kernel, for which a number would be a constant."""
 
 
-@functools.lru_cache(maxsize=64, typed=True)  # asked for in every forward; 4.0 and True are still no integers
 def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
     """Return the integer limits ``(Qn, Qp)`` of a ``bits``-bit grid.
 
