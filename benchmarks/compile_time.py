@@ -6,8 +6,6 @@ python -m benchmarks.compile_time    # one process's times, as JSON, with whatev
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
@@ -16,7 +14,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.measure import ROOT, Json
+from benchmarks.measure import Json, in_new_process, short
 from qsam import kernels
 from qsam.quantizers.lsq import LSQ
 
@@ -30,17 +28,12 @@ def compile_times(names: Sequence[str] = ()) -> Json:
         names: Of kernels; all by default.
     """
     with tempfile.TemporaryDirectory(prefix="qsam-bench-inductor-") as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-        return {state: _in_new_process(names, environment) for state in ("cold", "warm")}
+        return {state: _first_calls_elsewhere(names, cache) for state in ("cold", "warm")}
 
 
-def _in_new_process(names: Sequence[str], environment: dict[str, str]) -> Json:
-    command = [sys.executable, "-m", "benchmarks.compile_time", *names]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    seconds: Json = json.loads(done.stdout.splitlines()[-1])
-    return {"seconds": seconds, "total": sum(seconds.values())}
+def _first_calls_elsewhere(names: Sequence[str], cache: str) -> Json:
+    seconds = in_new_process("benchmarks.compile_time", *names, TORCHINDUCTOR_CACHE_DIR=cache)
+    return {"seconds": {name: short(s) for name, s in seconds.items()}, "total": short(sum(seconds.values()))}
 
 
 def first_calls(names: Sequence[str] = ()) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -56,14 +57,14 @@ class InputInGraph(nn.Module):
         if not self.ready:
             self.ready = True
             self.scale.data.copy_(initial(x, self.limits[1]))
-        out: Tensor = self.formula(x, self.scale, *self.limits, (x[0].numel() * self.limits[1]) ** -0.5)
-        return out
+        grad_scale = (x[0].numel() * self.limits[1]) ** -0.5
+        return self.formula(x, self.scale, *self.limits, float(grad_scale))
 
 
 @torch.no_grad()
 def initial(x: Tensor, high: int) -> Tensor:
     """Return the paper's first scale, ``2 mean|x| / sqrt(Qp)``."""
-    return (2 * x.abs().mean() / high**0.5).reshape(1)
+    return (2 * x.abs().mean() / math.sqrt(high)).reshape(1)
 
 
 def quantize_in_graph_(linear: nn.Linear, bits: int, activation_bits: int, formula: Formula) -> None:

@@ -15,6 +15,7 @@ import platform
 import random
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -122,6 +123,21 @@ def threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+def in_new_process(module: str, *arguments: str, **environment: str) -> Json:
+    """Run ``python -m <module>`` on as many threads as torch has here, and return the JSON of its last line.
+
+    Raises:
+        RuntimeError: it failed; with what it said.
+    """
+    command = [sys.executable, "-m", module, *arguments]
+    around = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads()), **environment}
+    done = subprocess.run(command, cwd=ROOT, env=around, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"`python -m {' '.join(command[2:])}` failed:\n{done.stderr}")
+    found: Json = json.loads(done.stdout.splitlines()[-1])
+    return found
 
 
 def write_json(folder: Path, name: str, result: Json) -> Path:

@@ -13,8 +13,6 @@ plus one saved tensor a quantized input.
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -26,7 +24,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from benchmarks import bert
 from benchmarks.bert import Batch, Size, batch_of, build, encoder_linears
-from benchmarks.measure import ROOT, Json
+from benchmarks.measure import Json, in_new_process
 from benchmarks.training import Method, Missing, loss_of, methods
 
 REFERENCE = "fp32"
@@ -38,7 +36,9 @@ STEP = "measured step"
 def measure(quick: bool = False, names: Iterable[str] = ()) -> Json:
     """Weigh every method, or the reference and those named, on the largest batch."""
     wanted = set(names) or set(methods())
-    found = {name: in_new_process(name, quick) for name in methods() if name in wanted | {REFERENCE}}
+    quickly = ["--quick"] if quick else []
+    chosen = [name for name in methods() if name in wanted | {REFERENCE}]
+    found = {name: in_new_process("benchmarks.memory", name, *quickly) for name in chosen}
     size = _size(quick)
     limit = budget(size, found[REFERENCE]["peak"])
     for figures in found.values():
@@ -75,17 +75,6 @@ def _input_bytes(model: nn.Module, batch: Batch) -> list[int]:
     return found
 
 
-def in_new_process(name: str, quick: bool) -> Json:
-    """Return what :func:`weigh` returns, in a process of its own."""
-    command = [sys.executable, "-m", "benchmarks.memory", name, *(["--quick"] if quick else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
-    result: Json = json.loads(done.stdout.splitlines()[-1])
-    return result
-
-
 def weigh(method: Method, size: Size) -> Json:
     """Return the bytes held before a period of steps, and the most held during it."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
@@ -102,8 +91,8 @@ def weigh(method: Method, size: Size) -> Json:
 
 def totals(profiler: profile) -> Json:
     """Read off a profile what was held when the measured step began, and the most during it."""
-    assert profiler.profiler is not None
-    events = list(_flat(profiler.profiler.kineto_results.experimental_event_tree()))
+    recorded: Any = profiler.profiler
+    events = list(_flat(recorded.kineto_results.experimental_event_tree()))
     (step,) = (event for event in events if event.name == STEP)
     held = sorted(
         (event.start_time_ns, event.extra_fields.total_allocated)

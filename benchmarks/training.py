@@ -173,7 +173,7 @@ def _torchao(model: nn.Module, batch: Batch) -> Call:
     wanted = set(encoder_linears(model))
     config = QATConfig(
         activation_config=IntxFakeQuantizeConfig(torch.int8, "per_token", is_symmetric=False),
-        weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True),
+        weight_config=IntxFakeQuantizeConfig(torch.int4, group_size=GROUP, is_symmetric=True),  # type: ignore[attr-defined]
         step="prepare",
     )
     quantize_(model, config, filter_fn=lambda _, name: name in wanted)
