@@ -142,9 +142,10 @@ def in_new_process(module: str, *arguments: str, **environment: str) -> Json:
 
 def write_json(folder: Path, name: str, result: Json) -> Path:
     """Write ``<folder>/<name>.json``; a reader sees the old file or the new one, never half of one."""
+    text = json.dumps(result, indent=1) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=folder, prefix=name, suffix=".part", delete=False) as file:
-        file.write(json.dumps(result, indent=1) + "\n")
+        file.write(text)
     os.chmod(file.name, 0o644)  # a temporary file is private
     path = folder / f"{name}.json"
     os.replace(file.name, path)

@@ -179,17 +179,22 @@ def scale_tables(result: Json) -> Iterator[str]:
     """Yield the cost per weight by size, and what was alive early and late."""
     rows = [
         (
-            f"{u['weights'] / 1e6:.3g} M",
+            f"{u['weights'] / 1e6:.2g} M",
             f"{u['variants']['base']['milliseconds']['median']:.2f}",
             between(u["variants"]["QAT"]["ratio"]),
             between(u["extra_nanoseconds_a_weight"]),
             f"{u['extra_copies']:.1f}",
+            f"{u['extra_microseconds_a_tensor']:.0f}",
         )
         for u in result["updates"]
     ]
-    head = ("weights", "the base's update, ms", "QAT's / the base's", "extra ns a weight", "in copies of the weights")
-    yield from table(head, *rows)
+    times = ("the base's update, ms", "QAT's / the base's")
+    extra = ("extra ns a weight", "in copies of the weights", "extra µs a tensor")
+    yield from table(("weights", *times, *extra), *rows)
     yield ""
+    if result["too_large"]:
+        yield f"There was no memory for {', '.join(f'{size / 1e6:.3g} M' for size in result['too_large'])} weights."
+        yield ""
     looks = [
         (str(look["steps"]), str(look["live_tensors"]), _mib(look["resident_bytes"]) if look["resident_bytes"] else "?")
         for look in result["growth"]["looks"]

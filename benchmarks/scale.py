@@ -1,4 +1,4 @@
-"""What the optimizer's update costs beyond the base's, from 1 to 300 million weights; and what grows in 10,000 steps.
+"""What the optimizer's update costs beyond the base's, up to 300 million weights; and what grows in 10,000 steps.
 
 python -m benchmarks.scale 1000 10000    # what is alive after so many steps, as JSON
 
@@ -25,7 +25,7 @@ import qsam
 from benchmarks.measure import Json, Variant, compared, in_new_process, interleaved, short, spread
 
 LAYERS = 4
-SIZES = (1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000)
+SIZES = (1_000, 100_000, 1_000_000, 3_000_000, 10_000_000, 30_000_000, 100_000_000, 300_000_000)
 COPIES_HELD = 12
 """fp32 copies of the weights: two models, two moments each, latents, gradients, and room to find the first scales."""
 RATE: dict[str, Any] = {"lr": 1e-5, "fused": True}
@@ -33,7 +33,7 @@ RATE: dict[str, Any] = {"lr": 1e-5, "fused": True}
 
 def measure(quick: bool = False) -> Json:
     """Measure both."""
-    sizes, rounds, looks = ((100_000, 200_000), 3, (5, 10)) if quick else (SIZES, 15, (1_000, 10_000))
+    sizes, rounds, looks = ((1_000, 300_000), 3, (5, 10)) if quick else (SIZES, 15, (1_000, 10_000))
     return {
         "settings": {"layers": LAYERS, "bits": 4, "base": "AdamW(fused=True)", "reference": "base", "rounds": rounds},
         "updates": [update(size, rounds) for size in sizes if fits(size)],
@@ -72,6 +72,7 @@ def update(weights: int, rounds: int) -> Json:
         "weights": count,
         "variants": compared(times, "base"),
         "extra_nanoseconds_a_weight": spread(extra),
+        "extra_microseconds_a_tensor": short(statistics.median(extra) * side**2 / 1e3),
         "extra_copies": short(statistics.median(extra) / copy),
     }
 
