@@ -7,7 +7,7 @@ the running total, those inside fused kernels and of autograd too. It runs from 
 what is held. (The resident memory of the process would add the interpreter, code, and what the C library keeps back.)
 
 The budget of a W4A8 step is the fp32 step's largest total, plus one fp32 copy of the quantized weights (the latents),
-plus one saved tensor a quantized input.
+plus one saved tensor a quantized input. Scales and random states are some kilobytes: shares are rounded to four digits.
 """
 
 from __future__ import annotations
@@ -31,11 +31,13 @@ REFERENCE = "fp32"
 WARMUP = 3
 """Periods before: the optimizer's state exists, and kernels are compiled."""
 STEP = "measured step"
+QUICK = ("QAT", "SAQ", "LSQ in the graph, eager")
+"""The methods of a smoke run, where each process does little but import."""
 
 
 def measure(quick: bool = False, names: Iterable[str] = ()) -> Json:
-    """Weigh every method, or the reference and those named, on the largest batch."""
-    wanted = set(names) or set(methods())
+    """Weigh every method (a few if ``quick``), or the reference and those named, on the largest batch."""
+    wanted = set(names) or set(QUICK if quick else methods())
     quickly = ["--quick"] if quick else []
     chosen = [name for name in methods() if name in wanted | {REFERENCE}]
     found = {name: in_new_process("benchmarks.memory", name, *quickly) for name in chosen}

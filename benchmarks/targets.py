@@ -49,7 +49,7 @@ class Target:
 
     @property
     def met(self) -> bool:
-        """Whether it is kept: by the number as measured, before any rounding."""
+        """Whether it is kept: by the number in the JSON, not as the table rounds it."""
         return self.value <= self.limit
 
 
