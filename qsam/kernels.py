@@ -302,8 +302,8 @@ class _Direct:
         self.call: Callable[..., Any] | None = None
         self.sources: list[int | tuple[int, int]] = []
         torch.compile(kernel, backend=self._backend, fullgraph=True, dynamic=True)(*self._examples(kernel, kinds))
-        assert self.call is not None
         del self.examples  # a megabyte a kernel
+        assert self.call is not None
 
     def _examples(self, kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...]) -> list[Tensor]:
         """Return tensors of rows, then the scales, then the limits."""
