@@ -3,7 +3,7 @@
 #   PYTHON     what makes it (default python3)
 #   TASK       the task of `make glue` (default stsb)
 #   WORKERS    processes of pytest (default 2: each computes on one thread)
-#   ARGS       appended to the arguments of the recipe, or of pytest
+#   ARGS       appended to the arguments of the recipe, of pytest, or of the benchmarks
 PYTHON ?= python3
 QSAM_VENV ?= .venv
 TASK ?= stsb
@@ -27,11 +27,12 @@ SPACE := $(EMPTY) $(EMPTY)
 ENV := $(subst $(SPACE),\$(SPACE),$(QSAM_VENV))
 STAMP_GLUE := $(ENV)/qsam-glue.stamp
 STAMP_TEST := $(ENV)/qsam-test.stamp
+STAMP_BENCH := $(ENV)/qsam-bench.stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help glue check format test test-all clean
+.PHONY: help glue check format test test-all bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -68,6 +69,9 @@ test-all: check ## check, then every test; writes docs/test-all.txt
 	} >docs/test-all.txt; \
 	exit "$$(cat "$$code")"
 
+bench: $(STAMP_BENCH) ## measure speed and memory, on a quiet machine; writes docs/speed.md: make bench ARGS="step memory"
+	$(RUN) benchmarks $(ARGS)
+
 clean: ## remove caches and build output; the environment and runs/ stay
 	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -not -path '*/site-packages/*' -not -path '*/lib/python*' -prune -exec rm -rf {} +
@@ -87,3 +91,8 @@ $(STAMP_GLUE): pyproject.toml constraints.txt | $(ENV)/bin/pip
 $(STAMP_TEST): pyproject.toml constraints.txt | $(ENV)/bin/pip
 	$(PIP) $(TORCH_TEST) -e '.[test]'
 	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$@"
+
+# The torch of the tests, so that numbers and tests speak of the same one; peers that want another are refused here.
+$(STAMP_BENCH): pyproject.toml constraints.txt | $(ENV)/bin/pip
+	$(PIP) $(TORCH_TEST) -e '.[test,bench]'
+	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$(QSAM_VENV)/qsam-test.stamp" "$@"

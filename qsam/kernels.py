@@ -324,6 +324,7 @@ class _Direct:
             return functools.partial(self._first, examples)
 
         torch.compile(kernel, backend=backend, fullgraph=True, dynamic=True)(*examples)
+        examples.clear()  # torch.compile holds on to its backend's result; a megabyte a kernel
         if not self.sources:
             raise RuntimeError("torch.compile is switched off")
 

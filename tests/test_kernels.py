@@ -324,3 +324,11 @@ def test_a_compiled_model_holds_the_formulas_themselves():
         expected = model(x)
         compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
+
+
+def test_a_compiled_kernel_keeps_no_tensor():
+    kernel = kernels._Direct(kernels._holds, ((torch.float64, 1),) * 4)
+    kept = [value for value in vars(kernel).values() if isinstance(value, Tensor | list | tuple)]
+    assert kept == [kernel.sources]
+    w = torch.arange(70_000, dtype=torch.float64)
+    assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5], dtype=torch.float64))

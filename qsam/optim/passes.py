@@ -118,6 +118,7 @@ class Passes:
                 gather = perturbation.gather_known if known else perturbation.gather
                 ascents = gather(self.latents_of, self.base.state)
                 perturbation.apply(ascents, self._rho_of(), self._ascent_sign(), self.steps)
+                del ascents  # else the first pass's gradients would live through this one: a copy of all the weights
                 if self._measure:
                     self._measured, self._measure = perturbation_figures(self.latents_of), False
                 self._put_back()

@@ -1,5 +1,7 @@
 """Contract 6: ||e|| = rho over the perturbed set only, in the direction of the gradient."""
 
+import weakref
+
 import pytest
 import torch
 from torch.optim import SGD, AdamW
@@ -240,3 +242,14 @@ def test_reading_the_diagnostics_changes_nothing(method, block):
         train(optimizer, model, CONV, 1)
         ends.append(everything(optimizer, model))
     assert_same(*ends)
+
+
+@each_method
+def test_the_first_pass_gradients_do_not_live_through_the_perturbed_pass(method):
+    model, optimizer = build(method)
+    with optimizer.first_pass():
+        MLP.loss(model, MLP.batch(0)).backward()
+    first = weakref.ref(model.get_parameter("0.weight").grad)
+    assert first() is not None
+    with optimizer.perturbed():
+        assert first() is None

@@ -1,0 +1,83 @@
+"""How long the first call of each fused kernel takes, in a new process: without torch's cache of kernels, and with it.
+
+python -m benchmarks.compile_time    # one process's times, as JSON, with whatever cache torch has
+
+The import of torch is not counted. That of its compiler is, in a line of its own.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.measure import Json, in_new_process, short
+from qsam import kernels
+from qsam.quantizers.lsq import LSQ
+
+SHAPE = (384, 384)
+IMPORT = "import of the compiler"
+
+
+def compile_times(names: Sequence[str] = ()) -> Json:
+    """Return seconds by kernel of a cold process and of a warm one, which finds the first one's kernels on the disk.
+
+    Args:
+        names: Of kernels; all by default.
+    """
+    with tempfile.TemporaryDirectory(prefix="qsam-bench-inductor-") as cache:
+        return {state: _first_calls_elsewhere(names, Path(cache)) for state in ("cold", "warm")}
+
+
+def _first_calls_elsewhere(names: Sequence[str], cache: Path) -> Json:
+    """Return the seconds by kernel, their sum, and how many libraries the process had to build."""
+    before = len(list(cache.rglob("*.so")))
+    seconds = in_new_process("benchmarks.compile_time", *names, TORCHINDUCTOR_CACHE_DIR=str(cache))
+    return {
+        "seconds": {name: short(s) for name, s in seconds.items()},
+        "total": short(sum(seconds.values())),
+        "built": len(list(cache.rglob("*.so"))) - before,
+    }
+
+
+def first_calls(names: Sequence[str] = ()) -> dict[str, float]:
+    """Return the seconds of importing the compiler, and of each kernel's first call after that."""
+    start = time.perf_counter()
+    importlib.import_module("torch._dynamo")
+    importlib.import_module("torch._inductor.compile_fx")
+    found = {IMPORT: time.perf_counter() - start}
+    kernels.set_backend("compiled")
+    for name, call in _calls():
+        if not names or name in names:
+            start = time.perf_counter()
+            call()
+            found[name] = time.perf_counter() - start
+    return found
+
+
+def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Yield one call of each kernel that training with W4A8 uses, in the order of a step."""
+    w, p, grad = torch.randn(SHAPE), torch.randn(SHAPE), torch.randn(SHAPE)
+    x = torch.randn(SHAPE, requires_grad=True)
+    quantizer = LSQ(bits=4)
+    quantizer.observe_(w)
+    grid = quantizer.grid(w)
+    assert grid is not None
+    outputs: list[torch.Tensor] = []
+    yield "write", lambda: kernels.write_(w, grid, p)
+    yield "forward", lambda: outputs.append(quantizer(x))
+    yield "backward", lambda: torch.autograd.backward(outputs[0], grad)
+    yield "compare", lambda: kernels.holds(w, grid, p)
+    yield "scale gradient", lambda: kernels.scale_gradient(w, grid, grad, p)
+    yield "pull back", lambda: kernels.pull_back_(w, grid, grad, p)
+
+
+if __name__ == "__main__":
+    print(json.dumps(first_calls(sys.argv[1:])))

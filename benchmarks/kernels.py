@@ -1,0 +1,153 @@
+"""Fake quantization, and what the optimizer does to a weight, against copies of the same tensor.
+
+Forward and backward of fake quantization read the input twice and the gradient once, and write two tensors: 2.5 copies
+of the input are the floor. The reference is three copies into memory that is there already. Of the optimizer's
+operations each one's bytes are counted, and its bandwidth is compared with a copy's in the same round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+import qsam
+from benchmarks.compile_time import compile_times
+from benchmarks.formulas import compiled, lsq
+from benchmarks.measure import Json, Variant, compared, interleaved, ratios, spread
+from qsam.latent import Slot, perturb_
+from qsam.quantizers.lsq import LSQ
+
+Fake = Callable[[Tensor, Tensor], Tensor]
+
+WEIGHT = (3072, 768)
+ACTIVATION = (32, 64, 384)
+QUICK = (260, 256)
+BYTES = {"write": 8, "compare": 8, "pull back": 20, "scale gradient": 12, "perturb": 12, "norm": 4}
+"""Per fp32 weight. write: w, p. compare: w, p. pull back: w, grad, p, and writes grad and p. scale gradient: w, grad,
+p. perturb: p, d, and writes p. norm: d."""
+
+
+def measure(quick: bool = False) -> Json:
+    """Measure everything; ``quick`` is a smoke run on a small tensor."""
+    rounds = 3 if quick else 60
+    sizes: Sequence[tuple[str, tuple[int, ...], torch.dtype, int]] = [
+        ("weight", QUICK if quick else WEIGHT, torch.float32, 4)
+    ]
+    if not quick:
+        sizes = [*sizes, ("activation", ACTIVATION, torch.float32, 8), ("activation", ACTIVATION, torch.bfloat16, 8)]
+    return {
+        "settings": {"rounds": rounds, "reference": "three copies", "bytes_per_weight": BYTES},
+        "fake_quantize": [fake_quantization(*size, rounds) for size in sizes],
+        "verbs": verbs(QUICK if quick else WEIGHT, rounds),
+        "compile_seconds": None if quick else compile_times(),
+    }
+
+
+# --- fake quantization ------------------------------------------------------------------------------------------------
+
+
+def fake_quantization(what: str, shape: tuple[int, ...], dtype: torch.dtype, bits: int, rounds: int) -> Json:
+    """Time forward and backward of every way to fake-quantize one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
+    grad = torch.randn(shape, generator=generator).to(dtype)
+    quantizer = LSQ(bits=bits)
+    quantizer.observe_(x.detach())
+    variants = [*_copies(x.detach()), *_passes(x, grad, quantizer)]
+    times = interleaved(variants, rounds, warmup=3)
+    qsam.set_backend("auto")
+    name = f"{what} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
+    return {"case": name, "bits": bits, "variants": compared(times, "three copies")}
+
+
+def _copies(x: Tensor) -> Iterator[Variant]:
+    out = torch.empty_like(x)
+
+    def copy() -> None:
+        for _ in range(3):
+            out.copy_(x)
+
+    def clone() -> None:
+        for _ in range(3):
+            x.clone()
+
+    yield Variant("three copies", copy)
+    yield Variant("three copies into new memory", clone)
+
+
+def _passes(x: Tensor, grad: Tensor, quantizer: LSQ) -> Iterator[Variant]:
+    """Yield each way's forward and backward, from the same input, scale and gradient."""
+    s = quantizer.scale.detach().clone().requires_grad_()
+    low, high, gs = quantizer.quant_min, quantizer.quant_max, float(x.numel() * quantizer.quant_max) ** -0.5
+    zero = torch.zeros(1)
+    fused = compiled(lsq)
+    ways: dict[str, Fake] = {
+        "torch's learnable op": lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(
+            x, s, zero, low, high, gs
+        ),
+        "formula in the graph, eager": lambda x, s: lsq(x, s, low, high, gs),
+        "formula in the graph, torch.compile": lambda x, s: fused(x, s, low, high, gs),
+    }
+
+    def both(way: Fake, leaf: Tensor) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(way(x, leaf), (x, leaf), grad)
+
+    for backend in ("compiled", "eager"):
+        run = both(lambda x, _: quantizer(x), quantizer.scale)
+        yield Variant(f"qsam, {backend}", run, lambda backend=backend: qsam.set_backend(backend))  # type: ignore[misc]
+    for name, way in ways.items():
+        yield Variant(name, both(way, s))
+
+
+# --- the optimizer's operations on one weight -------------------------------------------------------------------------
+
+
+def verbs(shape: tuple[int, ...], rounds: int) -> Json:
+    """Time each operation on one weight, fused and eager, with the bandwidth it reaches as a share of a copy's."""
+    model = nn.Linear(shape[1], shape[0], bias=False)
+    qsam.quantize_(model, bits=4, activations=None)
+    optimizer = qsam.QAT(model, SGD, lr=0.0)
+    source, out = torch.ones(shape), torch.empty(shape)
+    found = {}
+    for backend in ("compiled", "eager"):
+        qsam.set_backend(backend)
+        variants = [Variant("copy", lambda: out.copy_(source)), *_verbs(optimizer, torch.randn(shape) * 1e-3)]
+        found[backend] = _against_copy(interleaved(variants, rounds, warmup=3))
+    qsam.set_backend("auto")
+    return {"case": f"weight {'x'.join(map(str, shape))} float32", "bits": 4, **found}
+
+
+def _verbs(optimizer: qsam.QAT, grad: Tensor) -> Iterator[Variant]:
+    latents = optimizer.latents_of
+    slot: Slot = latents.slots[0]
+    tiny = torch.tensor(1e-6)
+
+    def on_grid() -> None:
+        latents.write()
+
+    yield Variant("write", latents.write)
+    yield Variant("compare", latents.compare, on_grid)
+    yield Variant("pull back", lambda: _no_grad(lambda: latents.pull_back_(slot, grad)), on_grid)
+    yield Variant("scale gradient", lambda: _no_grad(lambda: latents.scale_gradients(slot, grad)), on_grid)
+    yield Variant("perturb", lambda: perturb_([(slot.parameter, grad, tiny)]), on_grid)
+    yield Variant("norm", lambda: torch.linalg.vector_norm(grad))
+
+
+@torch.no_grad()
+def _no_grad(run: Callable[[], object]) -> None:
+    run()
+
+
+def _against_copy(times: dict[str, list[float]]) -> Json:
+    """Return milliseconds, and (bytes / time) of each operation as a share of a copy's, which moves 8 a weight."""
+    copy = times.pop("copy")
+    return {
+        name: {
+            "milliseconds": spread(1e3 * t for t in found),
+            "share_of_copy_bandwidth": ratios([BYTES[name] / 8 * c for c in copy], found),
+        }
+        for name, found in times.items()
+    }

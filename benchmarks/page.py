@@ -1,0 +1,202 @@
+"""The tables of docs/speed.md, each between two marks, written from the kept JSON files and from nothing else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from benchmarks.measure import RESULTS, ROOT, Json, read_json
+from benchmarks.targets import Results, ahead, targets
+
+PAGE = ROOT / "docs" / "speed.md"
+FIGURE = ROOT / "docs" / "speed.png"
+NAMES = ("kernels", "step", "memory", "scale")
+NOT_YET = "Not measured yet."
+
+
+def read_results(folder: Path = RESULTS) -> Results:
+    """Return the JSON of each benchmark that has been kept."""
+    found = {name: read_json(folder, name) for name in NAMES}
+    return {name: result for name, result in found.items() if result is not None}
+
+
+def marks(name: str) -> tuple[str, str]:
+    """Return what stands before and after a block."""
+    return f"<!-- {name}: begin (python -m benchmarks) -->", f"<!-- {name}: end -->"
+
+
+def rewritten(text: str, results: Results) -> str:
+    """Return the page with every block made anew."""
+    for name, lines in blocks(results).items():
+        begin, end = marks(name)
+        before, rest = text.split(begin)
+        after = rest.split(end)[1]
+        text = "\n".join([before + begin, *lines, end + after])
+    return text
+
+
+def blocks(results: Results) -> dict[str, list[str]]:
+    """Return the lines of each block; a sentence where its benchmark has not run."""
+    made: Mapping[str, Callable[[Json], Iterator[str]]] = {
+        "kernels": kernel_tables,
+        "step": step_table,
+        "memory": memory_table,
+        "scale": scale_tables,
+    }
+    found = {name: list(make(results[name])) if name in results else [NOT_YET] for name, make in made.items()}
+    anything = bool(results)
+    found["machine"] = list(machine_lines(results)) if anything else [NOT_YET]
+    found["targets"] = list(target_table(results)) if anything else [NOT_YET]
+    found["figure"] = [f"![{CAPTION}]({FIGURE.name})"] if {"step", "scale"} <= set(results) else [NOT_YET]
+    return found
+
+
+CAPTION = "Left: a training step against fp32, by method and peer. Right: the update's cost per weight by model size."
+
+
+def table(head: tuple[str, ...], *rows: tuple[str, ...]) -> Iterator[str]:
+    """Yield the lines of a table."""
+    for cells in (head, ("---",) * len(head), *rows):
+        yield "| " + " | ".join(cells) + " |"
+
+
+def between(figures: Json, digits: int = 2) -> str:
+    """Return "1.07 (1.05-1.09)": the median and the quartiles."""
+    low, high = figures["quartiles"]
+    return f"{figures['median']:.{digits}f} ({low:.{digits}f}-{high:.{digits}f})"
+
+
+def machine_lines(results: Results) -> Iterator[str]:
+    """Yield what was measured where, with what: one line for each benchmark that differs."""
+    told: dict[str, list[str]] = {}
+    for name, result in results.items():
+        told.setdefault(_machine(result["machine"]), []).append(name)
+    for facts, names in told.items():
+        yield f"- {', '.join(names)}: {facts}"
+
+
+def _machine(facts: Json) -> str:
+    packages = ", ".join(f"{name} {number or 'not installed'}" for name, number in facts["packages"].items())
+    load = facts["load_before"][0]
+    return (
+        f"{facts['date']}, commit {facts['commit']}; {facts['processor']}, {facts['cores']} cores, {facts['threads']} "
+        f"threads, {' '.join(facts['vector_flags'])}; load before {load:.2f}; a copy moves "
+        f"{facts['copy_gigabytes_per_second']:.1f} GB/s; Python {facts['python']}; {packages}."
+    )
+
+
+def target_table(results: Results) -> Iterator[str]:
+    """Yield the table of promises, and where another way is ahead."""
+    found = targets(results)
+    rows = [(t.what, f"{t.limit:g}{t.unit}", f"{t.value:.3f}{t.unit}", "met" if t.met else "**missed**") for t in found]
+    yield from table(("target", "at most", "measured", ""), *rows)
+    yield ""
+    yield f"{sum(t.met for t in found)} of {len(found)} met. Where another way is ahead:"
+    yield ""
+    yield from [f"- {sentence}" for sentence in ahead(results)] or ["- nowhere in what was measured."]
+
+
+def kernel_tables(result: Json) -> Iterator[str]:
+    """Yield the tables of fake quantization, of the optimizer's operations, and of compiling."""
+    cases = result["fake_quantize"]
+    ways = cases[0]["variants"]
+    rows = [(way, *(between(case["variants"][way]["ratio"]) for case in cases)) for way in ways]
+    yield from table(
+        ("forward and backward, against three copies", *(f"{c['case']}, {c['bits']} bits" for c in cases)), *rows
+    )
+    yield ""
+    verbs = result["verbs"]
+    yield from table(
+        (f"one operation on one {verbs['case']}", "bytes a weight", "ms", "share of a copy's bandwidth", "eager, ms"),
+        *(_verb(result, name) for name in verbs["compiled"]),
+    )
+    if result["compile_seconds"] is not None:
+        yield ""
+        yield from _compile_table(result["compile_seconds"])
+
+
+def _verb(result: Json, name: str) -> tuple[str, ...]:
+    fused, eager = (result["verbs"][backend][name] for backend in ("compiled", "eager"))
+    return (
+        name,
+        str(result["settings"]["bytes_per_weight"][name]),
+        f"{fused['milliseconds']['median']:.3f}",
+        f"{fused['share_of_copy_bandwidth']['median']:.0%}",
+        f"{eager['milliseconds']['median']:.3f}",
+    )
+
+
+def _compile_table(seconds: Json) -> Iterator[str]:
+    names = list(seconds["cold"]["seconds"])
+    rows = [(n, *(f"{seconds[state]['seconds'][n]:.2f}" for state in ("cold", "warm"))) for n in names]
+    total = ("all", *(f"{seconds[state]['total']:.2f}" for state in ("cold", "warm")))
+    yield from table(("first call of a kernel, s", "cold", "warm"), *rows, total)
+
+
+def step_table(result: Json) -> Iterator[str]:
+    """Yield the table of training steps."""
+    cases = result["cases"]
+    rows = [
+        (
+            f"{name} (peer)" if facts["peer"] else name,
+            f"{facts['passes']:g}",
+            *(_step_cell(case["variants"][name]) for case in cases),
+        )
+        for name, facts in result["methods"].items()
+    ]
+    yield from table(("method", "passes", *(f"{case['case']} tokens" for case in cases)), *rows)
+
+
+def _step_cell(figures: Json) -> str:
+    return f"missing: {figures['missing']}" if "missing" in figures else between(figures["ratio"])
+
+
+def memory_table(result: Json) -> Iterator[str]:
+    """Yield the budget and the table of memory."""
+    budget = result["budget"]
+    yield (
+        f"Budget at {result['settings']['case']} tokens: {_mib(budget['fp32'])} (fp32) + {_mib(budget['weights'])} "
+        f"(one copy of the quantized weights) + {_mib(budget['inputs'])} (one tensor a quantized input) = "
+        f"{_mib(budget['budget'])} MiB."
+    )
+    yield ""
+    rows = [(name, *_memory_cells(figures)) for name, figures in result["variants"].items()]
+    yield from table(("method", "held between steps, MiB", "peak, MiB", "peak / fp32", "peak / budget"), *rows)
+
+
+def _memory_cells(figures: Json) -> tuple[str, ...]:
+    if "missing" in figures:
+        return (f"missing: {figures['missing']}", "", "", "")
+    sizes = (_mib(figures["standing"]), _mib(figures["peak"]))
+    return (*sizes, f"{figures['of_fp32']:.3f}", f"{figures['of_budget']:.3f}")
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:.1f}"
+
+
+def scale_tables(result: Json) -> Iterator[str]:
+    """Yield the cost per weight by size, and what was alive early and late."""
+    rows = [
+        (
+            f"{u['weights'] / 1e6:.2g} M",
+            f"{u['variants']['base']['milliseconds']['median']:.2f}",
+            between(u["variants"]["QAT"]["ratio"]),
+            between(u["extra_nanoseconds_a_weight"]),
+            f"{u['extra_copies']:.1f}",
+            f"{u['extra_microseconds_a_tensor']:.0f}",
+        )
+        for u in result["updates"]
+    ]
+    times = ("the base's update, ms", "QAT's / the base's")
+    extra = ("extra ns a weight", "in copies of the weights", "extra µs a tensor")
+    yield from table(("weights", *times, *extra), *rows)
+    yield ""
+    if result["too_large"]:
+        yield f"There was no memory for {', '.join(f'{size / 1e6:.3g} M' for size in result['too_large'])} weights."
+        yield ""
+    looks = [
+        (str(look["steps"]), str(look["live_tensors"]), _mib(look["resident_bytes"]) if look["resident_bytes"] else "?")
+        for look in result["growth"]["looks"]
+    ]
+    yield from table((f"steps of {result['growth']['method']}", "live tensors", "resident, MiB"), *looks)
