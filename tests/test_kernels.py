@@ -327,7 +327,9 @@ def test_a_compiled_model_holds_the_formulas_themselves():
 
 
 def test_a_compiled_kernel_keeps_no_tensor():
-    kernel = kernels._Direct(kernels._holds, ((torch.float64, 1),) * 4)
+    examples = kernels._examples(((torch.float64, 1),) * 4, torch.device("cpu"))
+    kernel = kernels._Direct(kernels._holds, examples)
+    assert not examples  # torch.compile holds on to this list
     kept = [value for value in vars(kernel).values() if isinstance(value, Tensor | list | tuple)]
     assert kept == [kernel.sources]
     w = torch.arange(70_000, dtype=torch.float64)
