@@ -17,8 +17,9 @@ import qsam
 from benchmarks.compile_time import compile_times
 from benchmarks.formulas import compiled, lsq
 from benchmarks.measure import Json, Variant, compared, interleaved, ratios, spread
-from qsam.latent import Slot, perturb_
+from qsam.latent import perturb_
 from qsam.quantizers.lsq import LSQ
+from qsam.slots import Slot
 
 Fake = Callable[[Tensor, Tensor], Tensor]
 

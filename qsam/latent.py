@@ -11,10 +11,9 @@ is looked up at each verb, because Accelerate and FSDP replace Parameters.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -23,12 +22,13 @@ from torch.optim import Optimizer
 
 from qsam import kernels, shards
 from qsam.attach import coverage_of, quantize_, refuse_overflow
-from qsam.coverage import Coverage, Input, Weight, owner_of, set_owner
+from qsam.coverage import Coverage, owner_of, set_owner
 from qsam.functional import wide_dtype
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.inputs import is_sharded
 from qsam.policy import unwrap_model
 from qsam.quantizers import Identity, Noise, Quantizer
+from qsam.slots import Slot, is_on_grid, noise_streams, refuse_moved, same_values, slot_of
 
 _log = logging.getLogger("qsam")
 _BLOCK = "_qsam_block"
@@ -38,57 +38,6 @@ _OVERFLOW = (
     "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
     "infinity there: keep the parameters in fp32 under autocast, lower `scale_lr`, or start from the last checkpoint."
 )
-
-
-@dataclasses.dataclass(eq=False)
-class Slot:
-    """One quantized weight: where it lives, and its latent.
-
-    Attributes:
-        path: "encoder.layer.0.query.weight".
-        module: The owner of the Parameter.
-        attr: Its name there.
-        latent: w, fp32 or the Parameter's dtype if that is wider.
-        shift: What was added to w before it was quantized in the last perturbed pass (SAQ, case 2), until the update.
-        parked: Whether p holds a copy of w, from a fused pull-back until the next write.
-    """
-
-    path: str
-    module: nn.Module
-    attr: str
-    latent: nn.Parameter
-    shift: Tensor | None = None
-    parked: bool = False
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The model's Parameter p, as it is now."""
-        return getattr(self.module, self.attr)  # type: ignore[no-any-return]
-
-    @property
-    def quantizer(self) -> Quantizer:
-        """Q."""
-        return getattr(self.module, f"{self.attr}_quantizer")  # type: ignore[no-any-return]
-
-    @torch.no_grad()
-    def quantized(self) -> Tensor:
-        """Return Q(w) in the dtype of p."""
-        return self.fake_quantize(self.latent).to(self.parameter.dtype)
-
-    def fake_quantize(self, w: Tensor) -> Tensor:
-        """Return Q at another place than the latent, sharded as it is."""
-        return shards.quantized(self.quantizer, w)
-
-    def step_size(self) -> Tensor | None:
-        """Return the distance of neighbouring grid values, broadcastable against the latent; None without a grid."""
-        return shards.step_size(self.quantizer, self.latent.detach())
-
-    def fingerprint(self) -> tuple[Any, ...]:
-        """Return what changes when somebody writes p or a tensor of its quantizer."""
-        p = self.parameter
-        own = (shards.local(t)._version for t in self.quantizer.state_dict(keep_vars=True).values())
-        part = shards.local(p)
-        return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *own)
 
 
 class Latents:
@@ -132,12 +81,12 @@ class Latents:
             self.settle()
             return
         self._attached = _places(coverage)
-        slots = [_slot(row.name, row.module, row.attr) for row in coverage.quantized]
+        slots = [slot_of(row.name, row.module, row.attr) for row in coverage.quantized]
         for slot in slots:
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
         self.slots = slots
-        self._input_noises = list(_streams(coverage.inputs))
-        self.noises = [*_streams(coverage.quantized), *self._input_noises]
+        self._input_noises = list(noise_streams(coverage.inputs))
+        self.noises = [*noise_streams(coverage.quantized), *self._input_noises]
         self.claim(owner)
         self.settle()
         self.write()
@@ -232,7 +181,7 @@ class Latents:
         """Set a latent that no group of the checkpoint holds: as saved, else from a p that was loaded since."""
         if saved is not None:
             slot.latent.copy_(saved)
-        elif not _same(slot.parameter, slot.quantized()):
+        elif not same_values(slot.parameter, slot.quantized()):
             slot.latent.copy_(slot.parameter)
 
     def open_block(self, name: str) -> None:
@@ -299,7 +248,7 @@ class Latents:
             ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
-        _refuse_moved(self.slots)
+        refuse_moved(self.slots)
         overflown = [path for path, flag in self._overflows if bool(flag)]
         self._overflows.clear()
         if overflown:
@@ -313,7 +262,7 @@ class Latents:
         if self.sharded:  # to compare takes all processes, and so does what comes next
             agree = self._any_process
             changed = self.slots if agree(bool(changed)) else []
-        foreign = list(dict.fromkeys([s.path for s in changed if not _same(s.parameter, s.quantized())] + late))
+        foreign = list(dict.fromkeys([s.path for s in changed if not same_values(s.parameter, s.quantized())] + late))
         if bool(foreign) if agree is None else agree(bool(foreign)):
             _refuse_foreign(foreign)
         self._seen = [slot.fingerprint() for slot in self.slots] if changed else self._seen
@@ -415,7 +364,7 @@ class Latents:
 
     def _say_if_on_grid(self) -> None:
         rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity)]
-        found = [_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
+        found = [is_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
         if found and all(found):
             warnings.warn(
                 "the model's weights are on the quantization grid already: training starts from rounded weights. The "
@@ -461,96 +410,6 @@ def perturb_(targets: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
         else:
             wide = wide_dtype(target.dtype)
             target.copy_(target.to(wide).addcmul_(direction.to(wide), coefficient.to(wide)))
-
-
-def scale_tensors(coverage: Coverage | None) -> tuple[list[ScaleSlot], list[ScaleSlot]]:
-    """Return the trainable parameters of all quantizers: of the weights', and of the inputs'."""
-    if coverage is None:
-        return [], []
-    weights = list(_scale_slots((row.name + "_quantizer", row.quantizer) for row in coverage.quantized))
-    inputs = list(_scale_slots((f"{row.name}.input_quantizer".lstrip("."), row.quantizer) for row in coverage.inputs))
-    return weights, inputs
-
-
-@dataclasses.dataclass(eq=False, frozen=True)
-class ScaleSlot:
-    """One trainable parameter of a quantizer.
-
-    Attributes:
-        path: "encoder.layer.0.query.weight_quantizer.scale".
-        quantizer: Its owner.
-        attr: Its name there.
-    """
-
-    path: str
-    quantizer: Quantizer
-    attr: str
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The Parameter, as it is now."""
-        return getattr(self.quantizer, self.attr)  # type: ignore[no-any-return]
-
-
-def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
-    """Iterate over the parameters of all quantizers in a model, weights' and inputs'."""
-    for module in root.modules():
-        if isinstance(module, Quantizer):
-            yield from module.parameters()
-
-
-def input_signs(coverage: Coverage | None) -> dict[str, bool | None]:
-    """Return which inputs are quantized on a signed grid (None: not decided yet), by module path."""
-    rows = coverage.inputs if coverage is not None else ()
-    return {row.name: row.quantizer.signed for row in rows if row.quantizer is not None}
-
-
-def set_input_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
-    """Set what :func:`input_signs` returned; an input whose sign is decided counts as calibrated."""
-    for row in coverage.inputs if coverage is not None else ():
-        if row.quantizer is not None and row.name in signs:
-            row.quantizer.signed = signs[row.name]
-            row.quantizer.calibrated = signs[row.name] is not None
-
-
-def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> Iterator[ScaleSlot]:
-    for path, quantizer in named:
-        if quantizer is not None:
-            for attr, _ in quantizer.named_parameters():
-                yield ScaleSlot(f"{path}.{attr}", quantizer, attr)
-
-
-def _streams(rows: Iterable[Weight | Input]) -> Iterator[Noise]:
-    """Yield the streams of noise that the quantizers of these rows hold."""
-    for row in rows:
-        if row.quantizer is not None:
-            yield from (module for module in row.quantizer.modules() if isinstance(module, Noise))
-
-
-def _slot(path: str, module: nn.Module, attr: str) -> Slot:
-    p = getattr(module, attr)
-    return Slot(path, module, attr, nn.Parameter(p.detach().to(wide_dtype(p.dtype), copy=True)))
-
-
-def _refuse_moved(slots: Iterable[Slot]) -> None:
-    for slot in slots:
-        here, there = slot.latent.device, slot.parameter.device
-        if here.type != there.type:
-            raise RuntimeError(
-                f"the model was moved from {here} to {there} ({slot.path!r}), and its latents were not: move the model "
-                "first, then build the optimizer."
-            )
-
-
-def _on_grid(slot: Slot) -> bool:
-    w = shards.whole(slot.latent.detach())
-    gap = (shards.whole(slot.fake_quantize(slot.latent.detach())) - w).abs().max()
-    return bool(gap <= 1e-3 * w.abs().max())
-
-
-def _same(p: Tensor, expected: Tensor) -> bool:
-    a, b = shards.local(p), shards.local(expected)
-    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
 
 
 def _refuse_foreign(paths: list[str]) -> None:

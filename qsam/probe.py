@@ -17,11 +17,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from qsam.attach import coverage_of
 from qsam.functional import wide_dtype
 from qsam.inputs import frozen
-from qsam.latent import Latents, quantizer_parameters
+from qsam.latent import Latents
 from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.policy import unwrap_model
 from qsam.shards import is_sharded
+from qsam.slots import quantizer_parameters
 
 Subject = QuantizedOptimizer | nn.Module
 """An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
 from qsam.attach import coverage_of
-from qsam.latent import quantizer_parameters
 from qsam.optim import QuantizedOptimizer, SQuAT, unwrap
 from qsam.optim.groups import needs_closure
 from qsam.policy import unwrap_model
+from qsam.slots import quantizer_parameters
 
 _log = logging.getLogger("qsam")
 _OPTIMIZER_FILE = "optimizer.pt"

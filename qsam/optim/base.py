@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam.coverage import FORMAT
-from qsam.latent import Latents, ScaleSlot, coverage_for, scale_tensors
+from qsam.latent import Latents, coverage_for
 from qsam.optim import state as packing
 from qsam.optim.checkpoint import Checkpoint
 from qsam.optim.diagnostics import noise_figures
@@ -28,6 +28,7 @@ from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.optim.update import Closure, Update
 from qsam.registry import Registry
 from qsam.shards import any_process
+from qsam.slots import ScaleSlot, scale_tensors
 
 
 class QuantizedOptimizer(Update, Checkpoint, Optimizer):

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from qsam.latent import input_signs, set_input_signs
 from qsam.optim import state as packing
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.passes import Passes
+from qsam.slots import input_signs, set_input_signs
 
 if TYPE_CHECKING:
-    from qsam.latent import ScaleSlot
+    from qsam.slots import ScaleSlot
 
 
 class Checkpoint(Passes):

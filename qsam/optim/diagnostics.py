@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qsam.latent import Latents, Slot
+from qsam.latent import Latents
 from qsam.shards import whole
+from qsam.slots import Slot
 
 
 @torch.no_grad()

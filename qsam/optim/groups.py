@@ -11,8 +11,9 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer, SparseAdam
 
-from qsam.latent import Latents, quantizer_parameters
+from qsam.latent import Latents
 from qsam.registry import nearest
+from qsam.slots import quantizer_parameters
 
 Base = Optimizer | Callable[..., Optimizer]
 

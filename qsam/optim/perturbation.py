@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.latent import Latents, Slot, perturb_, quantizer_parameters
+from qsam.latent import Latents, perturb_
 from qsam.optim.directions import DIRECTIONS, Ascent
 from qsam.optim.ranks import SCOPES, owned_copy
 from qsam.shards import local, whole
+from qsam.slots import Slot, quantizer_parameters
 
 Selection = str | Callable[[str, nn.Parameter], bool]
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from qsam.latent import ScaleSlot, Slot
 from qsam.shards import whole
+from qsam.slots import ScaleSlot, Slot
 
 MAX_RELATIVE_STEP = 1e-2
 """c: no balanced step is longer than this share of the scale, whatever the base's learning rate means."""

@@ -11,11 +11,9 @@ from torch.optim import Optimizer
 
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.passes import Passes
-from qsam.quantizers import Quantizer
-from qsam.shards import whole
 
 if TYPE_CHECKING:
-    from qsam.latent import ScaleSlot, Slot
+    from qsam.slots import ScaleSlot, Slot
 
 Closure = Callable[[], Any]
 
@@ -57,8 +55,7 @@ class Update(Passes):
     def _count_step(self) -> None:
         """Move what moves once a step: the quantizers' state, and the step's number."""
         for slot in self.latents_of.slots:
-            slot.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
-            slot.quantizer.update(whole(slot.latent.detach()) if _moves(slot.quantizer) else slot.latent.detach())
+            slot.move_state()
         self.latents_of.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
         self._passes_made = 0
@@ -169,8 +166,3 @@ class Update(Passes):
 
     def _maximizes(self) -> bool:
         return bool(self.base.param_groups[0].get("maximize", False))
-
-
-def _moves(quantizer: Quantizer) -> bool:
-    """Whether the quantizer has a state of its own that moves with w, and wants to see all of it."""
-    return type(quantizer).update is not Quantizer.update

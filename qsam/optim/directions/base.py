@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.latent import Slot
 from qsam.registry import Registry
 from qsam.shards import norms
+from qsam.slots import Slot
 
 
 @dataclasses.dataclass(frozen=True)

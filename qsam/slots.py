@@ -1,0 +1,173 @@
+"""What the optimizer owns and trains: the quantized weights with their latents, and the parameters of the quantizers.
+
+A weight is a slot (module, attribute) and is looked up each time, because Accelerate and FSDP replace Parameters.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qsam import shards
+from qsam.coverage import Coverage, Input, Weight
+from qsam.functional import wide_dtype
+from qsam.quantizers import Noise, Quantizer
+
+
+@dataclasses.dataclass(eq=False)
+class Slot:
+    """One quantized weight: where it lives, and its latent.
+
+    Attributes:
+        path: "encoder.layer.0.query.weight".
+        module: The owner of the Parameter.
+        attr: Its name there.
+        latent: w, fp32 or the Parameter's dtype if that is wider.
+        shift: What was added to w before it was quantized in the last perturbed pass (SAQ, case 2), until the update.
+        parked: Whether p holds a copy of w, from a fused pull-back until the next write.
+    """
+
+    path: str
+    module: nn.Module
+    attr: str
+    latent: nn.Parameter
+    shift: Tensor | None = None
+    parked: bool = False
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The model's Parameter p, as it is now."""
+        return getattr(self.module, self.attr)  # type: ignore[no-any-return]
+
+    @property
+    def quantizer(self) -> Quantizer:
+        """Q."""
+        return getattr(self.module, f"{self.attr}_quantizer")  # type: ignore[no-any-return]
+
+    @torch.no_grad()
+    def quantized(self) -> Tensor:
+        """Return Q(w) in the dtype of p."""
+        return self.fake_quantize(self.latent).to(self.parameter.dtype)
+
+    def fake_quantize(self, w: Tensor) -> Tensor:
+        """Return Q at another place than the latent, sharded as it is."""
+        return shards.quantized(self.quantizer, w)
+
+    def step_size(self) -> Tensor | None:
+        """Return the distance of neighbouring grid values, broadcastable against the latent; None without a grid."""
+        return shards.step_size(self.quantizer, self.latent.detach())
+
+    def move_state(self) -> None:
+        """Let the quantizer move its state by one step; one that has none is not asked to look at all shards of w."""
+        self.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
+        w = self.latent.detach()
+        self.quantizer.update(shards.whole(w) if type(self.quantizer).update is not Quantizer.update else w)
+
+    def fingerprint(self) -> tuple[Any, ...]:
+        """Return what changes when somebody writes p or a tensor of its quantizer."""
+        p = self.parameter
+        own = (shards.local(t)._version for t in self.quantizer.state_dict(keep_vars=True).values())
+        part = shards.local(p)
+        return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *own)
+
+
+def scale_tensors(coverage: Coverage | None) -> tuple[list[ScaleSlot], list[ScaleSlot]]:
+    """Return the trainable parameters of all quantizers: of the weights', and of the inputs'."""
+    if coverage is None:
+        return [], []
+    weights = list(_scale_slots((row.name + "_quantizer", row.quantizer) for row in coverage.quantized))
+    inputs = list(_scale_slots((f"{row.name}.input_quantizer".lstrip("."), row.quantizer) for row in coverage.inputs))
+    return weights, inputs
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class ScaleSlot:
+    """One trainable parameter of a quantizer.
+
+    Attributes:
+        path: "encoder.layer.0.query.weight_quantizer.scale".
+        quantizer: Its owner.
+        attr: Its name there.
+    """
+
+    path: str
+    quantizer: Quantizer
+    attr: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter, as it is now."""
+        return getattr(self.quantizer, self.attr)  # type: ignore[no-any-return]
+
+
+def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """Iterate over the parameters of all quantizers in a model, weights' and inputs'."""
+    for module in root.modules():
+        if isinstance(module, Quantizer):
+            yield from module.parameters()
+
+
+def input_signs(coverage: Coverage | None) -> dict[str, bool | None]:
+    """Return which inputs are quantized on a signed grid (None: not decided yet), by module path."""
+    rows = coverage.inputs if coverage is not None else ()
+    return {row.name: row.quantizer.signed for row in rows if row.quantizer is not None}
+
+
+def set_input_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
+    """Set what :func:`input_signs` returned; an input whose sign is decided counts as calibrated."""
+    for row in coverage.inputs if coverage is not None else ():
+        if row.quantizer is not None and row.name in signs:
+            row.quantizer.signed = signs[row.name]
+            row.quantizer.calibrated = signs[row.name] is not None
+
+
+def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> Iterator[ScaleSlot]:
+    for path, quantizer in named:
+        if quantizer is not None:
+            for attr, _ in quantizer.named_parameters():
+                yield ScaleSlot(f"{path}.{attr}", quantizer, attr)
+
+
+def noise_streams(rows: Iterable[Weight | Input]) -> Iterator[Noise]:
+    """Yield the streams of noise that the quantizers of these rows hold."""
+    for row in rows:
+        if row.quantizer is not None:
+            yield from (module for module in row.quantizer.modules() if isinstance(module, Noise))
+
+
+def slot_of(path: str, module: nn.Module, attr: str) -> Slot:
+    """Return a slot whose latent is what its Parameter holds now, in fp32 or wider."""
+    p = getattr(module, attr)
+    return Slot(path, module, attr, nn.Parameter(p.detach().to(wide_dtype(p.dtype), copy=True)))
+
+
+def refuse_moved(slots: Iterable[Slot]) -> None:
+    """Refuse latents that stayed behind when the model was moved.
+
+    Raises:
+        RuntimeError: a weight is on another kind of device than its latent.
+    """
+    for slot in slots:
+        here, there = slot.latent.device, slot.parameter.device
+        if here.type != there.type:
+            raise RuntimeError(
+                f"the model was moved from {here} to {there} ({slot.path!r}), and its latents were not: move the model "
+                "first, then build the optimizer."
+            )
+
+
+def is_on_grid(slot: Slot) -> bool:
+    """Whether quantizing the latent changes next to nothing: it was rounded before."""
+    w = shards.whole(slot.latent.detach())
+    gap = (shards.whole(slot.fake_quantize(slot.latent.detach())) - w).abs().max()
+    return bool(gap <= 1e-3 * w.abs().max())
+
+
+def same_values(p: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors, or this process's parts of them, agree in kind and value; NaN equals NaN."""
+    a, b = shards.local(p), shards.local(expected)
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
