@@ -259,6 +259,7 @@ def test_every_block_has_its_place_on_the_page():
         assert text.count(mark) == 1
 
 
+@pytest.mark.long
 def test_a_benchmark_keeps_its_file_and_draws_the_figure(tmp_path, steps):
     assert not plot({}, tmp_path / "none.png")
     run(["scale"], tmp_path, quick=True)
