@@ -412,6 +412,7 @@ def test_a_planted_mistake_is_named_by_its_law(cls, law, setting):
 
 
 @pytest.mark.parametrize("cls", sorted({plant.values[0] for plant in PLANTS}, key=lambda cls: cls.__name__))
+@pytest.mark.long
 def test_a_planted_mistake_is_caught_by_all_laws_together(cls):
     with pytest.raises(AssertionError, match=rf"^\w+: {cls.__name__}\("):
         check_quantizer(cls, bits=4)

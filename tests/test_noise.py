@@ -341,6 +341,7 @@ def test_qat_equals_noise_in_the_graph(name):
 
 @each_noisy
 @each_method
+@pytest.mark.long
 def test_by_hand_equals_step_closure_with_noise(name, method):
     def by_hand(*args):
         train_by_hand(method, *args)
@@ -352,6 +353,7 @@ def test_by_hand_equals_step_closure_with_noise(name, method):
 @each_noisy
 @each_method
 @pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.long
 def test_a_resumed_run_equals_one_that_did_not_stop(name, method, stop):
     optimizer, model = run_of(method, name, CONV, stop)
     checkpoint = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))

@@ -93,6 +93,7 @@ def test_the_trainer_takes_the_steps_of_a_loop(method, options, tmp_path):
 @pytest.mark.parametrize(
     "method", [BY_NAME[name] for name in ("qat", "saq", "squat-same_batch", "squat-next_batch")], ids=str
 )
+@pytest.mark.long
 def test_micro_batches_take_their_own_passes(method, tmp_path):
     """BERT's loss takes keywords, and the Trainer leaves it undivided then: so does the loop."""
     model = method.model(BERT)
@@ -129,6 +130,7 @@ def test_bf16_autocast_is_that_of_a_loop(tmp_path):
 
 
 @pytest.mark.parametrize("own", [None, 0.01])
+@pytest.mark.long
 def test_clipping_is_the_optimizer_s(own, tmp_path):
     """TrainingArguments(max_grad_norm) would clip dL/dQ; the optimizer's own setting wins."""
     model = BERT.quantized()
@@ -281,6 +283,7 @@ def test_a_saved_model_is_rebuilt_from_its_folder(tmp_path):
         assert torch.equal(loaded.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
+@pytest.mark.long
 def test_training_again_goes_on(tmp_path):
     """What a run that was interrupted between its passes has left is forgotten."""
     ends = []

@@ -128,6 +128,7 @@ def test_resuming_a_base_with_no_state_or_with_state_from_the_start(method, base
 
 
 @each_quantizing
+@pytest.mark.long
 def test_resuming_needs_no_second_calibration(method):
     """The new model's inputs have neither scale nor sign before the checkpoint gives them."""
 
@@ -426,7 +427,7 @@ def test_the_initialising_step_does_not_mind_that_the_model_was_just_loaded(meth
 
 @each_method
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("base", [AdamW, SGD], ids=lambda base: base.__name__)
+@pytest.mark.parametrize("base", [AdamW, pytest.param(SGD, marks=pytest.mark.long)])
 @pytest.mark.parametrize("flat", [pytest.param(False, marks=pytest.mark.long), True], ids=["nested", "flat"])
 @pytest.mark.parametrize("stop", [pytest.param(0, marks=pytest.mark.long), 3])
 def test_resuming_through_distributed_checkpoint(method, base, flat, stop, tmp_path):
@@ -474,6 +475,7 @@ def by_pickle(pair):
 @each_method
 @pytest.mark.parametrize("how", [by_deepcopy, by_pickle], ids=lambda how: how.__name__)
 @pytest.mark.parametrize("stop", [0, 3])
+@pytest.mark.long
 def test_a_copy_of_model_and_optimizer_goes_on_by_itself(method, how, stop):
     model = method.model(MLP)
     optimizer = method(model)

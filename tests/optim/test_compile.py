@@ -22,6 +22,7 @@ def no_graphs_of_the_last_test():
 
 @pytest.mark.parametrize("method", SQUATS, ids=str)
 @pytest.mark.parametrize("task", [MLP, CONV], ids=str)
+@pytest.mark.long
 def test_squat_s_passes_share_one_whole_graph(method, task):
     """fullgraph=True refuses a break; the counter has one frame after six steps of up to three passes."""
     counter = CompileCounterWithBackend("aot_eager")

@@ -219,6 +219,7 @@ def test_reuse_takes_the_last_perturbation_again() -> None:
 
 @pytest.mark.parametrize("name", list(DIRECTIONS))
 @pytest.mark.parametrize("cls", [qsam.SAM, qsam.SAQ, qsam.JointSAM, qsam.SQuAT])
+@pytest.mark.long
 def test_every_direction_goes_with_every_method_and_resumes(name: str, cls: type) -> None:
     if name == "grid" and cls is qsam.SAM:
         pytest.skip("grid needs a quantizer's step size")

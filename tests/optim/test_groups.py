@@ -326,6 +326,7 @@ def test_dequantize_wants_the_owner(method):
 
 
 @each_quantizing
+@pytest.mark.long
 def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
     model = method.model(MLP)
     optimizer = method(model)

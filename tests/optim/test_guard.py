@@ -126,6 +126,7 @@ def test_a_write_through_data_is_seen_within_two_steps(method):
 @pytest.mark.parametrize(
     "write", [w for w in WRITES if w not in (assign, new_parameter, scale)], ids=lambda write: write.__name__
 )
+@pytest.mark.long
 def test_sync_latents_takes_the_written_weights(method, write):
     model, optimizer = build(method)
     write(model)

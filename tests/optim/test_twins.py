@@ -130,6 +130,7 @@ def test_a_method_equals_its_twin_at_the_other_bits(method, granularity, bits, b
 
 
 @each_method
+@pytest.mark.long
 def test_a_method_equals_its_twin_on_a_w4a8_bert(method):
     assert_equals_its_twin(method, BERT, AdamW, steps=6)
 
@@ -183,6 +184,7 @@ def test_a_method_equals_its_twin_on_tied_weights(method):
 
 @each_method
 @pytest.mark.parametrize("rho", [0.0, 0.5])
+@pytest.mark.long
 def test_a_method_equals_its_twin_at_any_radius(method, rho):
     assert_equals_its_twin(method, MLP, AdamW, rho=rho)
 
@@ -190,6 +192,7 @@ def test_a_method_equals_its_twin_at_any_radius(method, rho):
 @each_method
 @pytest.mark.parametrize("base", long_but([AdamW], BASES))
 @pytest.mark.parametrize("task", long_but([CONV], [CONV, BERT]), ids=str)
+@pytest.mark.long
 def test_by_hand_equals_step_closure(method, base, task):
     runs = []
     for drive in (train, functools.partial(train_by_hand, method)):

@@ -139,6 +139,7 @@ def test_the_perturbation_of_the_methods_that_perturb_is_logged(comparison: Comp
 
 
 @pytest.mark.parametrize("method", ["lsq", "joint", "saq", "squat"])
+@pytest.mark.long
 def test_a_training_at_rate_zero_is_rounding(method: str, glue: Path, tiny: Path, tmp_path: Path) -> None:
     assert main(words(glue, tiny, tmp_path, "--method", "rtn", method, "--lr", 0, "--scale-lr", 0, task="stsb")) == 0
     rounded, trained = (results(tmp_path, f"stsb-{name}-w2a8-seed0") for name in ("rtn", method))

@@ -186,6 +186,7 @@ def files(folder: Path) -> list[str]:
     kept="every bit: the last checkpoint (weights, latents, scales, moments, random numbers, data order, means) and the "
     "results are those of a run that was never stopped, and no other file is left",
 )
+@pytest.mark.long
 def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(
     victims: Victims, glue: Path, tiny: Path, tmp_path: Path
 ) -> None:
