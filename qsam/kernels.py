@@ -30,7 +30,7 @@ _log = logging.getLogger("qsam")
 BACKENDS = ("auto", "eager", "compiled")
 
 SMALLEST = 2**16
-"""Entries from which ``"auto"`` compiles: below, calling a kernel costs what it saves."""
+"""Entries from which ``"auto"`` compiles: a small model gains little and need not wait for a compiler."""
 
 _OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.vec_isa_ok": True}
 """Threads are counted when a kernel runs, not when it is compiled: ``torch.set_num_threads`` stays in force. What the
