@@ -10,7 +10,7 @@ TASK ?= stsb
 ARGS ?=
 WORKERS ?= 2
 
-# The oldest supported torch has a small CPU build; torchvision, which only the tests need, goes with one torch.
+# The oldest supported torch has a small CPU build; torchvision, which timm needs, goes with one torch.
 TORCH_GLUE := torch==2.13.0
 TORCH_TEST := torch==2.14.1 torchvision==0.29.1
 
@@ -26,19 +26,23 @@ EMPTY :=
 SPACE := $(EMPTY) $(EMPTY)
 ENV := $(subst $(SPACE),\$(SPACE),$(QSAM_VENV))
 STAMP_GLUE := $(ENV)/qsam-glue.stamp
+STAMP_VISION := $(ENV)/qsam-vision.stamp
 STAMP_TEST := $(ENV)/qsam-test.stamp
 STAMP_BENCH := $(ENV)/qsam-bench.stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help glue check format test test-all bench clean
+.PHONY: help glue vision check format test test-all bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 glue: $(STAMP_GLUE) ## train the small GLUE demo: make glue TASK=stsb ARGS="..."
 	$(RUN) recipes.bert_glue --demo --task $(TASK) $(ARGS)
+
+vision: $(STAMP_VISION) ## train a small ResNet on MNIST, 2 bits: make vision ARGS="..."
+	$(RUN) recipes.vision --demo $(ARGS)
 
 check: $(STAMP_TEST) ## formatting, lint and types; changes nothing
 	$(RUN) ruff format --check .
@@ -88,11 +92,15 @@ $(STAMP_GLUE): pyproject.toml constraints.txt | $(ENV)/bin/pip
 	$(PIP) -e '.[glue]'
 	@touch "$@"
 
+$(STAMP_VISION): pyproject.toml constraints.txt | $(ENV)/bin/pip
+	$(PIP) $(TORCH_TEST) -e '.[vision]'
+	@touch "$@"
+
 $(STAMP_TEST): pyproject.toml constraints.txt | $(ENV)/bin/pip
 	$(PIP) $(TORCH_TEST) -e '.[test]'
-	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$@"
+	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$(QSAM_VENV)/qsam-vision.stamp" "$@"
 
 # The torch of the tests, so that numbers and tests speak of the same one; peers that want another are refused here.
 $(STAMP_BENCH): pyproject.toml constraints.txt | $(ENV)/bin/pip
 	$(PIP) $(TORCH_TEST) -e '.[test,bench]'
-	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$(QSAM_VENV)/qsam-test.stamp" "$@"
+	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$(QSAM_VENV)/qsam-vision.stamp" "$(QSAM_VENV)/qsam-test.stamp" "$@"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,16 +13,13 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import qsam
 from recipes.bert_glue_options import EMBEDDED_MODEL
-from recipes.bert_glue_plan import Rows
-from recipes.glue_data import Task, compute_metrics, embedded_model_dir, fixed_order
-from recipes.text_batches import Encoded, encode, epoch_batches, sorted_batches
+from recipes.bert_glue_rows import Rows
+from recipes.experiment import DEVICE, TRAIN_LOSS_ROWS, Metrics, floats_only
+from recipes.glue_data import Task, compute_metrics, embedded_model_dir
+from recipes.subsets import part_of
+from recipes.text_batches import Encoded, encode, sorted_batches
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CALIBRATION_BATCHES = 8
 EVALUATION_ROWS = 64
-TRAIN_LOSS_ROWS = 1_000
-
-Metrics = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -59,7 +55,7 @@ def load_data(rows: Rows, model: str, max_length: int) -> Data:
     tokenizer = _from_pretrained(AutoTokenizer, model)
     limit = min(max_length, tokenizer.model_max_length)
     train = rows.splits.train
-    part = [train[i] for i in sorted(fixed_order(len(train))[:TRAIN_LOSS_ROWS])]
+    part = part_of(train, TRAIN_LOSS_ROWS)
     dev = {name: encode(tokenizer, some, limit, rows.task) for name, some in rows.splits.dev.items()}
     return Data(
         rows.task, encode(tokenizer, train, limit, rows.task), encode(tokenizer, part, limit, rows.task), dev, tokenizer
@@ -89,17 +85,10 @@ def load_model(model: str, task: Task) -> nn.Module:
 
 def save_model(folder: Path, model: Any, tokenizer: Any, coverage: qsam.Coverage | None) -> None:
     """Write an ordinary checkpoint, its weights on the grid, and beside it what rebuilds the quantizers."""
-    state = {name: value for name, value in model.state_dict().items() if "_quantizer." not in name}
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=floats_only(model.state_dict()))
     tokenizer.save_pretrained(folder)
     if coverage is not None:
         coverage.save(folder)  # qsam
-
-
-def calibration_batches(data: Data, batch_size: int, seed: int) -> Iterable[dict[str, Tensor]]:
-    """Return the inputs of the first training batches."""
-    batches = epoch_batches(data.train.lengths, batch_size, seed=seed, epoch=0)
-    return [data.train.batch(batch, DEVICE)[0] for batch in batches[:CALIBRATION_BATCHES]]
 
 
 def logits_of(model: nn.Module, inputs: dict[str, Tensor], precision: str) -> Tensor:

@@ -13,14 +13,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-
 from recipes.archives import default_cache_dir
 from recipes.embedded import embedded_model_dir, movie_rows, stsb_rows
 from recipes.glue_files import read_rows
 from recipes.glue_hub import HUB_NAME, hub_rows
 from recipes.glue_metrics import compute_metrics
 from recipes.glue_tasks import TASKS, Row, Task, get_task
+from recipes.subsets import SEED, fixed_order, part_of
 
 __all__ = [
     "TASKS",
@@ -34,7 +33,6 @@ __all__ = [
     "load_task",
 ]
 
-SEED = 0
 MOVIES_DEV_ROWS = 2_000
 _GLUE_LICENCE = "GLUE refers to the original licence of each of its sets"
 
@@ -95,26 +93,12 @@ def load_task(
     return splits if train_rows is None else _subset(splits, train_rows)
 
 
-def fixed_order(count: int) -> list[int]:
-    """Return a random order of `range(count)` that is the same everywhere and always.
-
-    Args:
-        count: how many.
-
-    Returns:
-        The permutation drawn by numpy's legacy generator with seed 0, whose stream numpy has frozen.
-    """
-    order: list[int] = np.random.RandomState(SEED).permutation(count).tolist()
-    return order
-
-
 def _subset(splits: Splits, count: int) -> Splits:
     total = len(splits.train)
     if count >= total:
         return replace(splits, source=f"{splits.source} All training rows are used.")
-    kept = sorted(fixed_order(total)[:count])
     note = f"Training uses a fixed random subset of {count:,} of the {total:,} training rows (seed {SEED})."
-    return replace(splits, train=[splits.train[index] for index in kept], source=f"{splits.source} {note}")
+    return replace(splits, train=part_of(splits.train, count), source=f"{splits.source} {note}")
 
 
 def _counts(task: Task, train: list[Row], dev: Mapping[str, list[Row]]) -> str:

@@ -51,6 +51,12 @@ def is_first() -> bool:
     return rank() == 0
 
 
+def say(text: str) -> None:
+    """Print, once."""
+    if is_first():
+        print(text, flush=True)
+
+
 def wait() -> None:
     """Wait until all are here."""
     if count() > 1:

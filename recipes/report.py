@@ -19,7 +19,7 @@ from pathlib import Path
 from recipes.runs import RESULTS, Json, read_json, replacing
 
 ONE_SEED = "one seed: a demonstration, not evidence"
-NOT_IN_LABELS = {"seed", "method", "bits", "activation_bits", "task", "recipe", "data", "evaluated_on"}
+NOT_IN_LABELS = {"sharpness", "seed", "method", "bits", "activation_bits", "task", "recipe", "data", "evaluated_on"}
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Group:
     label: str
     results: list[Json]
 
-    def values(self, *path: str) -> list[float]:
+    def values(self, *path: str | int) -> list[float]:
         """Return one entry of each run's results."""
         found = []
         for result in self.results:
@@ -97,11 +97,14 @@ def table(groups: Sequence[Group]) -> list[str]:
     metrics = [(key, name) for key, values in first["dev"].items() for name in values if name != "loss"]
     several = len(first["dev"]) > 1
     header = ["method", *(f"{name} {key}" if several else name for key, name in metrics)]
-    header += ["dev loss", "train loss", "epochs", "steps", "passes", "seconds", "seeds"]
+    radii = [entry["rho"] for entry in first.get("sharpness", ())]
+    header += ["dev loss", "train loss", *(f"sharpness {rho:g}" for rho in radii)]
+    header += ["epochs", "steps", "passes", "seconds", "seeds"]
     rows = [header]
     for group in groups:
         cells = [group.label, *(mean_and_error([100 * v for v in group.values("dev", *path)], 2) for path in metrics)]
         cells += [mean_and_error(group.values(name), 4) for name in ("dev_loss", "train_loss")]
+        cells += [mean_and_error(group.values("sharpness", i, "value"), 4) for i in range(len(radii))]
         cells.append(str(len(group.results[0]["epochs"])))
         cells += [f"{statistics.mean(group.values(name)):.0f}" for name in ("steps", "passes", "seconds")]
         rows.append([*cells, str(len(group.results))])

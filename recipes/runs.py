@@ -255,7 +255,7 @@ def versions() -> dict[str, str]:
         "platform": platform.platform(),
         "machine": platform.machine(),
     }
-    for name in ("torch", "transformers", "datasets", "scikit-learn", "scipy", "numpy"):
+    for name in ("torch", "torchvision", "timm", "transformers", "datasets", "scikit-learn", "scipy", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

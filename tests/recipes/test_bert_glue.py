@@ -22,7 +22,7 @@ from recipes.archives import default_cache_dir
 from recipes.bert_glue import main
 from recipes.bert_glue_model import evaluate, load_data
 from recipes.bert_glue_options import DEMO, parse_options
-from recipes.bert_glue_plan import load_rows
+from recipes.bert_glue_rows import load_rows
 from recipes.embedded import VADER
 from tests.recipes.tiny_glue import FORMATS, METRICS, TRAIN_ROWS, comparable, results, weights, words
 from tests.reliability import fault

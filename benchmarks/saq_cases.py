@@ -1,0 +1,181 @@
+"""Does the order of SAQ's three cases come out? ResNet-20 on CIFAR-10's test images, at W2A2 and W4A4.
+
+python -m benchmarks.saq_cases --data CIFAR10.npz            # every run that is not finished; may be stopped and resumed
+python -m benchmarks.saq_cases --data CIFAR10.npz --print    # only the commands
+python -m benchmarks.saq_cases --keep                        # copy the results, write docs/saq-cases.md and its picture
+
+Each run is one of `recipes.vision`, on one thread: two of these side by side use two cores. The settings were chosen as
+docs/saq-cases.md says, on training images that were held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from recipes import vision
+from recipes.report import mean_and_error, read_results
+from recipes.runs import Json
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ROOT / "benchmarks" / "results" / "saq-cases.json"
+PAGE = ROOT / "docs" / "saq-cases.md"
+PICTURE = ROOT / "docs" / "saq-cases.png"
+RUNS = ROOT / "runs" / "saq-cases"
+
+SEEDS = (0, 1, 2)
+BITS = (2, 4)
+METHODS = {
+    "lsq": "LSQ",
+    "saq:case=1": "SAQ, case 1",
+    "saq:case=2": "SAQ, case 2",
+    "saq:case=3": "SAQ, case 3",
+    "squat": "SQuAT, fused",
+    "saq:direction=random": "random direction",
+}
+PAIRS = (
+    ("saq:case=3", "saq:case=1"),
+    ("saq:case=3", "saq:case=2"),
+    ("saq:case=1", "saq:case=2"),
+    ("saq:case=3", "lsq"),
+    ("squat", "lsq"),
+    ("saq:case=3", "saq:direction=random"),
+    ("squat", "saq:case=3"),
+)
+RHO = {2: 0.05, 4: 0.05}
+SHARED = "--model resnet20 --threads 1 --precision fp32 --batch-size 100 --augment crop --schedule fused --resume"
+FULL = "--fp32-epochs 24 --fp32-lr 0.1 --weight-decay 5e-4 --warmup-epochs 1"
+QUANTIZED = "--epochs 8 --lr 0.02 --sharpness 0.05"
+
+
+def commands(data: str, out: Path) -> list[list[str]]:
+    """Return the arguments of `recipes.vision`: first the full-precision runs, then one command for each bit width."""
+    common = [*shlex.split(f"{SHARED} {FULL} {QUANTIZED}"), "--data", data, "--output-dir", str(out), "--seed"]
+    common += [str(seed) for seed in SEEDS]
+    found = [[*common, "--method", "fp32"]]
+    for bits in BITS:
+        words = ["--bits", str(bits), "--activation-bits", str(bits), "--rho", str(RHO[bits])]
+        found.append([*common, *words, "--method", *METHODS])
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="the .npz file with `images` and `labels`")
+    parser.add_argument("--output-dir", type=Path, default=RUNS)
+    parser.add_argument("--bits", type=int, choices=BITS, nargs="+", default=BITS, help="which of the two")
+    parser.add_argument("--print", action="store_true", help="print the commands and run nothing")
+    parser.add_argument("--keep", action="store_true", help="copy the results and write the page")
+    options = parser.parse_args(arguments)
+    if options.data is not None:
+        first, *rest = commands(options.data, options.output_dir)
+        for words in [first, *(c for bits, c in zip(BITS, rest, strict=True) if bits in options.bits)]:
+            print("python -m recipes.vision", shlex.join(words), flush=True)
+            if not options.print and (code := vision.main(words)):
+                return code
+    if options.keep:
+        keep(options.output_dir)
+    return 0
+
+
+def keep(out: Path) -> None:
+    """Copy the finished runs, and write the page and the picture from them."""
+    tasks = {json.loads(path.read_text(encoding="utf-8"))["task"] for path in out.glob("*/run.json")}
+    found = [result for task in sorted(tasks) for result in read_results(out, task)]
+    KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text("\n".join(page(found)) + "\n", encoding="utf-8")
+    draw(found, PICTURE)
+
+
+def page(found: Sequence[Json]) -> Iterator[str]:
+    """Yield the lines of the page."""
+    yield TEXT.format(source=found[0]["config"]["data"], evaluated_on=found[0]["config"]["evaluated_on"])
+    yield from table(found)
+    yield from differences(found)
+    yield "![Top-1 against sharpness](saq-cases.png)"
+    yield ""
+    yield from settings(found)
+
+
+def table(found: Sequence[Json]) -> Iterator[str]:
+    """Yield one row a bit width and method: mean and standard error over the seeds."""
+    yield "| | top-1, % | train loss | sharpness, rho .05 | passes | seconds | seeds |"
+    yield "|---|---|---|---|---|---|---|"
+    yield _row("full precision", _of(found, "fp32"))
+    for bits in BITS:
+        for method, name in METHODS.items():
+            if runs := _of(found, method, bits):
+                yield _row(f"W{bits}A{bits} {name}", runs)
+    yield ""
+
+
+def _row(name: str, runs: Mapping[int, Json]) -> str:
+    results = [runs[seed] for seed in sorted(runs)]
+    cells = [
+        name,
+        mean_and_error([100 * r["metric"] for r in results], 2),
+        mean_and_error([r["train_loss"] for r in results], 3),
+        mean_and_error([r["sharpness"][0]["value"] for r in results], 4),
+        f"{results[0]['passes']}",
+        f"{statistics.mean(r['seconds'] for r in results):.0f}",
+        f"{len(results)}",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def differences(found: Sequence[Json]) -> Iterator[str]:
+    """Yield the differences in top-1 between pairs of methods, taken seed by seed: both start from one checkpoint."""
+    yield "Differences in top-1, in points, between runs from one checkpoint (mean ± standard error over the seeds):"
+    yield ""
+    yield "| | " + " | ".join(f"W{bits}A{bits}" for bits in BITS) + " |"
+    yield "|---|" + "---|" * len(BITS)
+    for one, other in PAIRS:
+        cells = []
+        for bits in BITS:
+            a, b = _of(found, one, bits), _of(found, other, bits)
+            values = [100 * (a[seed]["metric"] - b[seed]["metric"]) for seed in sorted(a.keys() & b.keys())]
+            cells.append(mean_and_error(values, 2) if values else "not run")
+        yield f"| {METHODS[one]} minus {METHODS[other]} | {' | '.join(cells)} |"
+    yield ""
+
+
+def settings(found: Sequence[Json]) -> Iterator[str]:
+    """Yield what made the numbers."""
+    commits = sorted({result["commit"] or "unknown" for result in found})
+    versions = found[0]["versions"]
+    named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)
+    yield f"Made by `python -m benchmarks.saq_cases` at {', '.join(c[:12] for c in commits)}, {named}; all settings are in"
+    yield "`benchmarks/results/saq-cases.json`. Seconds are those of one thread of a machine that had other work."
+
+
+def draw(found: Sequence[Json], path: Path) -> None:
+    """Draw top-1 against sharpness, a panel a bit width."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, bits in zip(figure.subplots(1, len(BITS)), BITS, strict=True):
+        for number, (method, name) in enumerate(METHODS.items()):
+            runs = _of(found, method, bits).values()
+            sharp = [run["sharpness"][0]["value"] for run in runs]
+            axes.plot(sharp, [100 * run["metric"] for run in runs], "o", color=f"C{number}", label=name)
+        axes.set(title=f"W{bits}A{bits}, a point a seed", xlabel="sharpness of the training loss, rho .05")
+        axes.set_ylabel("top-1, %")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def _of(found: Sequence[Json], method: str, bits: int | None = None) -> dict[int, Json]:
+    """Return the runs of a method at a bit width, by seed."""
+    configs = [(result["config"], result) for result in found]
+    return {c["seed"]: result for c, result in configs if c["method"] == method and c.get("bits") == bits}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
