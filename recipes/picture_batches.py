@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -102,28 +103,31 @@ class Augmented(Dataset):
         return len(self.pictures)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image = self.pictures.image(index)
-        with RandomNumbers(self.seed, self.epoch, index):
-            return self.transform(image), self.pictures.labels[index]
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, int]]:
+        """Return several at once: what DataLoader asks for, if it is there."""
+        with random_numbers_kept():
+            return [self._drawn(index) for index in indices]
+
+    def _drawn(self, index: int) -> tuple[Tensor, int]:
+        draw = int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
+        random.seed(draw)
+        np.random.seed(draw)
+        torch.random.default_generator.manual_seed(draw)
+        return self.transform(self.pictures.image(index)), self.pictures.labels[index]
 
 
-class RandomNumbers:
-    """Within this context Python's, numpy's and torch's random numbers are a function of three integers."""
-
-    def __init__(self, seed: int, epoch: int, index: int) -> None:
-        self.words = (seed, epoch, index)
-
-    def __enter__(self) -> None:
-        self.before = random.getstate(), np.random.get_state(), torch.get_rng_state()
-        draw = np.random.SeedSequence(self.words).generate_state(1)
-        random.seed(int(draw[0]))
-        np.random.seed(draw[0])
-        torch.random.default_generator.manual_seed(int(draw[0]))
-
-    def __exit__(self, *_: object) -> None:
-        random.setstate(self.before[0])
-        np.random.set_state(self.before[1])
-        torch.set_rng_state(self.before[2])
+@contextlib.contextmanager
+def random_numbers_kept() -> Iterator[None]:
+    """Put the generators of Python, numpy and torch's CPU back at the end: transforms draw from all three."""
+    before = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(before[0])
+        np.random.set_state(before[1])
+        torch.set_rng_state(before[2])
 
 
 def batches_of(
@@ -133,7 +137,10 @@ def batches_of(
 
     The images are laid out channels last, and so is what convolutions make of them: a third less time on a CPU.
     """
-    loader = DataLoader(dataset, batch_sampler=[list(batch) for batch in batches], num_workers=workers)
+    # A generator of its own, or the loader draws from the global one each time it starts: a resumed run starts it again.
+    loader = DataLoader(
+        dataset, batch_sampler=[list(b) for b in batches], num_workers=workers, generator=torch.Generator()
+    )
     for images, labels in loader:
         yield images.to(device, memory_format=torch.channels_last), labels.to(device)
 
