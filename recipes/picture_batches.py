@@ -137,7 +137,7 @@ def batches_of(
 
     The images are laid out channels last, and so is what convolutions make of them: a third less time on a CPU.
     """
-    # A generator of its own, or the loader draws from the global one each time it starts: a resumed run starts it again.
+    # A generator of its own: the loader draws a number when it starts, and a resumed run starts it once more.
     loader = DataLoader(
         dataset, batch_sampler=[list(b) for b in batches], num_workers=workers, generator=torch.Generator()
     )

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,8 @@ import torch
 import qsam
 from recipes.picture_batches import evaluation_transform
 from recipes.pictures import load_pictures
+from recipes.progress import Progress, save_checkpoint
+from recipes.runs import Run
 from recipes.vision import ImageClassification, main
 from recipes.vision_model import load_model, look_of
 from recipes.vision_options import parse_vision_options
@@ -93,8 +97,7 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monk
     )
     arguments = words(tmp_path / "stopped", *more, "--resume", steps=8)
     with monkeypatch.context() as patch:
-        patch.setattr("recipes.training.diagnostics", _interrupt)
-        patch.setattr("recipes.training.DIAGNOSTICS_EVERY", 5)  # steps 1 and 6
+        patch.setattr("recipes.training.save_checkpoint", interrupted_after(4))
         assert main(arguments) == 130
     assert (tmp_path / "stopped" / name / "checkpoint.pt").is_file()
     assert main(arguments) == 0
@@ -102,13 +105,13 @@ def test_a_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch: pytest.Monk
     assert weights(tmp_path / "stopped", name) == weights(tmp_path / "apart", name)
 
 
-_LOOKS = iter(range(100))
+def interrupted_after(step: int) -> Callable[..., None]:
+    def save(run: Run, progress: Progress, parts: dict[str, Any]) -> None:
+        save_checkpoint(run, progress, parts)
+        if progress.step == step:
+            raise KeyboardInterrupt
 
-
-def _interrupt(optimizer: torch.optim.Optimizer) -> dict[str, float]:
-    if next(_LOOKS) == 1:
-        raise KeyboardInterrupt
-    return {}
+    return save
 
 
 @pytest.mark.parametrize("model", ["vit_small_image", "mobilenetv3_small_050"])
