@@ -1,6 +1,6 @@
 """Does the order of SAQ's three cases come out? ResNet-20 on CIFAR-10's test images, at W2A2 and W4A4.
 
-python -m benchmarks.saq_cases --data CIFAR10.npz            # every run that is not finished; may be stopped and resumed
+python -m benchmarks.saq_cases --data CIFAR10.npz            # every run that is not finished yet
 python -m benchmarks.saq_cases --data CIFAR10.npz --print    # only the commands
 python -m benchmarks.saq_cases --keep                        # copy the results, write docs/saq-cases.md and its picture
 
@@ -50,7 +50,7 @@ PAIRS = (
 RHO = 0.1
 SETTINGS = """--model resnet20 --threads 1 --precision bf16 --batch-size 100 --augment crop --resume
 --fp32-epochs 20 --fp32-lr 0.1 --weight-decay 5e-4 --warmup-epochs 1
---epochs 4 --lr 0.02 --schedule fused --sharpness 0.05"""
+--epochs 3 --lr 0.02 --schedule fused --sharpness 0.05"""
 
 TEXT = f"""# The three cases of SAQ, on CIFAR-10
 
@@ -60,10 +60,10 @@ third is best: e depends on the noise (case 3) rather than being independent of 
 beside it.
 
 ResNet-20, per-tensor weights and inputs, first layer and head at 8 bits. {{source}} Measured on {{evaluated_on}}. One
-full-precision checkpoint a seed (20 epochs); every method then trains 4 epochs from it, with the same rate (.02, SGD
-with momentum) and radius (rho {RHO}). On training images that were held out, after two epochs, rho .05 and .2 could not
-be told apart (58.3 and 58.8 % at W2A2, where LSQ had 58.3 and one standard error is 1.4), so the radius is between them.
-All methods take 4 epochs; those with a perturbation take two passes a step, LSQ one.
+full-precision checkpoint a seed (20 epochs); every method then trains 3 epochs from it, with the same rate (.02, SGD
+with momentum) and radius (rho {RHO}). On training images that were held out, after two epochs, rho .05 and .2 could
+not be told apart (58.3 and 58.8 % at W2A2, where LSQ had 58.3 and one standard error is 1.4), so the radius is between
+them. All methods take 3 epochs; those with a perturbation take two passes a step, LSQ one.
 
 """
 
@@ -164,8 +164,8 @@ def settings(found: Sequence[Json]) -> Iterator[str]:
     commits = sorted({result["commit"] or "unknown" for result in found})
     versions = found[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)
-    yield f"Made by `python -m benchmarks.saq_cases` at {', '.join(c[:12] for c in commits)}, {named}; all settings are in"
-    yield "`benchmarks/results/saq-cases.json`. Seconds are those of one thread of a machine that had other work."
+    yield f"Made by `python -m benchmarks.saq_cases` at {', '.join(c[:12] for c in commits)}, {named}; all settings are"
+    yield "in `benchmarks/results/saq-cases.json`. Seconds are those of one thread of a machine that had other work."
 
 
 def draw(found: Sequence[Json], path: Path) -> None:
