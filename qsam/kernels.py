@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -114,6 +115,7 @@ def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
     if rows is not None:
         rows.append(out.detach().view(rows[0].shape))
         _run(_write, *rows, _column(grid), _limits(grid, w.device))
+        _note_write(out)
     return rows is not None
 
 
@@ -131,7 +133,10 @@ def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, 
     Returns:
         ds, and whether ``p`` held Q(w) or NaN everywhere; None, and nothing is done, where that cannot be fused.
     """
-    return _with_scale_gradient(_pull_back, w, grid, grad, p)
+    found = _with_scale_gradient(_pull_back, w, grid, grad, p)
+    if found is not None:
+        _note_write(grad, p)
+    return found
 
 
 def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor] | None:
@@ -318,6 +323,7 @@ class _Direct:
     def __init__(self, kernel: Callable[..., Any], examples: list[Tensor]) -> None:
         self.call: Callable[..., Any] | None = None
         self.sources: list[int | tuple[int, int]] = []
+        self.bare: Callable[[list[Any]], Any] | None = None
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
             self.call = torch._inductor.compile(graph, inputs, options=_OPTIONS)
@@ -334,13 +340,43 @@ class _Direct:
         places = {id(t): i for i, t in enumerate(examples)}
         sizes = {size: (i, d) for i, t in enumerate(examples) for d, size in enumerate(t.shape)}
         self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
-        return self.call(*arguments)
+        found = self.call(*arguments)
+        self.bare = _generated(self.call)
+        return found
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run it."""
         assert self.call is not None
-        found = self.call(*(tensors[s] if isinstance(s, int) else tensors[s[0]].shape[s[1]] for s in self.sources))
+        arguments = [tensors[s] if isinstance(s, int) else tensors[s[0]].shape[s[1]] for s in self.sources]
+        found = self.call(*arguments) if self.bare is None else self.bare(arguments)
         return found[0] if len(found) == 1 else found
+
+
+def _generated(call: Any) -> Callable[[list[Any]], Any] | None:
+    """Return the function that the compiler has written, out of the wrappers round it; None: it is not where it was.
+
+    The wrappers check once more what :class:`_Direct` knows, and take as long as a small kernel.
+    """
+    seen: set[int] = set()
+    left = [call]
+    while left:
+        found = left.pop()
+        if callable(getattr(found, "current_callable", None)):
+            return found.current_callable  # type: ignore[no-any-return]
+        seen.add(id(found))
+        cells = [cell.cell_contents for cell in getattr(found, "__closure__", None) or () if cell != _EMPTY_CELL]
+        below = [getattr(found, name, None) for name in ("__wrapped__", "compiled_fn")]
+        left += [f for f in (*cells, *below) if callable(f) and id(f) not in seen]
+    return None
+
+
+_EMPTY_CELL = types.CellType()
+
+
+def _note_write(*tensors: Tensor) -> None:
+    """Count a version of what a kernel wrote, so that autograd refuses to use what it has saved of it."""
+    for t in tensors:
+        torch.autograd.graph.increment_version(t)
 
 
 def _fuses(x: Tensor, grid: Grid) -> bool:

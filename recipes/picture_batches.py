@@ -40,7 +40,7 @@ class Look:
 
 def evaluation_transform(look: Look) -> Transform:
     """Resize, crop at the centre, normalize: timm's evaluation."""
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
     transform: Transform = create_transform(look.size, crop_pct=look.crop, **_common(look))
     return transform
@@ -55,7 +55,7 @@ def training_transform(look: Look, augment: str, auto_augment: str | None = None
             horizontal flip) or ``"timm"`` (its random resized crop, flip and jitter).
         auto_augment: one of timm's policies.
     """
-    from timm.data import create_transform
+    from timm.data.transforms_factory import create_transform
 
     if augment == "none":
         return evaluation_transform(look)
@@ -68,7 +68,7 @@ def training_transform(look: Look, augment: str, auto_augment: str | None = None
 def _shift(look: Look, flip: bool) -> Transform:
     from torchvision import transforms
 
-    return transforms.Compose(  # type: ignore[no-any-return]
+    return transforms.Compose(
         [
             transforms.Resize((look.size, look.size), transforms.InterpolationMode(look.interpolation)),
             transforms.RandomCrop(look.size, padding=look.size // 8),
@@ -114,7 +114,7 @@ class Augmented(Dataset):
         draw = int(np.random.SeedSequence((self.seed, self.epoch, index)).generate_state(1)[0])
         random.seed(draw)
         np.random.seed(draw)
-        torch.random.default_generator.manual_seed(draw)
+        torch.default_generator.manual_seed(draw)
         return self.transform(self.pictures.image(index)), self.pictures.labels[index]
 
 

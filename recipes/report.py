@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from recipes.runs import RESULTS, Json, read_json, replacing
 
@@ -38,10 +39,10 @@ class Group:
         """Return one entry of each run's results."""
         found = []
         for result in self.results:
-            value = result
+            value: Any = result
             for key in path:
                 value = value[key]
-            found.append(float(value))  # type: ignore[arg-type]
+            found.append(float(value))
         return found
 
 

@@ -179,7 +179,7 @@ def _from_timm(model: str, classes: int, size: int, pretrained: bool) -> nn.Modu
     import timm
 
     facts = _timm_facts(model)
-    more = {"img_size": size} if facts.fixed_input_size and size != facts.input_size[-1] else {}
+    more: dict[str, Any] = {"img_size": size} if facts.fixed_input_size and size != facts.input_size[-1] else {}
     try:
         built: nn.Module = timm.create_model(model, pretrained=pretrained, num_classes=classes, **more)
     except RuntimeError as error:

@@ -93,6 +93,13 @@ class Perturbation:
             return self.direction.passes if self.direction.ready(step) else 0
         return 1 if self.reuse is not None and self.kept and step >= self.start else 0
 
+    def selected(self, latents: Latents) -> set[int]:
+        """Return, by id, the Parameters that are perturbed where they have a gradient."""
+        slots = {id(slot.parameter): slot for slot in latents.slots}
+        scales = {id(p) for p in quantizer_parameters(latents.root)}
+        named = [(name, p) for name, p in latents.root.named_parameters() if p.requires_grad and id(p) not in scales]
+        return {id(p) for name, p in named if self._selects(name, p, slots.get(id(p)))}
+
     def gather(
         self, latents: Latents, base_state: Mapping[Tensor, Any], given: Mapping[str, Tensor] | None = None
     ) -> list[Ascent]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.optim import SGD, Optimizer
 
-from qsam.shards import whole
+from qsam.shards import local, whole
 from qsam.slots import ScaleSlot, Slot
 
 MAX_RELATIVE_STEP = 1e-2
@@ -64,23 +64,35 @@ class BalancedSGD(Optimizer):
         """Take one step."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
-            for s in group["params"]:
-                if s.grad is not None:
-                    move = self._normalized(s, s.grad) * s if group["normalized"] else s.grad
-                    limit = MAX_RELATIVE_STEP * s.abs()
-                    s.sub_(torch.clamp(group["lr"] * move, -limit, limit))
+            if found := [s for s in group["params"] if s.grad is not None]:
+                self._move(group, found)
         return loss
 
-    def _normalized(self, s: Tensor, grad: Tensor) -> Tensor:
+    def _move(self, group: dict[str, Any], scales: list[Tensor]) -> None:
+        """Step the scales of a group, all at once: there may be hundreds, of one entry each."""
+        values, grads = [local(s) for s in scales], [local(s.grad) for s in scales if s.grad is not None]
+        if group["normalized"]:
+            grads = list(torch._foreach_mul(self._normalized(scales, grads), values))
+        moves = list(torch._foreach_mul(grads, group["lr"]))
+        limits = list(torch._foreach_mul(torch._foreach_abs(values), MAX_RELATIVE_STEP))
+        torch._foreach_minimum_(moves, limits)
+        torch._foreach_maximum_(moves, torch._foreach_neg(limits))
+        torch._foreach_sub_(values, moves)
+
+    def _normalized(self, scales: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """Return ``ds / sqrt(v)``, after moving v."""
-        state = self.state[s]
-        if not state:
-            state["step"] = torch.tensor(0.0)
-            state["square"] = torch.zeros_like(s)
-        state["step"] += 1
-        state["square"].lerp_(grad.square(), 1 - _AVERAGE)
-        size: Tensor = (state["square"] / (1 - _AVERAGE ** float(state["step"]))).sqrt_()
-        return grad / size.clamp_min(torch.finfo(s.dtype).tiny)
+        states = [self.state[s] for s in scales]
+        for s, state in zip(scales, states, strict=True):
+            if not state:
+                state["step"] = torch.tensor(0.0)
+                state["square"] = torch.zeros_like(s)
+        torch._foreach_add_([state["step"] for state in states], 1)
+        squares: list[Tensor] = [local(state["square"]) for state in states]
+        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - _AVERAGE)
+        sizes = list(torch._foreach_div(squares, [1 - _AVERAGE ** float(state["step"]) for state in states]))
+        torch._foreach_sqrt_(sizes)
+        torch._foreach_clamp_min_(sizes, torch.finfo(squares[0].dtype).tiny)
+        return list(torch._foreach_div(grads, sizes))
 
 
 def build_scale_optimizer(

@@ -85,7 +85,8 @@ class SQuAT(TwoPass):
         if self.schedule == "next_batch" and self.scales_due:
             self._losses.clear()
             with self.scale_phase():
-                loss = self._call(closure, "loss")
+                loss = self._spare(closure, self._needed_by_scales())
+            self._note_loss("loss", loss)
             self.step_scales()
             return loss
         loss = self._make_passes(closure)
@@ -93,9 +94,17 @@ class SQuAT(TwoPass):
         self._finish_step()
         if self.schedule == "same_batch" and alternates and self.scales_due:
             with self.scale_phase():
-                closure()
+                self._spare(closure, self._needed_by_scales())
             self.step_scales()
         return loss
+
+    def _needed_by_scales(self) -> set[int]:
+        """Return, by id, what the scales' gradients come from: they themselves, and the quantized weights."""
+        weights = {id(slot.parameter) for slot in self.latents_of.slots}
+        return weights | {id(scale.parameter) for scale in self.scale_slots}
+
+    def _also_needed_first(self) -> set[int]:
+        return self._needed_by_scales() if self.schedule == "fused" and self.scales_due else set()
 
     def _between_passes(self) -> None:
         if self.schedule == "fused" and self._ascent_ready and self.scales_due:

@@ -13,6 +13,8 @@ from qsam.optim.groups import Base
 from qsam.optim.perturbation import Perturbation, Selection, checked_rho
 from qsam.optim.ranks import DataParallel
 from qsam.optim.scale_rates import ScaleRate
+from qsam.optim.snapshot import RandomState
+from qsam.optim.sparing import Sparing
 from qsam.optim.update import Closure
 
 
@@ -56,6 +58,10 @@ class TwoPass(QuantizedOptimizer):
     inside = False
     """Whether e is added before the quantizer."""
 
+    spares_gradients = True
+    """Whether ``step(closure)`` leaves gradients out that a pass has no use for; set it to False on an instance for a
+    closure that wants all of them in every pass (to clip by their common norm, say)."""
+
     def __init__(
         self,
         model: nn.Module,
@@ -88,6 +94,7 @@ class TwoPass(QuantizedOptimizer):
             max_grad_norm=max_grad_norm, ddp=ddp, params=params, scale_lr=scale_lr, scale_optimizer=scale_optimizer,
             arguments=arguments, ours=ours,
         )  # fmt: skip
+        self._sparing = Sparing(model)
 
     def _run(self, closure: Closure) -> Any:
         loss = self._make_passes(closure)
@@ -106,7 +113,8 @@ class TwoPass(QuantizedOptimizer):
             with self.perturbed():
                 return self._call(closure, "loss_perturbed")
         with self.first_pass():
-            loss = self._call(closure, "loss")
+            loss = self._spare(closure, self.perturbation.selected(self.latents_of) | self._also_needed_first())
+            self._note_loss("loss", loss)
         self._between_passes()
         if self._ascent_ready and self._has_gradients():
             with self.perturbed():
@@ -115,6 +123,17 @@ class TwoPass(QuantizedOptimizer):
 
     def _between_passes(self) -> None:
         """What a method does between the first pass and the perturbation."""
+
+    def _also_needed_first(self) -> set[int]:
+        """Return, by id, what a method needs of the first pass besides the gradients that make e."""
+        return set()
+
+    def _spare(self, closure: Closure, needed: set[int]) -> Any:
+        """Call ``closure`` for the gradients of these parameters."""
+        if not self.spares_gradients:
+            return closure()
+        start = self._random_starts[-1] if self._random_starts else RandomState.now()
+        return self._sparing.call(closure, self._parameters(), needed, start)
 
     def _call(self, closure: Closure, name: str) -> Any:
         loss = closure()
