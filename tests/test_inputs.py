@@ -238,6 +238,18 @@ class TestAttention:
         assert not layer.out_proj._forward_pre_hooks
         assert hasattr(layer.out_proj, "weight_quantizer")
 
+    @pytest.mark.parametrize("separate", [False, True])
+    def test_a_layer_whose_weight_timm_uses_without_calling_it_keeps_a_float_input(self, separate):
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=32)
+        model.blocks[0].attn.qkv_bias_separate = separate
+        coverage = qsam.quantize_(model, init="absmax")
+        qsam.calibrate(model, [torch.randn(2, 3, 32, 32)])  # which refuses an input that is never reached
+        (row,) = (row for row in coverage.inputs if row.name == "blocks.0.attn.qkv")
+        assert (row.quantizer is not None) == separate
+        assert ("set `qkv_bias_separate = True` on its attention before quantize_" in row.reason) == (not separate)
+        assert isinstance(model.blocks[0].attn.qkv.weight_quantizer, qsam.Quantizer)
+
     def test_the_native_fast_path_is_taken_in_eval_and_agrees_with_training(self, monkeypatch):
         calls = []
         native = torch._native_multi_head_attention
