@@ -79,7 +79,8 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
     Raises:
         TypeError: no module, or batches that cannot be iterated over.
-        ValueError: no BatchNorm to set, no batch, one that no batch reached, or statistics that are not finite.
+        ValueError: no BatchNorm to set, no batch, one that no batch reached, or statistics that are not finite; from
+            torch itself, a batch with a single value a channel (a last batch of one image: drop it).
         RuntimeError: inside a block of the optimizer, or the model is sharded (FSDP2).
 
     Example:

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import update_bn
 import qsam
 from tests.models import CONV, EVERYWHERE
 from tests.optim.methods import QUANTIZING, assert_on_grid, assert_same, buffers_of, closure_of, everything, train
+from tests.reliability import fault
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS = {
@@ -208,6 +209,12 @@ WRONG = {
         ValueError,
         "BatchNorm '1' over these batches are not finite, and the old",
     ),
+    "a last batch of one value a channel": (
+        lambda: nn.Sequential(nn.BatchNorm2d(4)),
+        lambda: [*images(2), torch.randn(1, 4, 1, 1)],
+        ValueError,
+        "Expected more than 1 value per channel when training",  # torch's own
+    ),
     "a norm that no batch reaches": (
         lambda: nn.Sequential(CONV.build(), nn.ModuleDict({"aux": nn.BatchNorm2d(4)}).requires_grad_(False)),
         None,
@@ -236,6 +243,11 @@ class OnlyFirst(nn.Sequential):
         return self[0](x)
 
 
+@fault(
+    "data that fail, are not finite or do not reach a layer while `reestimate_batchnorm` runs",
+    happens="the data's own exception, or ValueError that names the BatchNorm",
+    kept="the old statistics, momenta and modes: nothing has been written",
+)
 @pytest.mark.parametrize(("build", "batches", "kind", "message"), WRONG.values(), ids=WRONG)
 def test_what_cannot_be_done_is_refused_and_leaves_everything_as_it_was(build, batches, kind, message):
     model = build()
