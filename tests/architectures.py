@@ -190,6 +190,9 @@ the mechanics hold, not how accurate the quantized model is. No weight was downl
 - Weight standardization (`StdConv2d`, `ScaledStdConv2d`) is part of the layer's forward: it standardizes Q(w). What
   the layer multiplies with is then, in each output channel, the grid stretched and shifted, and has to be folded as
   that where integers are to be used.
+- A layer whose weight another module uses without calling it (`F.linear(x, self.qkv.weight, ...)`) has a quantized
+  weight and a float input: no hook of it ever runs. Those of timm that are known are named below, with the cure; others
+  are named by a warning at the first step.
 - Branches that are summed into one kernel after training (RepVGG's, RepGhostNet's: timm's `reparameterize_model`) give
   a kernel that is on no grid: sum them before `quantize_`.
 - `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs; in a depthwise
