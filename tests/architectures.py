@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -32,7 +31,8 @@ class Architecture:
         arguments: What makes it small.
         size: Of its images.
         default: Whether the tests that always run have it.
-        parts: "module:Class" where timm's function has no arguments for the size; and values that are named so.
+        parts: "module:Class" below ``timm.models``, built directly where timm's function fixes the size; arguments
+            that end in "_layer" then name classes of that module.
     """
 
     name: str
@@ -47,6 +47,8 @@ class Architecture:
 
     def build(self, seed: int = 0) -> nn.Module:
         """Return the model with random weights."""
+        import timm
+
         torch.manual_seed(seed)
         if self.parts:
             module_name, _, kind = self.parts.partition(":")
@@ -133,7 +135,7 @@ ARCHITECTURES = [
         },
     ),
     *_of(
-        "Both",
+        "Convolutions and attention",
         {
             "mobilevit_xxs": {"size": 64},
             "test_coatnet": {"img_size": 64, "size": 64, "default": True},
@@ -171,8 +173,8 @@ def share_of_matrices(coverage: qsam.Coverage) -> float:
 
 INTRO = """# timm's architectures
 
-Written by `python -m tests.architectures`. Each architecture below is built small (few blocks, few channels, tiny
-images, random weights), quantized by the defaults (4-bit weights, 8-bit inputs, 8 bits at both ends) and put through
+Written by `python -m tests.architectures`. Each architecture below is built as small as its constructor allows (few
+blocks and channels, tiny images, random weights), quantized by the defaults (4-bit weights, 8-bit inputs, 8 bits at both ends) and put through
 one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/test_timm_sweep.py`. That shows that
 the mechanics hold, not how accurate the quantized model is. No weight was downloaded and nothing was run on a GPU.
 

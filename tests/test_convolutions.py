@@ -77,6 +77,20 @@ def test_an_input_is_unsigned_where_nothing_negative_comes(activation, signed):
     assert model[0].input_quantizer.signed
 
 
+def test_weight_standardization_stretches_and_shifts_the_grid_of_each_output_channel():
+    layers = pytest.importorskip("timm.layers")
+    layer = layers.StdConv2d(32, 4, 1)
+    qsam.quantize_(layer, bits=2, activations=None)
+    codes = layer.weight_quantizer.codes(layer.weight).flatten(1)
+    qsam.write_(layer)
+    used = layer(torch.eye(32)[:, :, None, None]).flatten(1).T  # column by column, what the input is multiplied with
+    q = layer.weight.detach().flatten(1)
+    deviation = (q.var(1, correction=0, keepdim=True) + layer.eps).sqrt()
+    torch.testing.assert_close(used, (q - q.mean(1, keepdim=True)) / deviation)
+    assert all(len(codes[i].unique()) > 1 for i in range(4))
+    assert not torch.allclose(used.mean(1), q.mean(1))
+
+
 class Residual(nn.Module):
     """x + f(x), then a ReLU in place."""
 
