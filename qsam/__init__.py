@@ -8,6 +8,7 @@ The optimizer owns the full-precision weights; the model always holds the weight
 
 from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
+from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.kernels import set_backend
@@ -31,6 +32,7 @@ __all__ = [
     "loss_slice",
     "presets",
     "quantize_",
+    "reestimate_batchnorm",
     "register_quantizer",
     "set_backend",
     "sharpness",

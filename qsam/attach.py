@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsam.attention import find_attention, never_called
+from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
 from qsam.coverage import Coverage, Input, Weight, owner_of, read_spec, set_owner
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.inputs import Place, attach_input_, collecting, data_parallel_group, detach_input_, is_sharded, shown
@@ -104,7 +106,7 @@ def quantize_(
     if spec is not None:
         return _attach_(root, _rebuilt(root, spec))
     call = Settings(weights, bits, activations, activation_bits, granularity, group_size, init)
-    return _attach_(root, _plan(choose(root, call, rules)))
+    return _attach_(root, _plan(root, choose(root, call, rules)))
 
 
 @torch.no_grad()
@@ -123,24 +125,13 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         ValueError: there was no batch, or an input is not finite.
     """
     coverage = _require(model, "calibrate")
-    if not isinstance(batches, Iterable):
-        raise TypeError(f"`batches` must be an iterable of inputs, a DataLoader say, got {batches!r}.")
+    require_batches(batches)
     if is_sharded(model.modules()):
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
     quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
-    modes = [(module, module.training) for module in model.modules()]
-    plain = unwrap_model(model.eval())
-    count = 0
-    try:
-        with collecting(list(quantizers.values()), data_parallel_group(model)):
-            for batch in batches:
-                _call(plain, batch)
-                count += 1
-    finally:
-        for module, training in modes:
-            module.training = training
-    if count == 0:
-        raise ValueError("`batches` is empty: calibrate needs at least one batch.")
+    with in_eval_mode(model) as plain, collecting(list(quantizers.values()), data_parallel_group(model)):
+        count = run_each(plain, batches)
+    refuse_empty(count, "calibrate")
     if missed := [shown(name) for name, quantizer in quantizers.items() if not quantizer.calibrated]:
         raise RuntimeError(
             f"no batch reached the input of {', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}: give batches "
@@ -248,18 +239,11 @@ def _require(model: nn.Module, caller: str) -> Coverage:
     return coverage
 
 
-def _call(model: nn.Module, batch: Any) -> None:
-    if isinstance(batch, Mapping):
-        model(**batch)
-    elif isinstance(batch, tuple | list):
-        model(*batch)
-    else:
-        model(batch)
-
-
-def _plan(choices: list[Choice]) -> Coverage:
+def _plan(root: nn.Module, choices: list[Choice]) -> Coverage:
     """Build every quantizer before anything is attached, so that an error leaves the model as it was."""
-    return _not_empty(Coverage(tuple(_plan_weight(choice) for choice in choices), tuple(_plan_inputs(choices))))
+    weights = tuple(_plan_weight(choice) for choice in choices)
+    inputs = tuple(_plan_inputs(choices, never_called(root)))
+    return _not_empty(Coverage(weights, inputs, find_attention(root)))
 
 
 def _not_empty(coverage: Coverage) -> Coverage:
@@ -301,9 +285,8 @@ def _observed(quantizer: Quantizer, site: Site) -> Quantizer:
     return quantizer.requires_grad_(False)
 
 
-def _plan_inputs(choices: list[Choice]) -> Iterator[Input]:
+def _plan_inputs(choices: list[Choice], dead: Mapping[int, str]) -> Iterator[Input]:
     """Yield one row for each module that uses a chosen weight: a tied one has several."""
-    dead = {id(c.site.module.out_proj) for c in choices if isinstance(c.site.module, nn.MultiheadAttention)}
     seen: set[int] = set()
     for choice in (choice for choice in choices if choice.settings is not None):
         for name, module, attr in choice.site.owners():
@@ -314,7 +297,7 @@ def _plan_inputs(choices: list[Choice]) -> Iterator[Input]:
                 yield Input(name, quantizer, reason or _input_remark(choice, module), module)
 
 
-def _input_reason(choice: Choice, module: nn.Module, attr: str, dead: set[int]) -> str:
+def _input_reason(choice: Choice, module: nn.Module, attr: str, dead: Mapping[int, str]) -> str:
     """Return why a module's input stays float, or an empty string."""
     assert choice.settings is not None
     if choice.settings.activations is None:
@@ -322,7 +305,7 @@ def _input_reason(choice: Choice, module: nn.Module, attr: str, dead: set[int]) 
     if isinstance(module, nn.Embedding | nn.EmbeddingBag):
         return "its input is indices"
     if id(module) in dead:
-        return "weights only: MultiheadAttention never calls its out_proj"
+        return dead[id(module)]
     if channel_axis(module, attr) is None and not choice.input_requested:
         return f"the input of {type(module).__name__} is quantized on request: set `activations` in the rule"
     return ""
@@ -399,7 +382,7 @@ def _rebuilt(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) 
     weights = [_rebuilt_weight(site, content["weights"].get(name), floats) for name, site in sites.items()]
     inputs = [_rebuilt_input(name, modules[name], entry) for name, entry in content["inputs"].items()]
     inputs += [Input(name, None, why, modules[name]) for name, why in content.get("float_inputs", {}).items()]
-    coverage = _not_empty(Coverage(tuple(weights), tuple(inputs)))
+    coverage = _not_empty(Coverage(tuple(weights), tuple(inputs), find_attention(root)))
     for path, quantizer in coverage.quantizers.items():
         if tensors is not None:
             _load_scales(quantizer, path, tensors)

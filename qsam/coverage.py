@@ -74,10 +74,13 @@ class Coverage:
     Attributes:
         weights: One row a parameter.
         inputs: One row a layer that has quantized weights, or was meant to.
+        attention: Paths of the modules that are attention, as far as names tell: scores and probabilities, products of
+            two activations, are the input of no layer and stay float.
     """
 
     weights: tuple[Weight, ...]
     inputs: tuple[Input, ...]
+    attention: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> tuple[Weight, ...]:
@@ -251,6 +254,8 @@ def _replace(path: Path, content: bytes) -> None:
 
 def _table(coverage: Coverage) -> Iterator[str]:
     lines = [("parameter", "shape", "weight", "input", ""), *_merged(_rows(coverage))]
+    note = "attention, by its name: scores and probabilities stay float"
+    lines += _merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
     small = sum(len(row.shape) < 2 for row in coverage.weights)
     if small:
         lines.append((f"vectors and scalars ({small})", "", "float", "", "biases, norms: fewer than two dimensions"))

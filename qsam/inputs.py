@@ -259,6 +259,11 @@ def _place(quantizer: Quantizer) -> Place:
     return place
 
 
+def was_passed_as_float(quantizer: Quantizer) -> bool:
+    """Whether a warning has told already that inputs pass through in float, this one or others of its model."""
+    return "uncalibrated" in _place(quantizer).said
+
+
 def _warn_uncalibrated(quantizer: Quantizer) -> None:
     place = _place(quantizer)
     if "uncalibrated" in place.said:

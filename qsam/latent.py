@@ -374,6 +374,12 @@ class Latents:
             )
 
 
+def open_block(root: nn.Module) -> str | None:
+    """Return the name of the block in which the model's p are not Q(w) now, or None."""
+    block: str | None = vars(root).get(_BLOCK)
+    return block
+
+
 def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
     """Return the model's coverage, quantizing a plain model with the defaults if a method wants it.
 

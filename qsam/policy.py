@@ -121,7 +121,10 @@ def channel_axis(module: nn.Module, attr: str) -> int | None:
         return 0 if attr.endswith("proj_weight") else None
     if attr != "weight":
         return None
-    if isinstance(module, _ConvTransposeNd) or is_hf_conv1d(module):
+    if isinstance(module, _ConvTransposeNd):
+        # (in, out / groups, ...): in a depthwise one all outputs of a group come from one row, and dimension 1 is short
+        return 0 if 1 < module.groups == module.in_channels else 1
+    if is_hf_conv1d(module):
         return 1
     return 0 if isinstance(module, nn.Linear | _ConvNd) else None
 

@@ -41,6 +41,38 @@ def expanded(names):
             yield name
 
 
+ATTENTION = "attention, by its name: scores and probabilities stay float"
+
+
+def timm_vit(name="vit_tiny_patch16_224", **arguments):
+    small = {"depth": 2, "embed_dim": 12, "num_heads": 2, "img_size": 32}
+    return pytest.importorskip("timm").create_model(name, **small, **arguments)
+
+
+def hf_bert():
+    transformers = pytest.importorskip("transformers")
+    small = dict(hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16, vocab_size=20)
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**small))
+
+
+ATTENTIONS = {
+    "torch": (lambda: nn.MultiheadAttention(4, 2), ("",), ["the model itself"]),
+    "torch, in a layer": (lambda: nn.TransformerEncoderLayer(8, 2, 16), ("self_attn",), ["self_attn"]),
+    "timm": (timm_vit, ("blocks.0.attn", "blocks.1.attn"), ["blocks.{0-1}.attn"]),
+    "timm, by the name in its parent": (
+        lambda: timm_vit("xcit_nano_12_p16_224", cls_attn_layers=1),
+        ("blocks.0.attn", "blocks.1.attn", "cls_attn_blocks.0.attn"),
+        ["blocks.{0-1}.attn", "cls_attn_blocks.0.attn"],
+    ),
+    "Hugging Face": (
+        hf_bert,
+        tuple(f"bert.encoder.layer.{i}.attention.self" for i in range(3)),
+        ["bert.encoder.layer.{0-2}.attention.self"],
+    ),
+    "none": (lambda: mlp(8, 16, 4), (), []),
+}
+
+
 class TestSizes:
     def test_numel_and_share(self):
         coverage = qsam.quantize_(mlp(8, 16, 4))
@@ -106,6 +138,17 @@ class TestTable:
             r"out_proj.weight +4x4  lsq .* +float +head; weights only: .* never calls its out_proj\n", text
         )
 
+    @pytest.mark.parametrize(("build", "paths", "shown"), ATTENTIONS.values(), ids=ATTENTIONS)
+    def test_attention_says_that_its_probabilities_stay_float(self, build, paths, shown):
+        coverage = qsam.quantize_(build(), init="absmax")
+        assert coverage.attention == paths
+        rows = [line for line in lines(coverage) if line.endswith(ATTENTION)]
+        assert [line.removesuffix(ATTENTION).strip() for line in rows] == shown
+
+    def test_a_rebuilt_model_says_it_too(self):
+        spec = qsam.quantize_(nn.MultiheadAttention(4, 2)).to_spec()
+        assert qsam.quantize_(nn.MultiheadAttention(4, 2), spec=spec).attention == ("",)
+
     def test_a_recurrent_layer_says_what_stays_float(self):
         assert "weight_hh_l0" in (text := str(qsam.quantize_(nn.LSTM(4, 4))))
         assert "the hidden states stay float" in text
@@ -169,7 +212,8 @@ class TestTable:
             model = pytest.importorskip("timm").create_model(kind, **arguments)
         coverage = qsam.quantize_(model, init="absmax")
         table = lines(coverage)
-        names = [line.split()[0] for line in table[1:-3]]  # behind a header, before the vectors and two totals
+        rows = [line for line in table[1:-3] if not line.endswith(ATTENTION)]  # a header; vectors and two totals
+        names = [line.split()[0] for line in rows]
         assert sorted(expanded(names)) == sorted(row.name for row in coverage.weights if len(row.shape) >= 2)
         assert len(table) < 50
         assert not any(line != line.rstrip() for line in table)

@@ -238,6 +238,18 @@ class TestAttention:
         assert not layer.out_proj._forward_pre_hooks
         assert hasattr(layer.out_proj, "weight_quantizer")
 
+    @pytest.mark.parametrize("separate", [False, True])
+    def test_a_layer_whose_weight_timm_uses_without_calling_it_keeps_a_float_input(self, separate):
+        timm = pytest.importorskip("timm")
+        model = timm.create_model("beit_base_patch16_224", depth=1, embed_dim=24, num_heads=2, img_size=32)
+        model.blocks[0].attn.qkv_bias_separate = separate
+        coverage = qsam.quantize_(model, init="absmax")
+        qsam.calibrate(model, [torch.randn(2, 3, 32, 32)])  # which refuses an input that is never reached
+        (row,) = (row for row in coverage.inputs if row.name == "blocks.0.attn.qkv")
+        assert (row.quantizer is not None) == separate
+        assert ("set `qkv_bias_separate = True` on its attention before quantize_" in row.reason) == (not separate)
+        assert isinstance(model.blocks[0].attn.qkv.weight_quantizer, qsam.Quantizer)
+
     def test_the_native_fast_path_is_taken_in_eval_and_agrees_with_training(self, monkeypatch):
         calls = []
         native = torch._native_multi_head_attention
@@ -479,6 +491,49 @@ class TestFirstForward:
         with optimizer.perturbed():
             model(x).sum().backward()
         assert all(torch.equal(q.scale, scale) for q, scale in zip(quantizers(model), before, strict=True))
+
+
+class Borrower(nn.Module):
+    """Uses the weight of a layer without calling it, as timm's BEiT does."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.borrowed, self.head = nn.Linear(6, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(nn.functional.linear(self.first(x), self.borrowed.weight).relu())
+
+
+class TestNeverCalled:
+    def step(self, model, x):
+        optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.01)
+        for _ in range(2):
+            optimizer.step(lambda: model(x).square().mean().backward())
+
+    def test_a_layer_whose_weight_is_used_without_calling_it_is_named_once(self, x):
+        model = Borrower()
+        with pytest.warns(
+            UserWarning, match=r"the weight of 'borrowed' without calling the layer .*'activations': None"
+        ) as said:
+            self.step(model, x)
+        assert len(said) == 1
+
+    def test_the_rule_that_it_names_is_the_cure(self, x):
+        model = Borrower()
+        qsam.quantize_(model, rules=[("borrowed", {"activations": None})])
+        self.step(model, x)
+
+    def test_a_layer_that_no_batch_has_reached_yet_is_no_matter(self, x):
+        model = nn.ModuleDict({"mlp": mlp(), "rest": nn.Linear(6, 6)})
+        qsam.quantize_(model)
+        optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.01)
+        optimizer.step(lambda: model["mlp"](x).square().mean().backward())
+
+    def test_gradients_without_a_forward_are_no_matter(self, model):
+        optimizer = qsam.QAT(model, torch.optim.SGD, lr=0.01)
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        optimizer.step()
 
 
 class TestCopies:

@@ -50,10 +50,13 @@ LAYERS = {
     "Conv1d": (lambda: nn.Conv1d(6, 4, 3), "weight", 0),
     "Conv2d": (lambda: nn.Conv2d(6, 4, 3), "weight", 0),
     "Conv2d in groups": (lambda: nn.Conv2d(6, 4, 3, groups=2), "weight", 0),
+    "Conv2d, depthwise": (lambda: nn.Conv2d(6, 6, 3, groups=6), "weight", 0),
     "Conv3d": (lambda: nn.Conv3d(6, 4, 3), "weight", 0),
     "ConvTranspose1d": (lambda: nn.ConvTranspose1d(6, 4, 3), "weight", 1),
     "ConvTranspose2d": (lambda: nn.ConvTranspose2d(6, 4, 3), "weight", 1),
     "ConvTranspose3d": (lambda: nn.ConvTranspose3d(6, 4, 3), "weight", 1),
+    "ConvTranspose2d in groups": (lambda: nn.ConvTranspose2d(6, 4, 3, groups=2), "weight", 1),
+    "ConvTranspose2d, depthwise": (lambda: nn.ConvTranspose2d(6, 6, 3, groups=6), "weight", 0),
     "Hugging Face Conv1D": (hf_conv1d, "weight", 1),
     "MultiheadAttention": (lambda: nn.MultiheadAttention(4, 2), "in_proj_weight", 0),
     "MultiheadAttention, key": (lambda: nn.MultiheadAttention(4, 2, kdim=6, vdim=8), "k_proj_weight", 0),
@@ -115,6 +118,16 @@ class TestLayers:
             q.init = "absmax"  # a maximum does not depend on the order of its terms: bitwise
             q.observe_(alone)
             assert torch.equal(channel, q(alone))
+
+    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
+    def test_per_tensor_quantizes_all_entries_with_one_scale(self, build, attr, axis):
+        layer = build()
+        before = getattr(layer, attr).detach().flatten()
+        qsam.quantize_(layer, bits=3, init="absmax", rules=[("*", {})])
+        qsam.write_(layer)
+        scale = before.abs().max() / 3
+        expected = scale * torch.round(before / scale)
+        torch.testing.assert_close(getattr(layer, attr).detach().flatten(), expected)
 
     @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
     def test_quantized_by_default(self, build, attr, axis):
@@ -247,6 +260,23 @@ class TestDefaultPolicy:
         assert not reasons(coverage)
         assert {name for name, width in bits(coverage).items() if width == 8} == {"conv1.weight", "fc.weight"}
         assert len(bits(coverage)) == 21
+
+    @pytest.mark.parametrize(
+        ("name", "arguments", "ends"),
+        [
+            ("mobilenetv2_035", {}, {"conv_stem.weight", "classifier.weight"}),
+            (
+                "convnext_atto",
+                {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
+                {"stem.0.weight", "head.fc.weight"},
+            ),
+        ],
+    )
+    def test_stem_and_classifier_of_convolutional_models_get_8_bits(self, name, arguments, ends):
+        coverage = qsam.quantize_(timm_model(name, **arguments), init="absmax")
+        assert not reasons(coverage)
+        assert {name for name, width in bits(coverage).items() if width == 8} == ends
+        assert {row.reason for row in coverage.quantized if row.name in ends} == {"input layer", "head"}
 
     def test_transformer_encoder(self):
         layer = nn.TransformerEncoderLayer(8, 2, 16)

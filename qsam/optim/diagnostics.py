@@ -1,10 +1,12 @@
-"""Figures of quantization noise and perturbation: SAQ's two terms, and the faults of its cases 1 and 2."""
+"""Figures of quantization noise and perturbation (SAQ's two terms, the faults of its cases), and inputs nobody saw."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from qsam.coverage import Coverage
+from qsam.inputs import shown, was_passed_as_float
 from qsam.latent import Latents
 from qsam.shards import whole
 from qsam.slots import Slot
@@ -49,6 +51,19 @@ def perturbation_figures(latents: Latents) -> dict[str, float]:
         "noise_perturbation_cosine": dot / product if product > 0 else 0.0,
         "flipped_share": flipped / max(count, 1),
     }
+
+
+def unseen_inputs(coverage: Coverage) -> list[str]:
+    """Return the layers whose weight has a gradient while their input quantizer, unlike others, has seen no batch.
+
+    A module may use the weight of a layer without calling it: then the layer's pre-hook never runs.
+    """
+    rows = [(row, row.quantizer) for row in coverage.inputs if row.quantizer is not None]
+    if not any(quantizer.calibrated for _, quantizer in rows):
+        return []  # gradients that somebody made without a forward
+    used = {id(row.module) for row in coverage.quantized if getattr(row.module, row.attr).grad is not None}
+    unseen = [(row, q) for row, q in rows if not q.calibrated and id(row.module) in used]
+    return [shown(row.name) for row, quantizer in unseen if not was_passed_as_float(quantizer)]
 
 
 def _noise(slot: Slot) -> Tensor:

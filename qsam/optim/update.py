@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from qsam.optim.diagnostics import unseen_inputs
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.passes import Passes
 
@@ -32,6 +33,8 @@ class Update(Passes):
         """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
         latents = self.latents_of
         self._check_guard()
+        if weights and self.steps == 0:
+            self._say_unseen_inputs()
         try:
             if weights and self.perturbation is not None:
                 self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
@@ -44,6 +47,17 @@ class Update(Passes):
             self._clean_up()
         if weights:
             self._count_step()
+
+    def _say_unseen_inputs(self) -> None:
+        coverage = self.latents_of.coverage
+        unseen = [] if coverage is None else unseen_inputs(coverage)
+        if unseen:
+            layers = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
+            self._say_once(
+                f"the first step used the weight of {layers} without calling the layer (or with a PackedSequence): its "
+                "input stays float, and DistributedDataParallel would wait for its scale. Give quantize_ a rule "
+                "for it, with {'activations': None}."
+            )
 
     def _clean_up(self) -> None:
         """Let go of all gradients, and leave Q(w) in the model."""

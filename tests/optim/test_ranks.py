@@ -263,6 +263,19 @@ def scaler_between_the_passes(rank: int) -> None:
         scaler.step(ours.scales)
 
 
+def statistics_of_all_batches(rank: int) -> None:
+    model, alone = CONV.quantized(), CONV.quantized()
+    images = [CONV.batch(i)["x"] for i in range(3)]
+    qsam.reestimate_batchnorm(DistributedDataParallel(model), images[:2] if rank == 0 else images[2:])
+    qsam.reestimate_batchnorm(alone, images)
+    assert_equal_everywhere(dict(model.named_buffers()))
+    close(dict(model.named_buffers()), dict(alone.named_buffers()))
+    with pytest.raises(ValueError, match="BatchNorm '1' over these batches are not finite"):  # else one waits for ever
+        qsam.reestimate_batchnorm(DistributedDataParallel(model), [images[0] * (1.0 if rank else torch.nan)])
+    qsam.reestimate_batchnorm(DistributedDataParallel(model), images if rank else [])
+    close(dict(model.named_buffers()), dict(alone.named_buffers()))
+
+
 def saving_on_rank_zero(rank: int) -> None:
     """What people do on one rank only must not wait for the others."""
     ours, model, ddp = parallel(SQUAT, MLP)
@@ -357,6 +370,10 @@ def test_a_remembered_gradient_is_not_overwritten_in_its_bucket(two: Processes) 
 
 def test_a_grad_scaler_between_unsynchronized_passes_is_refused(two: Processes) -> None:
     two(scaler_between_the_passes)
+
+
+def test_batchnorm_gets_the_average_over_the_batches_of_all_ranks(two: Processes) -> None:
+    two(statistics_of_all_batches)
 
 
 def test_one_rank_may_save_and_look_alone(two: Processes) -> None:

@@ -15,6 +15,7 @@ CHAPTERS = {
     "Building an optimizer": "tests.wrong_calls.building",
     "The order of calls": "tests.wrong_calls.order",
     "Checkpoints and spec files": "tests.wrong_calls.files",
+    "BatchNorm": "tests.wrong_calls.batchnorm",
     "Measuring": "tests.wrong_calls.measuring",
     "Quantizers of your own": "tests.wrong_calls.quantizers",
     "The recipe's command line": "tests.wrong_calls.recipe",

@@ -1,0 +1,268 @@
+"""Architectures of timm, built small, and docs/architectures.md: what is quantized of each, and what stays float.
+
+``python -m tests.architectures`` writes the page.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import qsam
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "architectures.md"
+CLASSES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """A model of timm, made small.
+
+    Attributes:
+        name: What ``timm.create_model`` knows it by.
+        family: Its chapter on the page.
+        arguments: What makes it small.
+        size: Of its images.
+        default: Whether the tests that always run have it.
+        parts: "module:Class" below ``timm.models``, built directly where timm's function fixes the size; arguments
+            that end in "_layer" then name classes of that module.
+    """
+
+    name: str
+    family: str
+    arguments: dict[str, Any] = dataclasses.field(default_factory=dict)
+    size: int = 32
+    default: bool = False
+    parts: str = ""
+
+    def __str__(self) -> str:
+        return self.name
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Return the model with random weights."""
+        import timm
+
+        torch.manual_seed(seed)
+        if self.parts:
+            module_name, _, kind = self.parts.partition(":")
+            module = importlib.import_module(f"timm.models.{module_name}")
+            layers = {
+                key: getattr(module, value) if key.endswith("_layer") else value
+                for key, value in self.arguments.items()
+            }
+            model: nn.Module = getattr(module, kind)(num_classes=CLASSES, **layers)
+        else:
+            model = timm.create_model(self.name, pretrained=False, num_classes=CLASSES, **self.arguments)
+        return model.train()
+
+    def images(self) -> Tensor:
+        """Return four images."""
+        return torch.randn(4, 3, self.size, self.size, generator=torch.Generator().manual_seed(1))
+
+
+def _of(family: str, table: dict[str, dict[str, Any]]) -> Iterator[Architecture]:
+    for name, entry in table.items():
+        own = {key: entry[key] for key in ("size", "default", "parts") if key in entry}
+        yield Architecture(name, family, {k: v for k, v in entry.items() if k not in own}, **own)
+
+
+TINY = {"depth": 2, "embed_dim": 24, "num_heads": 2, "img_size": 32}
+STAGES = {"depths": (1, 1, 1, 1), "dims": (8, 16, 24, 32)}
+CHANNELS = {"layers": (1, 1, 1, 1), "channels": (8, 16, 24, 32)}
+MIXER = {"img_size": 32, "patch_size": 16, "num_blocks": 2, "embed_dim": 24}
+
+ARCHITECTURES = [
+    *_of(
+        "Convolutions",
+        {
+            "resnet18": {**CHANNELS, "default": True},
+            "resnext50_32x4d": {**CHANNELS, "cardinality": 4, "base_width": 32},
+            "resnetv2_50": {"layers": (1, 1, 1, 1), "channels": (32, 32, 64, 64), "stem_chs": 8},
+            "densenet121": {"growth_rate": 8, "block_config": (2, 2, 2, 2)},
+            "vgg11_bn": {"mlp_ratio": 0.01},
+            "mobilenetv2_035": {},
+            "mobilenetv3_small_050": {},
+            "efficientnet_b0": {},
+            "efficientnet_lite0": {},
+            "mixnet_s": {},
+            "tf_efficientnet_cc_b0_4e": {},
+            "regnety_002": {},
+            "repvgg_a0": {},
+            "ghostnet_050": {},
+            "repghostnet_050": {},
+            "dla46_c": {},
+            "hrnet_w18_small": {},
+            "inception_v3": {"size": 80},
+            "xception41": {},
+            "cspdarknet53": {},
+            "resnetv2_50x1_bit": {"channels": (128, 128, 128, 128), "stem_chs": 32},
+            "test_nfnet": {},
+            "convmixer_768_32": {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 7, "parts": "convmixer:ConvMixer"},
+            "convnext_atto": {**STAGES, "default": True},
+            "convnextv2_atto": STAGES,
+        },
+    ),
+    *_of(
+        "Transformers",
+        {
+            "vit_tiny_patch16_224": {**TINY, "default": True},
+            "deit_tiny_distilled_patch16_224": TINY,
+            "beit_base_patch16_224": TINY,
+            "eva02_tiny_patch14_224": {**TINY, "embed_dim": 32, "img_size": 28, "size": 28},
+            "cait_xxs24_224": TINY,
+            "xcit_nano_12_p16_224": {**TINY, "cls_attn_layers": 1},
+            "swin_tiny_patch4_window7_224": {
+                "embed_dim": 24, "depths": (2, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4, "size": 64, "default": True,
+            },
+            "swinv2_tiny_window8_256": {
+                "embed_dim": 24, "depths": (2, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4, "size": 64,
+            },
+            "pit_ti_224": {"base_dims": (8, 8, 8), "depth": (1, 1, 1), "heads": (2, 4, 8), "img_size": 64, "size": 64},
+            "levit_128s": {
+                "embed_dim": (32, 48, 64), "key_dim": 8, "num_heads": (2, 3, 4), "depth": (1, 1, 1), "img_size": 64, "size": 64,
+            },
+            "tnt_s_patch16_224": {"embed_dim": 48, "inner_dim": 12, "depth": 2, "num_heads_outer": 3, "img_size": 32},
+            "crossvit_tiny_240": {
+                "embed_dim": (24, 48), "depth": ((1, 1, 0),), "img_scale": (1.0, 1.0), "patch_size": (8, 16), "img_size": 48, "size": 48,
+            },
+        },
+    ),
+    *_of(
+        "Convolutions and attention",
+        {
+            "mobilevit_xxs": {"size": 64},
+            "test_coatnet": {"img_size": 64, "size": 64, "default": True},
+            "test_maxvit": {"img_size": 64, "size": 64},
+            "convit_tiny": TINY,
+            "efficientformer_l1": {"depths": (1, 1, 1, 2), "embed_dims": (16, 24, 32, 48), "size": 224},
+            "poolformer_s12": {"size": 64},
+            "twins_pcpvt_small": {
+                "embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "img_size": 64, "size": 64,
+            },
+            "pvt_v2_b0": {"embed_dims": (8, 16, 24, 32), "depths": (1, 1, 1, 1), "num_heads": (1, 2, 3, 4), "size": 64},
+        },
+    ),
+    *_of(
+        "Mixers",
+        {
+            "mixer_s16_224": {**MIXER, "parts": "mlp_mixer:MlpMixer", "default": True},
+            "gmlp_ti16_224": {
+                **MIXER, "mlp_ratio": 6, "block_layer": "SpatialGatingBlock", "mlp_layer": "GatedMlp", "parts": "mlp_mixer:MlpMixer",
+            },
+            "resmlp_12_224": {**MIXER, "mlp_ratio": 4, "block_layer": "ResBlock", "norm_layer": "Affine", "parts": "mlp_mixer:MlpMixer"},
+        },
+    ),
+]  # fmt: skip
+
+DEFAULT = [a for a in ARCHITECTURES if a.default]
+LEAST_SHARE = 0.95
+
+
+def share_of_matrices(coverage: qsam.Coverage) -> float:
+    """Return which share of the entries of all parameters of two or more dimensions is quantized."""
+    rows = [row for row in coverage.weights if len(row.shape) >= 2]
+    return sum(row.numel for row in rows if row.bits < 32) / sum(row.numel for row in rows)
+
+
+INTRO = """# timm's architectures
+
+Written by `python -m tests.architectures`. Each architecture below is built as small as its constructor allows (few
+blocks and channels, tiny images, random weights), quantized by the defaults (4-bit weights, 8-bit inputs, 8 bits at both ends) and put through
+one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/test_timm_sweep.py`. That shows that
+the mechanics hold, not how accurate the quantized model is. No weight was downloaded and nothing was run on a GPU.
+
+- "Quantized" is the share of the entries of all parameters of two or more dimensions, in the small model; in one of
+  full size it is larger, for tables of positions grow less than matrices. Biases, norms, layer scales and other
+  parameters of fewer dimensions are float everywhere.
+- The stem (a first convolution or patch embedding) and the classifier have 8 bits, or more if you ask for more.
+- What is quantized of the activations is the inputs of the quantized layers. Sums (shortcuts), norms, softmax, and
+  products of two activations (attention scores and probabilities, gates as in squeeze-and-excitation) are float.
+  Fused attention never holds its probabilities. `print(coverage)` names the modules that are attention as far as
+  their names tell (`*Attention*`, `*Attn*`, `attn`): nothing else in a module does.
+- Calibration decides whether an input is signed: images and what comes out of a norm are; after ReLU, ReLU6 and
+  (hard) sigmoid it is unsigned and uses all levels. After GELU, SiLU and Hardswish it is signed, since their small
+  negative values are real: half of the levels then stand for them. There is no quantizer with an offset.
+- Weight standardization (`StdConv2d`, `ScaledStdConv2d`) is part of the layer's forward: it standardizes Q(w). What
+  the layer multiplies with is then, in each output channel, the grid stretched and shifted, and has to be folded as
+  that where integers are to be used.
+- A layer whose weight another module uses without calling it (`F.linear(x, self.qkv.weight, ...)`) has a quantized
+  weight and a float input: no hook of it ever runs. Those of timm that are known are named below, with the cure; others
+  are named by a warning at the first step.
+- Branches that are summed into one kernel after training (RepVGG's, RepGhostNet's: timm's `reparameterize_model`) give
+  a kernel that is on no grid: sum them before `quantize_`.
+- `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs; in a depthwise
+  one each group has its own.
+- BatchNorm's statistics: [`reestimate_batchnorm`](loops.md#batchnorm), after training.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What the page says of one architecture."""
+
+    name: str
+    parameters: int
+    share: float
+    floats: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """Return the line of the table."""
+        floats = "; ".join(self.floats).replace("|", "\\|") or "nothing"
+        return f"| `{self.name}` | {self.parameters / 1e6:.2f} M | {self.share:.1%} | {floats} |"
+
+
+def row_of(architecture: Architecture) -> Row:
+    """Build and quantize an architecture, and say what stays float."""
+    model = architecture.build()
+    coverage = qsam.quantize_(model, bits=4, activation_bits=8, init="absmax")
+    weights = [(row.name, row.reason) for row in coverage.weights if row.quantizer is None and len(row.shape) >= 2]
+    inputs = [(row.name, f"its input: {row.reason}") for row in coverage.inputs if row.quantizer is None]
+    attention = [(name, "scores and probabilities") for name in coverage.attention]
+    numel = sum(row.numel for row in coverage.weights)
+    floats = tuple(_grouped([*weights, *inputs, *attention]))
+    return Row(architecture.name, numel, share_of_matrices(coverage), floats)
+
+
+def _grouped(pairs: list[tuple[str, str]]) -> Iterator[str]:
+    """Yield "`a`, `b.*.c` (reason)": one item a reason, numbers in paths as stars, in order of appearance."""
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in pairs:
+        pattern = re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+        names = by_reason.setdefault(reason, [])
+        if pattern not in names:
+            names.append(pattern)
+    for reason, names in by_reason.items():
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        yield f"{', '.join(f'`{name}`' for name in names[:4])}{more} ({reason})"
+
+
+def page(rows: list[Row]) -> str:
+    """Return the page."""
+    by_name = {row.name: row for row in rows}
+    lines = [INTRO]
+    for family in dict.fromkeys(a.family for a in ARCHITECTURES):
+        lines += [
+            f"## {family}",
+            "",
+            "| architecture | parameters, small | quantized | stays float |",
+            "|---|---|---|---|",
+        ]
+        lines += [str(by_name[a.name]) for a in ARCHITECTURES if a.family == family]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Write the page."""
+    PAGE.write_text(page([row_of(architecture) for architecture in ARCHITECTURES]), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
