@@ -11,19 +11,24 @@ from recipes.options import SharedOptions
 from recipes.runs import Json, Run
 
 
-def planned_runs(options: SharedOptions, shared: Json) -> dict[tuple[str, int], Run]:
+def planned_runs(options: SharedOptions, shared: Json, quantized: Json | None = None) -> dict[tuple[str, int], Run]:
     """Return one run a method and seed, the full-precision ones first, and refuse what would lose or mix results.
 
     Args:
         options: the command line.
         shared: what decides the result of every run and is the recipe's own, `"task"` among it: that is how the
             folders' names begin.
+        quantized: the same for the runs that are not full precision.
 
     Raises:
         ValueError: if a folder holds another run, or this one and there is no `--resume`.
     """
     methods = ["fp32", *(method for method in options.method if method != "fp32")]
-    runs = {(method, seed): _run(options, shared, method, seed) for method in methods for seed in options.seed}
+    runs = {
+        (method, seed): _run(options, shared if method == "fp32" else {**shared, **(quantized or {})}, method, seed)
+        for method in methods
+        for seed in options.seed
+    }
     for (method, _), run in runs.items():
         reused = method == "fp32" and "fp32" not in options.method and run.is_finished
         run.check(options.resume or reused)

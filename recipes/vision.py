@@ -63,7 +63,7 @@ def run_all(arguments: Sequence[str] | None) -> None:
     look = look_of(options.model, images.side, options.image_size)
     shared = what_decides(options, images, look)
     ranks.say(f"{images.source}\nMetrics are measured on {images.evaluated_on}.")
-    runs = planned_runs(options, shared)
+    runs = planned_runs(options, shared, {"reestimate_batchnorm": options.reestimate_batchnorm})
     run_planned(runs, ImageClassification(images, look, options), options.save_every)
     if ranks.is_first():
         report(options.output_dir, shared["task"])
@@ -79,7 +79,7 @@ def what_decides(options: VisionOptions, images: PictureSet, look: Look) -> Json
         "data_sha256": images.fingerprint(),
         "evaluated_on": images.evaluated_on,
         "image_size": look.size,
-        **{name: getattr(options, name) for name in (*names, "auto_augment", "reestimate_batchnorm")},
+        **{name: getattr(options, name) for name in (*names, "auto_augment")},
     }
 
 
@@ -151,8 +151,8 @@ class ImageClassification(Experiment):
         return self._measured(model, self.train_part, "fp32"), len(self.train_part)
 
     def after_training_(self, model: nn.Module, config: Json) -> None:
-        """Measure BatchNorm's statistics anew, if asked for."""
-        if count := config["reestimate_batchnorm"]:
+        """Measure BatchNorm's statistics anew, if asked for; a full-precision run has no such setting."""
+        if count := config.get("reestimate_batchnorm", 0):
             batches = self.loaded(self.order(config, 0)[:count], config, 0)
             qsam.reestimate_batchnorm(model, [images for images, _ in batches])  # qsam
 

@@ -125,10 +125,11 @@ def test_other_models_train_too(model: str, tmp_path: Path) -> None:
 
 
 def test_batchnorm_may_be_measured_anew_after_training(tmp_path: Path) -> None:
-    for count in (0, 3):
-        assert main(words(tmp_path / str(count), "--method", "lsq", "--reestimate-batchnorm", count)) == 0
-    name = "digits-resnet20-lsq-w4a4-seed0"
-    before, after = (load_model(tmp_path / str(count) / name / "model").state_dict() for count in (0, 3))
+    for count in (0, 3):  # one full-precision run for both
+        more = ["--method", "lsq", "--reestimate-batchnorm", count, "--tag", f"n{count}"]
+        assert main(words(tmp_path, *more)) == 0
+    name = "digits-resnet20-lsq-w4a4-n{}-seed0"
+    before, after = (load_model(tmp_path / name.format(count) / "model").state_dict() for count in (0, 3))
     moved = {key.rpartition(".")[2] for key, value in after.items() if not torch.equal(value, before[key])}
     assert {"running_mean", "running_var"} <= moved <= {"running_mean", "running_var", "num_batches_tracked"}
 
