@@ -18,6 +18,7 @@ from tests.optim.methods import (
     assert_same,
     everything,
     latents,
+    long_but,
     train,
 )
 from tests.reliability import fault
@@ -88,7 +89,7 @@ def test_a_state_dict_holds_tensors_and_plain_types_only(method):
 
 @each_method
 @pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
-@pytest.mark.parametrize("stop", [0, 3, 4])
+@pytest.mark.parametrize("stop", [pytest.param(0, marks=pytest.mark.long), 3, pytest.param(4, marks=pytest.mark.long)])
 def test_resuming_is_as_if_nothing_had_stopped(method, base, stop):
     """3 and 4 are the two phases of ``next_batch``."""
     assert_resumes(method, CONV, stop, base)
@@ -100,7 +101,11 @@ def test_resuming_a_bert_is_as_if_nothing_had_stopped(method):
 
 
 @pytest.mark.parametrize("method", PERTURBING, ids=str)
-@pytest.mark.parametrize("options", [{"every": 3}, {"start": 3}, {"max_grad_norm": 0.5}, {"perturb": "all"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    long_but([{"every": 3}], [{"every": 3}, {"start": 3}, {"max_grad_norm": 0.5}, {"perturb": "all"}]),
+    ids=str,
+)
 def test_resuming_keeps_the_place_of_every_and_start(method, options):
     assert_resumes(method, MLP, 2, **options)
 

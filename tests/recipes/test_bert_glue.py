@@ -24,6 +24,7 @@ from recipes.bert_glue_model import evaluate, load_data
 from recipes.bert_glue_options import DEMO, parse_options
 from recipes.bert_glue_rows import load_rows
 from recipes.embedded import VADER
+from tests.optim.methods import long_but
 from tests.recipes.tiny_glue import FORMATS, METRICS, TRAIN_ROWS, comparable, results, weights, words
 from tests.reliability import fault
 
@@ -42,7 +43,7 @@ def _settings_of_transformers() -> Iterator[None]:
 # --- every task and every method ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("task", FORMATS)
+@pytest.mark.parametrize("task", long_but(["cola", "stsb", "mnli"], FORMATS))
 def test_every_task_runs_and_writes_what_it_found(task: str, glue: Path, tiny: Path, tmp_path: Path) -> None:
     assert main(words(glue, tiny, tmp_path, "--method", "squat", "--rho", "0.05", task=task)) == 0
     names = ["matched", "mismatched"] if task == "mnli" else ["dev"]
