@@ -67,7 +67,11 @@ class Processes:
     def _answer(self, rank: int) -> str | None:
         if not self.pipes[rank].poll(TIMEOUT):
             return "no answer: it waits for another process"
-        answer: str | None = self.pipes[rank].recv()
+        try:
+            answer: str | None = self.pipes[rank].recv()
+        except EOFError:
+            self.processes[rank].join()
+            return f"it ended with exit code {self.processes[rank].exitcode}, and gave no answer"
         return answer
 
     def stop(self) -> None:

@@ -18,8 +18,12 @@ from recipes.archives import (
     read_zip_member,
 )
 from recipes.embedded import MINILM, STSB, VADER
+from recipes.pictures import MNIST
+from recipes.vision_model import LITE0
 
 WHEEL = "tiny_data-1.0-py3-none-any.whl"
+
+ALL = (MINILM, STSB, VADER, MNIST, LITE0)
 
 
 def make_zip(path: Path, members: dict[str, bytes]) -> Path:
@@ -64,7 +68,7 @@ def package_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_pinned_archive_has_an_exact_version_and_a_sha256() -> None:
-    for archive in (MINILM, STSB, VADER):
+    for archive in ALL:
         assert re.fullmatch(r"[\w-]+==[\d.]+ --hash=sha256:[0-9a-f]{64}", archive.requirement)
         assert re.fullmatch(r"[0-9a-f]{64}", archive.sha256)
 
@@ -72,7 +76,7 @@ def test_every_pinned_archive_has_an_exact_version_and_a_sha256() -> None:
 def test_the_requirements_pin_nothing_else() -> None:
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
     pins = {line for line in lines if line and not line.startswith("#")}
-    assert pins == {archive.requirement for archive in (MINILM, STSB, VADER)}
+    assert pins == {archive.requirement for archive in ALL}
 
 
 def test_an_unpinned_package_is_refused() -> None:
