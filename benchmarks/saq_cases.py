@@ -100,10 +100,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def keep(out: Path) -> None:
-    """Copy the finished runs, and write the page and the picture from them."""
+    """Copy the finished runs, if there are any, and write the page and the picture from what is kept."""
     tasks = {json.loads(path.read_text(encoding="utf-8"))["task"] for path in out.glob("*/run.json")}
     found = [result for task in sorted(tasks) for result in read_results(out, task)]
-    KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    if found:
+        KEPT.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    found = json.loads(KEPT.read_text(encoding="utf-8"))
     PAGE.write_text("\n".join(page(found)) + "\n", encoding="utf-8")
     draw(found, PICTURE)
 

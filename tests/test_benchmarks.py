@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import bert, kernels, memory, scale, step
+from benchmarks import bert, kernels, memory, saq_cases, scale, step
 from benchmarks.__main__ import main, run
 from benchmarks.compile_time import IMPORT, compile_times
 from benchmarks.formulas import lsq
@@ -31,6 +31,7 @@ from benchmarks.plot import plot
 from benchmarks.targets import ahead, targets
 from benchmarks.training import Missing, methods
 from qsam.functional import fake_quantize
+from recipes.vision_options import parse_vision_options
 
 # Compiling takes seconds, and two packages are not of the test environment: these run in the long test.
 HEAVY = {"LSQ in the graph, torch.compile", "torchao QAT", "brevitas"}
@@ -313,3 +314,34 @@ def test_a_cold_process_builds_the_kernels_and_a_warm_one_finds_them():
 def test_the_layers_are_those_of_the_preset():
     assert len(bert.encoder_linears(bert.build(bert.QUICK))) == 6
     assert bert.encoder_linears(nn.Linear(2, 2)) == {}
+
+
+# --- SAQ's cases -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_saqs_cases_is_what_its_results_say():
+    found = json.loads(saq_cases.KEPT.read_text(encoding="utf-8"))
+    assert saq_cases.PAGE.read_text(encoding="utf-8") == "\n".join(saq_cases.page(found)) + "\n"
+
+
+def test_every_method_of_saqs_cases_starts_from_the_full_precision_run_of_its_seed():
+    commands = list(saq_cases.commands("x.npz", saq_cases.RUNS, [0, 1], saq_cases.BITS))
+    options = [parse_vision_options(words) for words in commands]
+    assert [o.method for o in options] == 2 * [["fp32"], list(saq_cases.METHODS), list(saq_cases.METHODS)]
+    assert [(o.seed, o.bits) for o in options][1:3] == [([0], 2), ([0], 4)]
+    assert len({(o.fp32_epochs, o.fp32_lr, o.batch_size, o.weight_decay, o.rho) for o in options}) == 1
+
+
+def test_a_difference_is_called_one_from_two_standard_errors_on():
+    def run(method, seed, metric):
+        config = {"method": method, "seed": seed, "bits": 2}
+        return {"config": config, "metric": metric, "sharpness": [{"value": 0.5}]}
+
+    apart = [run("lsq", i, 0.5 + i / 100) for i in range(3)] + [run("squat", i, 0.6 + i / 99) for i in range(3)]
+    close = [run("saq:case=1", i, (0.5, 0.6, 0.7)[i]) for i in range(3)] + [
+        run("saq:case=3", i, (0.6, 0.5, 0.8)[i]) for i in range(3)
+    ]
+    text = "\n".join(saq_cases.verdict(apart + close))
+    assert "SQuAT, fused above LSQ (W2A2)" in text
+    assert "case 3 above SAQ, case 1" not in text
+    assert "In sharpness more than two standard errors apart: none of these pairs." in text
