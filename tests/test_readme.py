@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks.glue_demo import BEGIN, END, results_block
+from benchmarks.demos import BEGIN, END, results_block
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

@@ -1,7 +1,7 @@
-"""Keep the results of `make glue`, and write the README's table from what is kept.
+"""Keep the results of `make glue` and `make vision`, and write the README's tables from what is kept.
 
-python -m benchmarks.glue_demo --runs runs/glue-demo    # copies the finished runs into benchmarks/results/
-python -m benchmarks.glue_demo                          # only rewrites the README's table
+python -m benchmarks.demos --runs runs/glue-demo    # copies the finished runs into benchmarks/results/
+python -m benchmarks.demos                          # only rewrites the README's tables
 """
 
 from __future__ import annotations
@@ -17,9 +17,14 @@ from recipes.runs import Json
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
-BEGIN = "<!-- results: begin (python -m benchmarks.glue_demo) -->"
+BEGIN = "<!-- results: begin (python -m benchmarks.demos) -->"
 END = "<!-- results: end -->"
-TASKS = ("stsb", "movies")
+TASKS = {
+    "stsb": ("make glue", "glue-demo-stsb"),
+    "movies": ("make glue TASK=movies", "glue-demo-movies"),
+    "mnist5k-resnet20": ("make vision", "vision-demo"),
+}
+"""By task: the command that ran it, and the file that its results are kept in."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,9 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--runs", type=Path, help="the demo's output folder, to be copied from first")
     options = parser.parse_args(arguments)
     if options.runs is not None:
-        for task in TASKS:
+        for task, (_, name) in TASKS.items():
             if found := read_results(options.runs, task):
-                (KEPT / f"glue-demo-{task}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+                (KEPT / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     text = README.read_text(encoding="utf-8")
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]
@@ -39,17 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def results_block() -> Iterator[str]:
     """Yield the README's lines about all kept results."""
-    for task in TASKS:
-        path = KEPT / f"glue-demo-{task}.json"
+    for command, name in TASKS.values():
+        path = KEPT / f"{name}.json"
         if path.is_file():
-            yield from task_block(task, json.loads(path.read_text(encoding="utf-8")))
+            yield from task_block(command, json.loads(path.read_text(encoding="utf-8")))
 
 
-def task_block(task: str, results: Sequence[Json]) -> Iterator[str]:
+def task_block(command: str, results: Sequence[Json]) -> Iterator[str]:
     """Yield the lines of one task's table, in the order of the methods' passes."""
     first = results[0]
     name = first["metric_name"]
-    yield f"`make glue TASK={task}`, {first['config']['evaluated_on']}; **{ONE_SEED}**:"
+    yield f"`{command}`, {first['config']['evaluated_on']}; **{ONE_SEED}**:"
     yield ""
     yield f"| method | {name}, % | dev loss | train loss | passes | seconds |"
     yield "|---|---|---|---|---|---|"
