@@ -192,7 +192,7 @@ def _sharpness(result: Json) -> float:
 
 
 def _error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5
+    return float(statistics.stdev(values) / len(values) ** 0.5)
 
 
 def settings(found: Sequence[Json]) -> Iterator[str]:
