@@ -9,7 +9,14 @@ import pytest
 EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
 
 
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+QUICK = "by_hand"
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path if path.stem == QUICK else pytest.param(path, marks=pytest.mark.long) for path in EXAMPLES],
+    ids=lambda path: path.stem,
+)
 @pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.* is deprecated")
 def test_an_example_trains(path, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import qsam
 from qsam.integrations.trainer import TrainerMixin
 from tests.integrations.frameworks import Rows, steps_by_hand
 from tests.models import BERT
-from tests.optim.methods import METHODS, assert_on_grid, assert_same, everything, train
+from tests.optim.methods import METHODS, assert_on_grid, assert_same, everything, long_but, train
 
 BATCH = 8
 
@@ -53,14 +53,14 @@ def trainer(folder, model, optimizer=None, batches=4, method=None, scheduler=Non
 
 BY_NAME = {str(method): method for method in METHODS}
 CASES = [
-    (BY_NAME["qat"], {}),
     (BY_NAME["saq"], {"every": 2, "start": 1}),
-    (BY_NAME["squat-same_batch"], {}),
     (BY_NAME["squat-same_batch"], {"every": 2, "reuse": "perturbation"}),
     (BY_NAME["squat-next_batch"], {}),
     (BY_NAME["squat-fused"], {"period": 2}),
 ]
 LONG_CASES = [
+    (BY_NAME["qat"], {}),
+    (BY_NAME["squat-same_batch"], {}),
     (BY_NAME["sam"], {}),
     (BY_NAME["joint"], {}),
     (BY_NAME["saq"], {}),
@@ -196,7 +196,9 @@ def test_the_rise_of_one_step_is_the_difference_of_its_losses(tmp_path):
     assert run.state.log_history[0]["qsam_rise"] == pytest.approx(expected.diagnostics()["rise"], rel=1e-4)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("qat", "squat")], ids=str)
+@pytest.mark.parametrize(
+    "method", long_but([BY_NAME["squat-next_batch"]], [m for m in METHODS if m.name in ("qat", "squat")]), ids=str
+)
 @pytest.mark.parametrize(
     "given", [True, pytest.param(False, marks=pytest.mark.long)], ids=["optimizers", "qsam_method"]
 )

@@ -127,6 +127,7 @@ def test_identity_quantizer_is_the_bare_optimizer(name: str) -> None:
     assert same(alone, wrapped)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", IN_PASSES)
 def test_rho_zero_is_qat(name: str) -> None:
     plain, perturbed = build_quantized(), build_quantized()
@@ -135,6 +136,7 @@ def test_rho_zero_is_qat(name: str) -> None:
     assert same(plain, perturbed)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", USABLE)
 def test_resume_is_not_stopping(name: str) -> None:
     model = build_quantized()

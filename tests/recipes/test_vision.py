@@ -114,7 +114,8 @@ def interrupted_after(step: int) -> Callable[..., None]:
     return save
 
 
-@pytest.mark.parametrize("model", ["vit_small_image", pytest.param("mobilenetv3_small_050", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("model", ["vit_small_image", "mobilenetv3_small_050"])
 def test_other_models_train_too(model: str, tmp_path: Path) -> None:
     more = ["--optimizer", "adamw", "--model", model, "--augment", "timm", "--auto-augment", "rand-m3-n1"]
     more += ["--image-size", 32, "--granularity", "per_channel", "--method", "squat", "--reestimate-batchnorm", 0]
