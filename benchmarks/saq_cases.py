@@ -123,8 +123,8 @@ def page(found: Sequence[Json]) -> Iterator[str]:
 
 def table(found: Sequence[Json]) -> Iterator[str]:
     """Yield one row a bit width and method: mean and standard error over the seeds."""
-    yield "| | top-1, % | train loss | sharpness, rho .05 | passes | seconds | seeds |"
-    yield "|---|---|---|---|---|---|---|"
+    yield "| | top-1, % | train loss | sharpness, rho .05 | passes | seeds |"
+    yield "|---|---|---|---|---|---|"
     yield _row("full precision", _of(found, "fp32"))
     for bits in BITS:
         for method, name in METHODS.items():
@@ -141,7 +141,6 @@ def _row(name: str, runs: Mapping[int, Json]) -> str:
         mean_and_error([r["train_loss"] for r in results], 3),
         mean_and_error([r["sharpness"][0]["value"] for r in results], 4),
         f"{results[0]['passes']}",
-        f"{statistics.mean(r['seconds'] for r in results):.0f}",
         f"{len(results)}",
     ]
     return f"| {' | '.join(cells)} |"
@@ -201,7 +200,8 @@ def settings(found: Sequence[Json]) -> Iterator[str]:
     versions = found[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)
     yield f"Made by `python -m benchmarks.saq_cases` at {', '.join(c[:12] for c in commits)}, {named}; all settings are"
-    yield "in `benchmarks/results/saq-cases.json`. Seconds are those of one thread of a machine that had other work."
+    yield "in `benchmarks/results/saq-cases.json`. The seconds there are of one thread of a machine that had other work,"
+    yield "and of runs that were halted for a while: they say nothing."
 
 
 def draw(found: Sequence[Json], path: Path) -> None:
