@@ -200,8 +200,8 @@ def settings(found: Sequence[Json]) -> Iterator[str]:
     versions = found[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)
     yield f"Made by `python -m benchmarks.saq_cases` at {', '.join(c[:12] for c in commits)}, {named}; all settings are"
-    yield "in `benchmarks/results/saq-cases.json`. The seconds there say nothing: the machine had other work, and runs were"
-    yield "halted for a while."
+    yield "in `benchmarks/results/saq-cases.json`. The seconds there say nothing: the machine had other work, and runs"
+    yield "were halted for a while."
 
 
 def draw(found: Sequence[Json], path: Path) -> None:
