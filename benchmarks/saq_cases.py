@@ -64,7 +64,7 @@ in a fixed random split of 8,000 to train on and 2,000 to measure on: no number 
 full-precision checkpoint a seed (20 epochs); every method then trains 3 epochs from it, with the same rate (.02, SGD
 with momentum) and radius (rho {RHO}). On training images that were held out, after two epochs, rho .05 and .2 could
 not be told apart (58.3 and 58.8 % at W2A2, where LSQ had 58.3 and one standard error is 1.4), so the radius is between
-them. All methods take 3 epochs; those with a perturbation take two passes a step, LSQ one.
+them (`benchmarks/results/saq-cases-tuning.json`). All methods take 3 epochs; those with a perturbation take two passes a step, LSQ one.
 
 """
 
