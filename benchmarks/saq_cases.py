@@ -62,8 +62,8 @@ beside it.
 ResNet-20, per-tensor weights and inputs, first layer and head at 8 bits. The images are CIFAR-10's 10,000 test images,
 in a fixed random split of 8,000 to train on and 2,000 to measure on: no number here compares with the usual one. One
 full-precision checkpoint a seed (20 epochs); every method then trains 3 epochs from it, with the same rate (.02, SGD
-with momentum) and radius (rho {RHO}). On training images that were held out, after two epochs at W2A2, case 3 had 59.8 %
-with rho .05 and 58.3 % with .2, LSQ 58.1 %; one standard error is 1.4, so the radius is between the two
+with momentum) and radius (rho {RHO}). On training images that were held out, after two epochs at W2A2, case 3 had
+59.8 % with rho .05 and 58.3 % with .2, LSQ 58.1 %; one standard error is 1.4, so the radius is between the two
 (`benchmarks/results/saq-cases-tuning.json`). Methods with a perturbation take two passes a step, LSQ one.
 
 """
