@@ -426,7 +426,7 @@ def test_without_a_mistake_the_plants_keep_all_laws():
     check_quantizer(Twin, bits=(3, 4), axes=(0,))
 
 
-@pytest.mark.parametrize("name", list(QUANTIZERS))
+@pytest.mark.parametrize("name", ["lsq", *(pytest.param(n, marks=pytest.mark.long) for n in QUANTIZERS if n != "lsq")])
 def test_every_registered_quantizer_keeps_all_laws(name):
     asked = check_quantizer(name, bits=2)
     q = QUANTIZERS.get(name)(bits=4, axis=0)

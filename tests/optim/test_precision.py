@@ -15,6 +15,7 @@ from tests.optim.methods import (
     closure_of,
     everything,
     latents,
+    long_but,
     train,
     train_by_hand,
 )
@@ -128,7 +129,7 @@ def test_a_double_model_keeps_its_digits(method):
 
 
 @each_method
-@pytest.mark.parametrize("perturb", [None, "all"])
+@pytest.mark.parametrize("perturb", long_but([None], [None, "all"]))
 def test_a_grad_scaler_changes_nothing(method, perturb):
     """Powers of two cancel without rounding; the scale grows on the way."""
     options = {"perturb": perturb} if perturb and method.perturbs else {}

@@ -17,7 +17,7 @@ from torch.optim.lr_scheduler import (
 )
 
 from tests.models import MLP
-from tests.optim.methods import METHODS, QUANTIZING, assert_same, everything, latents, scales_of, train
+from tests.optim.methods import METHODS, QUANTIZING, assert_same, everything, latents, long_but, scales_of, train
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
@@ -76,7 +76,7 @@ def test_a_relative_scheduler_scales_all_rates_alike(method, name):
 
 @each_method
 @pytest.mark.parametrize("name", ABSOLUTE)
-@pytest.mark.parametrize("base", [AdamW, SGD], ids=lambda base: base.__name__)
+@pytest.mark.parametrize("base", long_but([SGD], [AdamW, SGD]))
 def test_an_absolute_scheduler_sets_the_base_s_rate_and_momentum(method, name, base):
     model = method.model(MLP)
     options = {"momentum": 0.9} if base is SGD else {}

@@ -1,4 +1,4 @@
-"""The recipe under torchrun: real processes train one model, the first one writes, and a death stops all."""
+"""The recipes under torchrun: real processes train one model, the first one writes, and a death stops all."""
 
 import os
 import signal
@@ -13,24 +13,25 @@ import torch
 from recipes.bert_glue import main
 from recipes.ranks import own_rows, weight_of
 from tests.recipes.tiny_glue import comparable, results, weights, words
+from tests.recipes.tiny_vision import words as vision_words
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(arguments: list[str], **environment: str) -> subprocess.Popen[str]:
+def torchrun(arguments: list[str], recipe: str = "bert_glue") -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), *sys.path])
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     return subprocess.Popen(
-        [*command, "-m", "recipes.bert_glue", *arguments],
-        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QSAM_TIMEOUT": "20", **environment},
+        [*command, "-m", f"recipes.{recipe}", *arguments],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "QSAM_TIMEOUT": "20"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def run(arguments: list[str]) -> str:
-    with torchrun(arguments) as process:
+def run(arguments: list[str], recipe: str = "bert_glue") -> str:
+    with torchrun(arguments, recipe) as process:
         printed, _ = process.communicate(timeout=300)
     assert process.returncode == 0, printed
     return printed
@@ -43,6 +44,15 @@ def test_two_processes_train_one_model_and_the_first_one_writes(glue: Path, tiny
     assert printed.count("stsb-squat-w2a8-seed0: epoch 1,") == 1
     found = results(tmp_path, "stsb-squat-w2a8-seed0")
     assert (found["steps"], found["passes"], found["config"]["processes"]) == (6, 18, 2)
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+@pytest.mark.long
+def test_two_processes_train_one_vision_model(tmp_path: Path) -> None:
+    printed = run(vision_words(tmp_path, "--method", "squat", "--rho", 0.05, "--augment", "timm"), "vision")
+    assert printed.count("Metrics are measured on") == 1
+    found = results(tmp_path, "digits-resnet20-squat-w4a4-seed0")
+    assert (found["steps"], found["passes"], found["config"]["processes"]) == (4, 8, 2)
     assert not list(tmp_path.rglob("*.partial"))
 
 

@@ -22,15 +22,7 @@ from recipes.vision import ImageClassification, main
 from recipes.vision_model import EMBEDDED_LITE0, LITE0, load_model, look_of, new_model, renamed
 from recipes.vision_options import parse_vision_options
 from tests.recipes.tiny_glue import comparable, results, weights
-
-TRAIN = 60
-
-
-def words(out: Path, *more: object, steps: int = 4, **changes: object) -> list[str]:
-    settings = {"data": "digits", "output-dir": out, "max-steps": steps, "batch-size": 20, "train-rows": TRAIN}
-    settings |= {"threads": 1, "precision": "fp32", "lr": 0.01, "epochs": 100, "fp32-epochs": 100} | changes
-    return [*(str(word) for name, value in settings.items() for word in (f"--{name}", value)), *map(str, more)]
-
+from tests.recipes.tiny_vision import TRAIN, words
 
 COSTS = {
     "rtn": (0, 0),
@@ -123,6 +115,16 @@ def test_other_models_train_too(model: str, tmp_path: Path) -> None:
     folder = tmp_path / f"digits-{model}-squat-w4a4-seed0"
     assert results(tmp_path, folder.name)["config"]["image_size"] == 32
     assert load_model(folder / "model")(torch.randn(2, 3, 32, 32)).shape == (2, 10)
+
+
+@pytest.mark.long
+def test_a_process_that_loads_the_images_changes_no_bit(tmp_path: Path) -> None:
+    name = "digits-resnet20-lsq-w4a4-seed0"
+    for count in (0, 1):
+        more = ["--method", "lsq", "--augment", "timm", "--image-size", 16, "--workers", count]
+        assert main(words(tmp_path / str(count), *more)) == 0
+    assert weights(tmp_path / "1", name) == weights(tmp_path / "0", name)
+    assert results(tmp_path / "1", name)["dev"] == results(tmp_path / "0", name)["dev"]
 
 
 @pytest.mark.long
