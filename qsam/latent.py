@@ -51,6 +51,7 @@ class Latents:
     Attributes:
         sharded: Whether ``fully_shard`` was called on the model, so that each process holds a part of it.
         noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
+        shifted: Whether p was left at Q(w) + e: the guard has looked before, and the update will write it.
         fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
             bring others than those that the model had at construction.
 
@@ -67,6 +68,7 @@ class Latents:
         self._suspects: list[tuple[str, Tensor]] = []
         self.sharded = False
         self.noisy = False
+        self.shifted = False
         self.fresh = True
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
@@ -155,11 +157,28 @@ class Latents:
             if grid is None or not kernels.write_(slot.latent, grid, slot.parameter):
                 slot.parameter.copy_(slot.quantized())
             slot.parked = False
+        self.shifted = False
         self._seen = [slot.fingerprint() for slot in self.slots]
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
         if vars(self.root).pop(_BLOCK, None) is not None:
             _allow_state_dict(self.root)
+
+    def leave_shifted(self) -> None:
+        """Leave p as a perturbed pass has it, for an update comes next: two sweeps over the weights less.
+
+        Noise and shards want p to be written again.
+        """
+        if self.noises or self.sharded:
+            self.write()
+        else:
+            self.shifted = True
+            self._seen = [slot.fingerprint() for slot in self.slots]
+
+    def end_shift(self) -> None:
+        """Write p where it was left shifted and no update has come."""
+        if self.shifted:
+            self.write()
 
     @torch.no_grad()
     def put_latents(self) -> None:
@@ -351,6 +370,8 @@ class Latents:
 
         It catches writes through ``.data``, which leave no trace in the fingerprint.
         """
+        if self.shifted:
+            return
         p, out = shards.local(slot.parameter), shards.local(out)
         if p.dtype == torch.float16:
             self._overflows.append((slot.path, (torch.isinf(p) & torch.isfinite(out)).any()))
@@ -359,7 +380,7 @@ class Latents:
         self._note_verdict(slot, ((out.to(p.dtype) == p) | torch.isnan(p)).all())
 
     def _note_verdict(self, slot: Slot, same: Tensor) -> None:
-        if same.device.type != "cpu" or not bool(same):
+        if not self.shifted and (same.device.type != "cpu" or not bool(same)):
             self._suspects.append((slot.path, ~same))
 
     def _say_if_on_grid(self) -> None:

@@ -145,7 +145,10 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
                 "(Lightning with accumulate_grad_batches) are lost. Accumulate inside the closure, or by hand."
             )
         self._clear_gradients()
-        return self._run(closure)
+        try:
+            return self._run(closure)
+        finally:
+            self.latents_of.end_shift()
 
     def _observe(self, closure: Closure) -> tuple[Any, bool]:
         """Call ``closure`` once without a trace in buffers and random numbers, and return whether it ran a backward."""

@@ -104,6 +104,15 @@ class Passes:
         Raises:
             RuntimeError: inside another block, or without gradients of a first pass.
         """
+        try:
+            with self._perturbed_pass():
+                yield
+        finally:
+            self.latents_of.end_shift()
+
+    @contextlib.contextmanager
+    def _perturbed_pass(self) -> Iterator[None]:
+        """What :meth:`perturbed` does, for an update that follows at once: p stays at Q(w) + e until it writes."""
         perturbation = self._begin_perturbed()
         known = perturbation.passes(self.steps) == 1
         alone = known and not self._ascent_ready
@@ -128,7 +137,7 @@ class Passes:
             raise
         finally:
             perturbation.restore_floats()
-            self.latents_of.write()
+            self.latents_of.leave_shifted()
             self._block = None
         self._perturbed = True
 

@@ -110,14 +110,14 @@ class TwoPass(QuantizedOptimizer):
             with self._plain_pass():
                 return self._call(closure, "loss")
         if passes == 1:
-            with self.perturbed():
+            with self._perturbed_pass():
                 return self._call(closure, "loss_perturbed")
         with self.first_pass():
             loss = self._spare(closure, self.perturbation.selected(self.latents_of) | self._also_needed_first())
             self._note_loss("loss", loss)
         self._between_passes()
         if self._ascent_ready and self._has_gradients():
-            with self.perturbed():
+            with self._perturbed_pass():
                 self._call(closure, "loss_perturbed")
         return loss
 

@@ -97,6 +97,24 @@ def test_a_foreign_write_stops_the_blocks(method, verb):
 
 
 @each_method
+def test_the_alarm_leaves_what_was_written(method):
+    """Also where the first pass of the step is the perturbed one: ``sync_latents`` takes it from there."""
+    model = MLP.quantized()
+    once = method.perturbs and method.schedule != "fused"  # a fused schedule wants a first pass
+    optimizer = method(model, **({"direction": "momentum"} if once else {}))
+    train(optimizer, model, MLP, 2)
+    in_place(model)
+    written = model[0].weight.detach().clone()
+    with pytest.raises(RuntimeError, match=ALARM):
+        train(optimizer, model, MLP, 1, start=2)
+    assert torch.equal(model[0].weight, written)
+    if optimizer.blocks == ("perturbed",):
+        with pytest.raises(RuntimeError, match=ALARM):
+            optimizer.perturbed().__enter__()
+        assert torch.equal(model[0].weight, written)
+
+
+@each_method
 def test_the_alarm_names_the_weight(method):
     model, optimizer = build(method)
     one_entry(model)

@@ -7,7 +7,16 @@ import torch
 from torch.optim import AdamW
 
 from tests.models import CONV, MLP
-from tests.optim.methods import ALTERNATING, METHODS, PERTURBING, assert_same, closure_of, everything
+from tests.optim.methods import (
+    ALTERNATING,
+    METHODS,
+    PERTURBING,
+    QUANTIZING,
+    assert_on_grid,
+    assert_same,
+    closure_of,
+    everything,
+)
 
 CALLS = {
     "qat": [1] * 6,
@@ -32,6 +41,33 @@ def calls_per_step(method, **options):
         optimizer.step(lambda calls=calls: calls.append(1) or closure())
         counts.append(len(calls))
     return counts
+
+
+WRITES = {
+    "qat": [1, 1],
+    "joint": [1, 1],
+    "saq": [1, 1],
+    "squat-same_batch": [2, 2],
+    "squat-next_batch": [1, 1],
+    "squat-fused": [2, 2],
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZING, ids=str)
+def test_step_writes_the_weights_once_after_each_update(method, monkeypatch):
+    """What the perturbed pass leaves in them is not written back first."""
+    model = method.model(MLP)
+    optimizer = method(model)
+    closure = closure_of(optimizer, model, MLP, MLP.batch(0))
+    calls, counts = [], []
+    write = optimizer.latents_of.write
+    monkeypatch.setattr(optimizer.latents_of, "write", lambda: calls.append(1) or write())
+    for _ in range(2):
+        calls.clear()
+        optimizer.step(closure)
+        counts.append(len(calls))
+    assert counts == WRITES[str(method)]
+    assert_on_grid(optimizer)
 
 
 @each_method
