@@ -13,8 +13,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
-import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -23,19 +21,14 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from qsam import compiling
 from qsam.functional import clipped, codes_of, fake_quantize, positive, slope_of, wide_dtype
 from qsam.registry import nearest
-
-_log = logging.getLogger("qsam")
 
 BACKENDS = ("auto", "eager", "compiled")
 
 SMALLEST = 2**16
 """Entries from which ``"auto"`` compiles: a small model gains little and need not wait for a compiler."""
-
-_OPTIONS: dict[str, Any] = {"cpp.dynamic_threads": True, "cpp.vec_isa_ok": True}
-"""Threads are counted when a kernel runs, not when it is compiled: ``torch.set_num_threads`` stays in force. What the
-processor says of its vector instructions is believed, where five trial compilations would check it."""
 
 
 @dataclasses.dataclass
@@ -133,7 +126,7 @@ def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, 
     Returns:
         ds, and whether ``p`` held Q(w), or a NaN somewhere; None, and nothing is done, where that cannot be fused.
     """
-    found = _with_scale_gradient(_pull_back, w, grid, grad, p)
+    found = _with_scale_gradient(_pull_back, w, grid, grad, p, grad, p)
     if found is not None:
         _note_write(grad, p)
     return found
@@ -149,18 +142,17 @@ def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | None:
     rows = _rows_of(grid, w, p)
     if rows is None:
         return None
-    found: Tensor = _run(_holds, *rows, _column(grid), _limits(grid, w.device))
-    return found
+    return _near(_run(_distance, *rows, _column(grid), _limits(grid, w.device)))
 
 
 def _with_scale_gradient(
-    kernel: Callable[..., Any], w: Tensor, grid: Grid, grad: Tensor, p: Tensor
+    kernel: Callable[..., Any], w: Tensor, grid: Grid, *others: Tensor
 ) -> tuple[Tensor, Tensor] | None:
-    rows = _rows_of(grid, w, grad, p)
+    rows = _rows_of(grid, w, *others)
     if rows is None:
         return None
-    ds, same = _run(kernel, *rows, _column(grid), _limits(grid, w.device))
-    return ds.reshape(grid.scale.shape) * grid.grad_scale, same
+    ds, far = _run(kernel, *rows, _column(grid), _limits(grid, w.device))
+    return ds.reshape(grid.scale.shape) * grid.grad_scale, _near(far)
 
 
 class _Fused(torch.autograd.Function):
@@ -221,23 +213,25 @@ def _write(w: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> None:
     out.copy_(_forward(w, scale, limits))
 
 
-def _pull_back(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
+def _pull_back(  # noqa: PLR0917 (tensors of one kernel)
+    w: Tensor, grad: Tensor, p: Tensor, grad_out: Tensor, p_out: Tensor, scale: Tensor, limits: Tensor
+) -> tuple[Tensor, Tensor]:
     s = positive(scale).to(w.dtype)
     dw, ds, codes = _pulled(w / s, grad, scale, limits)
-    same = _equal(codes * s, p)
-    grad.copy_(dw)
-    p.copy_(w)
-    return ds, same
+    far = _farthest(codes * s, p)
+    grad_out.copy_(dw)
+    p_out.copy_(w)
+    return ds, far
 
 
 def _scale_gradient(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
     s = positive(scale).to(w.dtype)
     _, ds, codes = _pulled(w / s, grad, scale, limits)
-    return ds, _equal(codes * s, p)
+    return ds, _farthest(codes * s, p)
 
 
-def _holds(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    return _equal(_forward(w, scale, limits), p)
+def _distance(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    return _farthest(_forward(w, scale, limits), p)
 
 
 def _pulled(v: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -248,12 +242,17 @@ def _pulled(v: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Ten
     return grad.masked_fill(outside, 0), torch.where(scale < 0, -total, total), codes
 
 
-def _equal(q: Tensor, p: Tensor) -> Tensor:
-    """Whether p is q; also where a NaN is in one of them, which others report.
+def _farthest(q: Tensor, p: Tensor) -> Tensor:
+    """Return the largest distance of q and p in each row; NaN where one is among them.
 
-    As a largest distance, which a processor's vectors do in fewer steps than masks and `all`.
+    A processor's vectors find it in fewer steps than masks and `all`, and over the same rows as ds it shares its sweep.
     """
-    return ~((q - p).abs().amax() > 0)
+    return (q - p).abs().amax(-1, keepdim=True)
+
+
+def _near(far: Tensor) -> Tensor:
+    """Whether no distance is above 0; also where a NaN is among them, which others report."""
+    return ~(far.amax() > 0)
 
 
 # --- calling them ---------------------------------------------------------------------------------------------------
@@ -264,19 +263,15 @@ def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
     call = kernel
     if _CHOICE.failure is None:
         try:
-            call = _compiled(kernel, tuple((t.dtype, t.dim()) for t in tensors), tensors[0].device)
-        except _COMPILER_ERRORS as error:
+            call = compiling.compiled(kernel, tuple((t.dtype, t.dim()) for t in tensors), tensors[0].device)
+        except compiling.ERRORS as error:
             if _CHOICE.backend == "compiled":
                 raise
             _say_failed(error)
-    if isinstance(call, _Direct) and call.bare is not None:  # it sees memory, and nothing of autograd
+    if isinstance(call, compiling.Direct) and call.bare is not None:  # it sees memory, and nothing of autograd
         return call(*tensors)
     with torch.no_grad():
         return call(*(t.detach() for t in tensors))
-
-
-_COMPILER_ERRORS = (RuntimeError, OSError)
-"""What a missing or failing compiler raises: torch's own errors of compilation are RuntimeErrors."""
 
 
 def _say_failed(error: BaseException) -> None:
@@ -288,94 +283,6 @@ def _say_failed(error: BaseException) -> None:
         UserWarning,
         stacklevel=3,
     )
-
-
-@functools.cache
-def _compiled(
-    kernel: Callable[..., Any], kinds: tuple[tuple[torch.dtype, int], ...], device: torch.device
-) -> Callable[..., Any]:
-    """Return a kernel compiled for tensors of these dtypes and numbers of dimensions, of any size.
-
-    It is compiled here, and run, on examples of its own, so that what goes wrong later is not the compiler.
-    """
-    _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), kinds[0][0])
-    examples = _examples(kinds, device)
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        if device.type == "cpu":
-            return _Direct(kernel, examples)
-        call = torch.compile(kernel, fullgraph=True, dynamic=True)
-        call(*examples)
-        return call
-
-
-def _examples(kinds: tuple[tuple[torch.dtype, int], ...], device: torch.device) -> list[Tensor]:
-    """Return tensors of rows, then their scales, then the limits, with sizes that are all different."""
-    rows = 67 if kinds[0][1] == 2 else 0
-    shapes = [(rows, 4099) if rows else (2**17 + 3,)] * (len(kinds) - 2) + [(rows, 1) if rows else (1,), (2,)]
-    return [torch.ones(shape, dtype=kind[0], device=device) for shape, kind in zip(shapes, kinds, strict=True)]
-
-
-class _Direct:
-    """A kernel on a CPU, called without torch.compile's guards, which would cost more than the kernel.
-
-    Compiled from examples whose sizes are all different it holds for all sizes above 1; dtypes and dimensions are
-    checked by who looks it up.
-
-    Raises:
-        RuntimeError: torch.compile is switched off.
-    """
-
-    def __init__(self, kernel: Callable[..., Any], examples: list[Tensor]) -> None:
-        self.call: Callable[..., Any] | None = None
-        self.sources: list[int | tuple[int, int]] = []
-        self.bare: Callable[[list[Any]], Any] | None = None
-
-        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
-            self.call = torch._inductor.compile(graph, inputs, options=_OPTIONS)
-            return functools.partial(self._first, examples)
-
-        torch.compile(kernel, backend=backend, fullgraph=True, dynamic=True)(*examples)
-        examples.clear()  # torch.compile holds on to its backend's result; a megabyte a kernel
-        if not self.sources:
-            raise RuntimeError("torch.compile is switched off")
-
-    def _first(self, examples: list[Tensor], *arguments: Any) -> Any:
-        """Learn from the first call which argument of the graph is which tensor, or which size of one."""
-        assert self.call is not None
-        places = {id(t): i for i, t in enumerate(examples)}
-        sizes = {size: (i, d) for i, t in enumerate(examples) for d, size in enumerate(t.shape)}
-        self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
-        found = self.call(*arguments)
-        self.bare = _generated(self.call)
-        return found
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        """Run it."""
-        assert self.call is not None
-        arguments = [tensors[s] if isinstance(s, int) else tensors[s[0]].shape[s[1]] for s in self.sources]
-        found = self.call(*arguments) if self.bare is None else self.bare(arguments)
-        return found[0] if len(found) == 1 else found
-
-
-def _generated(call: Any) -> Callable[[list[Any]], Any] | None:
-    """Return the function that the compiler has written, out of the wrappers round it; None: it is not where it was.
-
-    The wrappers check once more what :class:`_Direct` knows, and take as long as a small kernel.
-    """
-    seen: set[int] = set()
-    left = [call]
-    while left:
-        found = left.pop()
-        if callable(getattr(found, "current_callable", None)):
-            return found.current_callable  # type: ignore[no-any-return]
-        seen.add(id(found))
-        cells = [cell.cell_contents for cell in getattr(found, "__closure__", None) or () if cell != _EMPTY_CELL]
-        below = [getattr(found, name, None) for name in ("__wrapped__", "compiled_fn")]
-        left += [f for f in (*cells, *below) if callable(f) and id(f) not in seen]
-    return None
-
-
-_EMPTY_CELL = types.CellType()
 
 
 def _note_write(*tensors: Tensor) -> None:

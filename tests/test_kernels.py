@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import re
+import sys
 import warnings
 
 import pytest
@@ -10,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import qsam
-from qsam import kernels
+from qsam import compiling, kernels
 from qsam.functional import fake_quantize
 from qsam.kernels import Grid
 from qsam.quantizers import LSQ
@@ -276,7 +279,7 @@ def test_without_a_compiler_auto_is_eager_and_says_so_once(monkeypatch):
     def fails(*_: object, **__: object) -> None:
         raise RuntimeError("no compiler was found\nat all")
 
-    monkeypatch.setattr(kernels, "_compiled", fails)
+    monkeypatch.setattr(compiling, "compiled", fails)
     x = values((300, 300))
     q = lsq({}, x)
     with pytest.warns(
@@ -293,7 +296,7 @@ def test_without_a_compiler_auto_is_eager_and_says_so_once(monkeypatch):
 
 
 def test_where_compiling_is_switched_off_auto_is_eager_and_says_so(monkeypatch):
-    monkeypatch.setattr(kernels, "_compiled", kernels._compiled.__wrapped__)  # nothing that was compiled before
+    monkeypatch.setattr(compiling, "compiled", compiling.compiled.__wrapped__)  # nothing that was compiled before
     x = values((300, 300))
     q = lsq({}, x)
     with (
@@ -306,7 +309,7 @@ def test_where_compiling_is_switched_off_auto_is_eager_and_says_so(monkeypatch):
 
 
 def test_the_first_kernel_may_be_compiled_in_inference_mode_and_under_autocast(monkeypatch):
-    monkeypatch.setattr(kernels, "_compiled", kernels._compiled.__wrapped__)
+    monkeypatch.setattr(compiling, "compiled", compiling.compiled.__wrapped__)
     x = values((300, 300))
     q = lsq({}, x)
     with kernels.using("compiled"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
@@ -327,10 +330,53 @@ def test_a_compiled_model_holds_the_formulas_themselves():
 
 
 def test_a_compiled_kernel_keeps_no_tensor():
-    examples = kernels._examples(((torch.float64, 1),) * 4, torch.device("cpu"))
-    kernel = kernels._Direct(kernels._holds, examples)
+    examples = compiling._examples(((torch.float64, 1),) * 4, torch.device("cpu"))
+    kernel = compiling.Direct(kernels._distance, examples)
     assert not examples  # torch.compile holds on to this list
     kept = [value for value in vars(kernel).values() if isinstance(value, Tensor | list | tuple)]
     assert kept == [kernel.sources]
     w = torch.arange(70_000, dtype=torch.float64)
-    assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5], dtype=torch.float64))
+    assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5], dtype=torch.float64)) == 0
+
+
+KERNELS = [getattr(kernels, f"_{name}") for name in "forward masked backward write pull_back scale_gradient".split()]
+KERNELS.append(kernels._distance)
+
+
+def kinds_of(kernel, dims):
+    return ((torch.float32, dims),) * (len(inspect.signature(kernel).parameters) - 1) + ((torch.float32, 1),)
+
+
+@pytest.mark.parametrize("dims", [1, 2])
+@pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__.strip("_"))
+def test_a_kernel_sweeps_over_the_memory_once(kernel, dims):
+    compiled = compiling.compiled(kernel, kinds_of(kernel, dims), torch.device("cpu"))
+    source = inspect.getsource(inspect.getmodule(compiled.bare) or sys.modules[compiled.bare.__module__])
+    loads = re.findall(r"loadu\(in_ptr0 \+ [^)]*\), static_cast<int64_t>\(16\)", source)
+    assert len(loads) == 1, source
+
+
+def writes_first(w, grad, p, grad_out, p_out, scale, limits):
+    """What a compiler might make of a pull-back that it takes apart: p is gone when it is compared."""
+    p_out.copy_(w)
+    return kernels._pull_back(w, grad, p, grad_out, p_out, scale, limits)
+
+
+def wrong_sum(*tensors):
+    ds, far = kernels._pull_back(*tensors)
+    return ds * 1.01, far
+
+
+def writes_too_much(w, grad, *others):
+    found = kernels._pull_back(w, grad, *others)
+    w[..., 0] += 1.0
+    return found
+
+
+@pytest.mark.parametrize("wrong", [writes_first, wrong_sum, writes_too_much])
+@pytest.mark.parametrize("dims", [1, 2])
+def test_a_compiled_kernel_that_is_not_its_formula_is_refused(wrong, dims):
+    kinds = kinds_of(kernels._pull_back, dims)
+    compiling._check(kernels._pull_back, kernels._pull_back, compiling._examples(kinds, torch.device("cpu")))
+    with pytest.raises(RuntimeError, match="compiled kernel 'pull_back' does not compute what its formula does"):
+        compiling._check(kernels._pull_back, wrong, compiling._examples(kinds, torch.device("cpu")))
