@@ -166,6 +166,7 @@ def verdict(found: Sequence[Json]) -> Iterator[str]:
     seeds = [len(_of(found, "lsq", bits)) for bits in BITS]
     if min(seeds) < len(SEEDS):
         yield f"Of {len(SEEDS)} seeds that were planned, {min(seeds)} to {max(seeds)} have run."
+    yield from _order(found)
     for what, key in (("top-1", _top1), ("sharpness", _sharpness)):
         apart = []
         for one, other in PAIRS:
@@ -176,6 +177,27 @@ def verdict(found: Sequence[Json]) -> Iterator[str]:
         yield f"In {what} more than two standard errors apart: {'; '.join(apart) or 'none of these pairs'}."
     yield "With so few seeds a standard error is itself uncertain, and of fourteen comparisons some part by chance."
     yield ""
+
+
+def _order(found: Sequence[Json]) -> Iterator[str]:
+    """Yield how the cases follow each other, and whether that is the paper's order."""
+    for what, key, sign in (("Best in top-1", _top1, -1), ("Flattest", _sharpness, 1)):
+        orders = []
+        for bits in BITS:
+            runs = {case: _of(found, f"saq:case={case}", bits) for case in (1, 2, 3)}
+            means = {case: sign * statistics.mean(map(key, run.values())) for case, run in runs.items() if run}
+            orders.append(f"{', '.join(map(str, sorted(means, key=means.__getitem__)))} (W{bits}A{bits})")
+        yield f"{what} first, by their means, the cases are {'; '.join(orders)}."
+    ahead = all(_is_above(found, 3, other, bits) for other in (1, 2) for bits in BITS)
+    yield (
+        f"**So the paper's order {'comes' if ahead else 'does not come'} out in top-1**: case 3 is "
+        f"{'' if ahead else 'not '}above both others by more than two standard errors at both widths."
+    )
+
+
+def _is_above(found: Sequence[Json], one: int, other: int, bits: int) -> bool:
+    values = _differences(_of(found, f"saq:case={one}", bits), _of(found, f"saq:case={other}", bits), _top1)
+    return len(values) > 1 and statistics.mean(values) > 2 * _error(values)
 
 
 def _differences(one: Mapping[int, Json], other: Mapping[int, Json], of: Callable[[Json], float]) -> list[float]:

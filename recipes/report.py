@@ -132,7 +132,7 @@ def mean_and_error(values: Sequence[float], digits: int) -> str:
         >>> mean_and_error([1.0, 3.0], 1), mean_and_error([2.0], 2)
         ('2.0 ± 1.0', '2.00')
     """
-    mean = f"{statistics.mean(values):.{digits}f}"
+    mean = f"{statistics.mean(values):z.{digits}f}"
     return f"{mean} ± {_standard_error(values):.{digits}f}" if len(values) > 1 else mean
 
 
