@@ -13,7 +13,7 @@ import importlib
 import inspect
 import logging
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,42 +22,44 @@ from torch import Tensor
 _log = logging.getLogger("qsam")
 
 Kernel = Callable[..., Any]
-Kinds = tuple[tuple[torch.dtype, int], ...]
-"""Dtype and number of dimensions of each argument."""
-
 ERRORS = (RuntimeError, OSError)
 """What a missing or failing compiler raises: torch's own errors of compilation are RuntimeErrors."""
 
 
 @functools.cache
-def compiled(kernel: Kernel, kinds: Kinds, device: torch.device) -> Kernel:
-    """Return a kernel compiled for tensors of these dtypes and numbers of dimensions, of any size.
+def compiled(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> Kernel:
+    """Return a kernel compiled for rows of any size.
 
     It is compiled here, and run, on examples of its own, so that what goes wrong later is not the compiler.
+
+    Args:
+        kernel: A function of tensors; see the module.
+        dtypes: Of its rows and of its scale. Limits are fp32.
+        dims: 1 for one row, 2 for several.
+        device: Of all.
 
     Raises:
         RuntimeError: it cannot be compiled, or does not compute what its formula does.
         OSError: there is no compiler.
     """
-    _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), kinds[0][0])
+    _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), dtypes[0])
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        examples = _examples(kinds, device)
+        examples = _examples(dtypes, dims, device)
         if device.type == "cpu":
             call: Kernel = Direct(kernel, examples)
         else:
             call = torch.compile(kernel, fullgraph=True, dynamic=True)
-        _check(kernel, call, _examples(kinds, device))
+        _check(kernel, call, _examples(dtypes, dims, device))
         return call
 
 
-def _examples(kinds: Kinds, device: torch.device) -> list[Tensor]:
+def _examples(dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> list[Tensor]:
     """Return arguments that clip and that do not, with sizes that are all different."""
-    rows = 67 if kinds[0][1] == 2 else 0
-    lines = [torch.linspace(i - 3, 3 - i / 2, 4099 if rows else 2**17 + 3, device=device) for i in range(len(kinds) - 2)]
+    rows = 67 if dims == 2 else 0
+    lines = [torch.linspace(i - 3, 3 - i / 2, 4099 if rows else 2**17 + 3, device=device) for i in range(len(dtypes))]
     found = [line.repeat(rows, 1) if rows else line for line in lines]
-    found.append(torch.linspace(0.2, 0.3, rows or 1, device=device).view(-1, *[1] * bool(rows)))
-    found.append(torch.tensor([-2.0, 1.0], device=device))
-    return [t.to(dtype) for t, (dtype, _) in zip(found, kinds, strict=True)]
+    found[-1] = torch.linspace(0.2, 0.3, rows or 1, device=device).view(-1, *[1] * bool(rows))
+    return [*(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)), torch.tensor([-2.0, 1.0], device=device)]
 
 
 def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:
@@ -67,7 +69,7 @@ def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:
     overwritten = {}
     for i, name in enumerate(names):
         source = name.removesuffix("_out")
-        if source != name:
+        if source != name and source in names:
             overwritten[names.index(source)] = i
             shared[i] = shared[names.index(source)]
     expected, found = kernel(*apart), call(*shared)
@@ -95,13 +97,16 @@ class Direct:
     Compiled from examples whose sizes are all different it holds for all sizes above 1; dtypes and dimensions are
     checked by who looks it up.
 
+    Attributes:
+        bare: What the compiler has written, out of its wrappers; it takes memory as it comes. None: it was not found.
+
     Raises:
         RuntimeError: torch.compile is switched off.
     """
 
     def __init__(self, kernel: Kernel, examples: list[Tensor]) -> None:
         self.call: Kernel | None = None
-        self.sources: list[int | tuple[int, int]] = []
+        self.sources: list[int] = []
         self.bare: Callable[[list[Any]], Any] | None = None
 
         def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Kernel:
@@ -114,19 +119,26 @@ class Direct:
             raise RuntimeError("torch.compile is switched off")
 
     def _first(self, examples: list[Tensor], *arguments: Any) -> Any:
-        """Learn from the first call which argument of the graph is which tensor, or which size of one."""
+        """Learn from the first call which argument of the graph is which tensor, or (below 0) which size of the rows.
+
+        torch.compile orders them as it likes, and drops what a kernel does not use.
+        """
         assert self.call is not None
         places = {id(t): i for i, t in enumerate(examples)}
-        sizes = {size: (i, d) for i, t in enumerate(examples) for d, size in enumerate(t.shape)}
+        sizes = {size: ~d for d, size in enumerate(examples[0].shape)}
         self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
         found = self.call(*arguments)
         self.bare = _generated(self.call)
         return found
 
     def __call__(self, *tensors: Tensor) -> Any:
-        """Run it."""
+        """Run it on tensors of the shapes that the kernel takes."""
+        return self.run(tensors[0].shape, tensors)
+
+    def run(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> Any:
+        """Run it on rows of this shape."""
         assert self.call is not None
-        arguments = [tensors[s] if isinstance(s, int) else tensors[s[0]].shape[s[1]] for s in self.sources]
+        arguments = [tensors[s] if s >= 0 else shape[~s] for s in self.sources]
         found = self.call(*arguments) if self.bare is None else self.bare(arguments)
         return tuple(found) if len(found) > 1 else found[0] if found else None
 
@@ -157,7 +169,8 @@ def _options() -> dict[str, Any]:
     """Return the compiler's options.
 
     Threads are counted when a kernel runs, not when it is compiled: ``torch.set_num_threads`` stays in force. What the
-    processor says of its vector instructions is believed, where five trial compilations would check it.
+    processor says of its vector instructions is believed, where five trial compilations would check it. Shapes are not
+    looked at: ``bare`` is given others, of the same memory.
     """
     base: Any = importlib.import_module("torch._inductor.custom_graph_pass").CustomGraphPass
 
@@ -174,7 +187,12 @@ def _options() -> dict[str, Any]:
             """Say to torch's cache of kernels what was done to them."""
             return "qsam, writes first"
 
-    return {"cpp.dynamic_threads": True, "cpp.vec_isa_ok": True, "post_grad_custom_post_pass": WritesFirst()}
+    return {
+        "cpp.dynamic_threads": True,
+        "cpp.vec_isa_ok": True,
+        "size_asserts": False,
+        "post_grad_custom_post_pass": WritesFirst(),
+    }
 
 
 def _move_writes(graph: torch.fx.Graph) -> None:

@@ -158,7 +158,7 @@ def _is_floating(value: Any) -> TypeGuard[Tensor]:
 
 
 def _quantized(module: nn.Module, x: Tensor) -> Tensor:
-    quantizer: Quantizer = module.get_submodule(NAME)  # type: ignore[assignment]
+    quantizer: Quantizer = module._modules[NAME]  # type: ignore[assignment]
     if quantizer.samples is not None:
         _keep_sample(quantizer.samples, x)
         return x

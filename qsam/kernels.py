@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -93,26 +93,23 @@ class Grid(NamedTuple):
 
 def quantized(x: Tensor, grid: Grid) -> Tensor | None:
     """Return ``Q(x; s)`` with LSQ's gradient, as :func:`qsam.functional.fake_quantize` does; None: do not fuse."""
-    viewed = _as_rows(x, grid) if _fuses(x, grid) else None
-    if viewed is None:
+    if not _fuses(x, grid) or not (x.is_contiguous() or _is_channels_last(x, grid)):
         return None
-    rows, back = viewed
     if torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad):
-        return back(_Fused.apply(rows, grid.scale, grid))
-    return back(_run(_forward, rows, _column(grid), _limits(grid, x.device)))
+        return _Fused.apply(x, grid.scale, grid)  # type: ignore[no-any-return]
+    return _quantize(x, grid)
 
 
 def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
     """Write ``out <- Q(w; s)`` in one sweep; return False, and do nothing, where that cannot be fused."""
-    rows = _rows_of(grid, w) if out.is_contiguous() and _is_plain(out) else None
-    if rows is not None:
-        rows.append(out.detach().view(rows[0].shape))
-        _run(_write, *rows, _column(grid), _limits(grid, w.device))
+    fits = _fit(grid, w) and out.is_contiguous() and _is_plain(out)
+    if fits:
+        _run(_write, grid, w, out)
         _note_write(out)
-    return rows is not None
+    return fits
 
 
-def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor] | None:
+def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor | bool] | None:
     """Pull ``grad`` back in place, and park w in ``p``: all that an update does to a weight, in one sweep.
 
     ``grad <- M * grad``, ``p <- w``.
@@ -126,66 +123,68 @@ def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, 
     Returns:
         ds, and whether ``p`` held Q(w), or a NaN somewhere; None, and nothing is done, where that cannot be fused.
     """
-    found = _with_scale_gradient(_pull_back, w, grid, grad, p, grad, p)
-    if found is not None:
-        _note_write(grad, p)
-    return found
+    if not _fit(grid, w, grad, p):
+        return None
+    ds, far = _run(_pull_back, grid, w, grad, p, grad, p)
+    _note_write(grad, p)
+    return _scaled(ds, grid), _near(far)
 
 
-def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor] | None:
+def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor | bool] | None:
     """Return what :func:`pull_back_` returns, and leave ``grad`` and ``p`` as they are."""
-    return _with_scale_gradient(_scale_gradient, w, grid, grad, p)
+    if not _fit(grid, w, grad, p):
+        return None
+    ds, far = _run(_scale_gradient, grid, w, grad, p)
+    return _scaled(ds, grid), _near(far)
 
 
-def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | None:
+def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | bool | None:
     """Return whether ``p`` holds Q(w; s), or a NaN somewhere, in one sweep; None where that cannot be fused."""
-    rows = _rows_of(grid, w, p)
-    if rows is None:
-        return None
-    return _near(_run(_distance, *rows, _column(grid), _limits(grid, w.device)))
-
-
-def _with_scale_gradient(
-    kernel: Callable[..., Any], w: Tensor, grid: Grid, *others: Tensor
-) -> tuple[Tensor, Tensor] | None:
-    rows = _rows_of(grid, w, *others)
-    if rows is None:
-        return None
-    ds, far = _run(kernel, *rows, _column(grid), _limits(grid, w.device))
-    return ds.reshape(grid.scale.shape) * grid.grad_scale, _near(far)
+    return _near(_run(_distance, grid, w, p)) if _fit(grid, w, p) else None
 
 
 class _Fused(torch.autograd.Function):
-    """Q(x; s) on rows. Saves x and s, nothing else; a second derivative goes through the eager formulas."""
+    """Q(x; s). Saves x and s, nothing else; a second derivative goes through the eager formulas."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, rows: Tensor, scale: Tensor, grid: Grid) -> Tensor:
+    def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, grid: Grid) -> Tensor:
         """Return Q(x)."""
-        ctx.save_for_backward(rows, scale)
-        ctx.grid = grid._replace(scale=scale.detach())  # type: ignore[attr-defined]
-        out: Tensor = _run(_forward, rows, _column(grid), _limits(grid, rows.device))
-        return out
+        ctx.save_for_backward(x, scale)
+        ctx.grid = grid  # type: ignore[attr-defined]
+        return _quantize(x, grid)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
-        rows, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         grid: Grid = ctx.grid  # type: ignore[attr-defined]
         if torch.is_grad_enabled():  # create_graph=True
-            dx, ds = _differentiable(rows, scale, grid, grad)
+            dx, ds = _differentiable(x, scale, grid, grad)
             return dx, ds, None
-        constants = _column(grid), _limits(grid, rows.device)
+        laid_out = torch.contiguous_format if x.is_contiguous() else torch.channels_last
+        grad, dx = grad.contiguous(memory_format=laid_out), torch.empty_like(x)
         if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            return _run(_masked, rows, grad.contiguous(), *constants), None, None
-        dx, ds = _run(_backward, rows, grad.contiguous(), *constants)
-        return dx, (ds.reshape(scale.shape) * grid.grad_scale).to(scale.dtype), None
+            _run(_masked, grid, x, grad, dx)
+            return dx, None, None
+        return dx, _scaled(_run(_backward, grid, x, grad, dx), grid).to(scale.dtype), None
 
 
-def _differentiable(rows: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple[Tensor, Tensor]:
+def _quantize(x: Tensor, grid: Grid) -> Tensor:
+    out = torch.empty_like(x)
+    _run(_write, grid, x, out)
+    return out
+
+
+def _scaled(ds: Tensor, grid: Grid) -> Tensor:
+    return ds.view(grid.scale.shape) * grid.grad_scale
+
+
+def _differentiable(x: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients with a graph of their own."""
-    leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (rows, scale)]
-    column = leaves[1].reshape(1) if grid.rows == 1 else leaves[1].reshape(-1, 1)
-    out = fake_quantize(leaves[0], column, grid.quant_min, grid.quant_max, grid.grad_scale)
+    leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, scale)]
+    shapes = ((-1,), (1,)) if grid.rows == 1 else ((grid.rows, -1), (-1, 1))
+    rows, column = (t.reshape(shape) for t, shape in zip(leaves, shapes, strict=True))
+    out = fake_quantize(rows, column, grid.quant_min, grid.quant_max, grid.grad_scale).view(x.shape)
     dx, ds = torch.autograd.grad(out, leaves, grad, create_graph=True)
     return dx, ds
 
@@ -193,24 +192,20 @@ def _differentiable(rows: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tu
 # --- the kernels: rows (n,) with one scale (1,), or (R, n) with scales (R, 1); limits = (Qn, Qp) -----------------
 
 
-def _forward(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+def _write(x: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> None:
+    out.copy_(_codes_times_scale(x, scale, limits).to(x.dtype))
+
+
+def _masked(x: Tensor, grad: Tensor, dx: Tensor, scale: Tensor, limits: Tensor) -> None:
     s = positive(scale).to(wide_dtype(x.dtype))
-    return (codes_of(x.to(s.dtype) / s, *limits.unbind()) * s).to(x.dtype)
+    dx.copy_(grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0))
 
 
-def _masked(x: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+def _backward(x: Tensor, grad: Tensor, dx: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     s = positive(scale).to(wide_dtype(x.dtype))
-    return grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0)
-
-
-def _backward(x: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    s = positive(scale).to(wide_dtype(x.dtype))
-    dx, ds, _ = _pulled(x.to(s.dtype) / s, grad, scale, limits)
-    return dx, ds
-
-
-def _write(w: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> None:
-    out.copy_(_forward(w, scale, limits))
+    found, ds, _ = _pulled(x.to(s.dtype) / s, grad, scale, limits)
+    dx.copy_(found)
+    return ds
 
 
 def _pull_back(  # noqa: PLR0917 (tensors of one kernel)
@@ -231,7 +226,12 @@ def _scale_gradient(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: T
 
 
 def _distance(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    return _farthest(_forward(w, scale, limits), p)
+    return _farthest(_codes_times_scale(w, scale, limits), p)
+
+
+def _codes_times_scale(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    s = positive(scale).to(wide_dtype(x.dtype))
+    return codes_of(x.to(s.dtype) / s, *limits.unbind()) * s
 
 
 def _pulled(v: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -250,28 +250,48 @@ def _farthest(q: Tensor, p: Tensor) -> Tensor:
     return (q - p).abs().amax(-1, keepdim=True)
 
 
-def _near(far: Tensor) -> Tensor:
-    """Whether no distance is above 0; also where a NaN is among them, which others report."""
-    return ~(far.amax() > 0)
+def _near(far: Tensor) -> Tensor | bool:
+    """Whether no distance is above 0; also where a NaN is among them, which others report.
+
+    On a CPU it is known now; elsewhere to ask would wait for the device.
+    """
+    largest = far if far.numel() == 1 else far.amax()
+    return not largest.item() > 0 if far.device.type == "cpu" else ~(largest.view(()) > 0)
 
 
 # --- calling them ---------------------------------------------------------------------------------------------------
 
 
-def _run(kernel: Callable[..., Any], *tensors: Tensor) -> Any:
-    """Run a kernel compiled, or as it stands where compiling has failed."""
+def _run(kernel: compiling.Kernel, grid: Grid, *tensors: Tensor) -> Any:
+    """Run a kernel compiled, or as it stands where compiling has failed.
+
+    Args:
+        kernel: One of the above.
+        grid: Its scales and limits.
+        tensors: Its rows, in any shape: dense in memory, all alike.
+    """
+    first, scale = tensors[0], grid.scale
+    shape = (first.numel(),) if grid.rows == 1 else (grid.rows, first.numel() // grid.rows)
+    limits = _limit_tensor(grid.quant_min, grid.quant_max, first.device)
     call = kernel
     if _CHOICE.failure is None:
         try:
-            call = compiling.compiled(kernel, tuple((t.dtype, t.dim()) for t in tensors), tensors[0].device)
+            dtypes = (*[t.dtype for t in tensors], scale.dtype)
+            call = compiling.compiled(kernel, dtypes, len(shape), first.device)
         except compiling.ERRORS as error:
             if _CHOICE.backend == "compiled":
                 raise
             _say_failed(error)
-    if isinstance(call, compiling.Direct) and call.bare is not None:  # it sees memory, and nothing of autograd
-        return call(*tensors)
+    if isinstance(call, compiling.Direct) and call.bare is not None:  # it sees memory: no shapes, nothing of autograd
+        return call.run(shape, (*tensors, scale, limits))
     with torch.no_grad():
-        return call(*(t.detach() for t in tensors))
+        rows = [_flat(t).view(shape) for t in tensors]
+        return call(*rows, scale.detach().view((1,) if grid.rows == 1 else (-1, 1)), limits)
+
+
+def _flat(t: Tensor) -> Tensor:
+    """Return a view of dense memory in its order."""
+    return t.detach().view(-1) if t.is_contiguous() else t.detach().permute(0, 2, 3, 1).view(-1)
 
 
 def _say_failed(error: BaseException) -> None:
@@ -295,43 +315,25 @@ def _fuses(x: Tensor, grid: Grid) -> bool:
     """Whether ``x`` is worth a kernel, and plain: no vmap, no graph being captured, no exotic tensor."""
     if _CHOICE.backend == "eager" or (_CHOICE.backend == "auto" and x.numel() < SMALLEST):
         return False
-    if _CHOICE.failure is not None or not x.numel() or torch.compiler.is_compiling():
+    if _CHOICE.failure is not None or x.numel() <= grid.rows or torch.compiler.is_compiling():
         return False
-    return all(_is_plain(t) for t in (x, grid.scale))
+    return _is_plain(x) and _is_plain(grid.scale) and grid.scale.is_contiguous()
 
 
 def _is_plain(t: Tensor) -> bool:
     return type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
 
 
-def _as_rows(x: Tensor, grid: Grid) -> tuple[Tensor, Callable[[Tensor], Tensor]] | None:
-    """Return ``x`` as ``(n,)`` or as rows ``(R, n)``, one a step size, and what undoes that; None: it has gaps."""
-    if x.is_contiguous() and x.numel() > grid.rows:
-        shape = x.shape
-        return x.view(-1) if grid.rows == 1 else x.view(grid.rows, -1), lambda out: out.view(shape)
-    if grid.rows == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last):
-        moved = x.permute(0, 2, 3, 1)
-        return moved.view(-1), lambda out: out.view(moved.shape).permute(0, 3, 1, 2)
-    return None
+def _is_channels_last(x: Tensor, grid: Grid) -> bool:
+    return grid.rows == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _rows_of(grid: Grid, *tensors: Tensor) -> list[Tensor] | None:
-    """Return contiguous tensors of one wide dtype as rows, or None."""
+def _fit(grid: Grid, *tensors: Tensor) -> bool:
+    """Whether these are contiguous tensors of one wide dtype, and worth a kernel."""
     first = tensors[0]
-    alike = all(t.dtype == first.dtype and t.is_contiguous() and _is_plain(t) for t in tensors)
-    if not (alike and first.dtype == wide_dtype(first.dtype) and first.numel() > grid.rows and _fuses(first, grid)):
-        return None
-    return [t.detach().view(-1) if grid.rows == 1 else t.detach().view(grid.rows, -1) for t in tensors]
-
-
-def _column(grid: Grid) -> Tensor:
-    """Return the step sizes as ``(1,)``, or as a column ``(R, 1)``."""
-    return grid.scale.detach().reshape((1,) if grid.rows == 1 else (-1, 1))
-
-
-def _limits(grid: Grid, device: torch.device) -> Tensor:
-    """Return the integer limits as a tensor: as numbers, each pair would compile kernels of its own."""
-    return _limit_tensor(grid.quant_min, grid.quant_max, device)
+    if not _fuses(first, grid) or first.dtype != wide_dtype(first.dtype):
+        return False
+    return all(t.dtype == first.dtype and t.is_contiguous() and _is_plain(t) for t in tensors)
 
 
 @functools.lru_cache(maxsize=256)

@@ -65,7 +65,7 @@ class Latents:
         self.coverage = coverage
         self.slots: list[Slot] = []
         self._seen: list[tuple[Any, ...]] = []
-        self._suspects: list[tuple[str, Tensor]] = []
+        self._suspects: list[tuple[str, Tensor | bool]] = []
         self.sharded = False
         self.noisy = False
         self.shifted = False
@@ -379,9 +379,9 @@ class Latents:
             return  # the usual case in one sweep; elsewhere to read the verdict now would wait for the device
         self._note_verdict(slot, ((out.to(p.dtype) == p) | torch.isnan(p)).all())
 
-    def _note_verdict(self, slot: Slot, same: Tensor) -> None:
-        if not self.shifted and (same.device.type != "cpu" or not bool(same)):
-            self._suspects.append((slot.path, ~same))
+    def _note_verdict(self, slot: Slot, same: Tensor | bool) -> None:
+        if not self.shifted and same is not True:
+            self._suspects.append((slot.path, True if same is False else ~same))
 
     def _say_if_on_grid(self) -> None:
         rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity)]

@@ -22,7 +22,7 @@ from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.policy import unwrap_model
 from qsam.shards import is_sharded
-from qsam.slots import quantizer_parameters
+from qsam.slots import own_parameters
 
 Subject = QuantizedOptimizer | nn.Module
 """An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""
@@ -222,12 +222,7 @@ def _weights_of(subject: Subject, caller: str) -> tuple[nn.Module, Latents | Non
         quantized = [getattr(row.module, row.attr) for row in coverage.quantized] if coverage is not None else []
     else:
         raise TypeError(f"{caller} needs a qsam optimizer or a torch.nn.Module, got {type(subject).__name__}.")
-    return root, latents, [p for p in quantized or _all_but_scales(root) if p.requires_grad]
-
-
-def _all_but_scales(root: nn.Module) -> Iterator[nn.Parameter]:
-    scales = {id(p) for p in quantizer_parameters(root)}
-    return (p for p in root.parameters() if id(p) not in scales)
+    return root, latents, [p for p in quantized or [p for _, p in own_parameters(root)] if p.requires_grad]
 
 
 def _as_float(loss: Any) -> float:

@@ -41,7 +41,8 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The model's Parameter p, as it is now."""
-        return getattr(self.module, self.attr)  # type: ignore[no-any-return]
+        p = self.module._parameters.get(self.attr)
+        return getattr(self.module, self.attr) if p is None else p
 
     @property
     def quantizer(self) -> Quantizer:
@@ -69,10 +70,16 @@ class Slot:
 
     def fingerprint(self) -> tuple[Any, ...]:
         """Return what changes when somebody writes p or a tensor of its quantizer."""
-        p = self.parameter
-        own = (shards.local(t)._version for t in self.quantizer.state_dict(keep_vars=True).values())
+        p, quantizer = self.parameter, self.quantizer
+        own = quantizer._parameters if _is_plain(quantizer) else quantizer.state_dict(keep_vars=True)
+        versions = [shards.local(t)._version for t in own.values() if t is not None]
         part = shards.local(p)
-        return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *own)
+        return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *versions)
+
+
+def _is_plain(quantizer: Quantizer) -> bool:
+    """Whether a quantizer's Parameters are all its state."""
+    return not quantizer._buffers and not quantizer._modules
 
 
 def scale_tensors(coverage: Coverage | None) -> tuple[list[ScaleSlot], list[ScaleSlot]]:
@@ -102,6 +109,22 @@ class ScaleSlot:
     def parameter(self) -> nn.Parameter:
         """The Parameter, as it is now."""
         return getattr(self.quantizer, self.attr)  # type: ignore[no-any-return]
+
+
+def own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Iterate over ``root.named_parameters()`` without those of quantizers."""
+    seen: set[int] = set()
+    left = [("", root)]
+    while left:
+        path, module = left.pop()
+        if id(module) in seen or isinstance(module, Quantizer):
+            continue
+        seen.add(id(module))
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield path + name, p
+        left += [(f"{path}{name}.", child) for name, child in reversed(module._modules.items()) if child is not None]
 
 
 def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:

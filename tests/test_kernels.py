@@ -330,27 +330,26 @@ def test_a_compiled_model_holds_the_formulas_themselves():
 
 
 def test_a_compiled_kernel_keeps_no_tensor():
-    examples = compiling._examples(((torch.float64, 1),) * 4, torch.device("cpu"))
+    examples = compiling._examples((torch.float64,) * 3, 1, torch.device("cpu"))
     kernel = compiling.Direct(kernels._distance, examples)
     assert not examples  # torch.compile holds on to this list
     kept = [value for value in vars(kernel).values() if isinstance(value, Tensor | list | tuple)]
     assert kept == [kernel.sources]
     w = torch.arange(70_000, dtype=torch.float64)
-    assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5], dtype=torch.float64)) == 0
+    assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5])) == 0
 
 
-KERNELS = [getattr(kernels, f"_{name}") for name in "forward masked backward write pull_back scale_gradient".split()]
-KERNELS.append(kernels._distance)
+KERNELS = [getattr(kernels, f"_{name}") for name in "write masked backward pull_back scale_gradient distance".split()]
 
 
-def kinds_of(kernel, dims):
-    return ((torch.float32, dims),) * (len(inspect.signature(kernel).parameters) - 1) + ((torch.float32, 1),)
+def dtypes_of(kernel):
+    return (torch.float32,) * (len(inspect.signature(kernel).parameters) - 1)
 
 
 @pytest.mark.parametrize("dims", [1, 2])
 @pytest.mark.parametrize("kernel", KERNELS, ids=lambda kernel: kernel.__name__.strip("_"))
 def test_a_kernel_sweeps_over_the_memory_once(kernel, dims):
-    compiled = compiling.compiled(kernel, kinds_of(kernel, dims), torch.device("cpu"))
+    compiled = compiling.compiled(kernel, dtypes_of(kernel), dims, torch.device("cpu"))
     source = inspect.getsource(inspect.getmodule(compiled.bare) or sys.modules[compiled.bare.__module__])
     loads = re.findall(r"loadu\(in_ptr0 \+ [^)]*\), static_cast<int64_t>\(16\)", source)
     assert len(loads) == 1, source
@@ -376,7 +375,7 @@ def writes_too_much(w, grad, *others):
 @pytest.mark.parametrize("wrong", [writes_first, wrong_sum, writes_too_much])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_a_compiled_kernel_that_is_not_its_formula_is_refused(wrong, dims):
-    kinds = kinds_of(kernels._pull_back, dims)
-    compiling._check(kernels._pull_back, kernels._pull_back, compiling._examples(kinds, torch.device("cpu")))
+    dtypes = dtypes_of(kernels._pull_back)
+    compiling._check(kernels._pull_back, kernels._pull_back, compiling._examples(dtypes, dims, torch.device("cpu")))
     with pytest.raises(RuntimeError, match="compiled kernel 'pull_back' does not compute what its formula does"):
-        compiling._check(kernels._pull_back, wrong, compiling._examples(kinds, torch.device("cpu")))
+        compiling._check(kernels._pull_back, wrong, compiling._examples(dtypes, dims, torch.device("cpu")))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer, SparseAdam
 
 from qsam.latent import Latents
 from qsam.registry import nearest
-from qsam.slots import quantizer_parameters
+from qsam.slots import own_parameters, quantizer_parameters
 
 Base = Optimizer | Callable[..., Optimizer]
 
@@ -54,7 +54,7 @@ def build_base(
         if params is not None and not isinstance(params, Iterable):
             raise TypeError(f"`params` must be parameters or groups of them, got {params!r}.")
         if params is None:
-            params = [p for p in latents.root.parameters() if p.requires_grad and id(p) not in scales]
+            params = [p for _, p in own_parameters(latents.root) if p.requires_grad]
         base = base(params, **arguments)
         if not isinstance(base, Optimizer):
             raise TypeError(f"`base` must build a torch Optimizer, got {type(base).__name__}.")

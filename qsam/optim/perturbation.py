@@ -18,7 +18,7 @@ from qsam.latent import Latents, perturb_
 from qsam.optim.directions import DIRECTIONS, Ascent
 from qsam.optim.ranks import SCOPES, owned_copy
 from qsam.shards import local, whole
-from qsam.slots import Slot, quantizer_parameters
+from qsam.slots import Slot, own_parameters
 
 Selection = str | Callable[[str, nn.Parameter], bool]
 
@@ -96,8 +96,7 @@ class Perturbation:
     def selected(self, latents: Latents) -> set[int]:
         """Return, by id, the Parameters that are perturbed where they have a gradient."""
         slots = {id(slot.parameter): slot for slot in latents.slots}
-        scales = {id(p) for p in quantizer_parameters(latents.root)}
-        named = [(name, p) for name, p in latents.root.named_parameters() if p.requires_grad and id(p) not in scales]
+        named = [(name, p) for name, p in own_parameters(latents.root) if p.requires_grad]
         return {id(p) for name, p in named if self._selects(name, p, slots.get(id(p)))}
 
     def gather(
@@ -114,12 +113,11 @@ class Perturbation:
             TypeError: a sparse gradient.
         """
         slots = {id(slot.parameter): slot for slot in latents.slots}
-        scales = {id(p) for p in quantizer_parameters(latents.root)}
         found = []
-        for name, p in latents.root.named_parameters():
+        for name, p in own_parameters(latents.root):
             slot = slots.get(id(p))
             gradient = p.grad if given is None else given.get(name)
-            if gradient is None or id(p) in scales or not self._selects(name, p, slot):
+            if gradient is None or not self._selects(name, p, slot):
                 continue
             if gradient.is_sparse:
                 raise TypeError(
@@ -135,7 +133,7 @@ class Perturbation:
         """Return what is to be perturbed in a step of one pass, with the kept e or what the direction remembers."""
         known = self.kept or self.direction.memory
         if not known:  # the direction reads the base's state, and no gradient
-            known = {name: p.detach() for name, p in latents.root.named_parameters() if p.requires_grad}
+            known = {name: p.detach() for name, p in own_parameters(latents.root) if p.requires_grad}
         return self.gather(latents, base_state, known)
 
     @torch.no_grad()

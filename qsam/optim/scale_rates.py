@@ -64,35 +64,56 @@ class BalancedSGD(Optimizer):
         """Take one step."""
         loss = closure() if closure is not None else None
         for group in self.param_groups:
-            if found := [s for s in group["params"] if s.grad is not None]:
-                self._move(group, found)
+            for alike in _alike([s for s in group["params"] if s.grad is not None]):
+                self._move(group, alike)
         return loss
 
     def _move(self, group: dict[str, Any], scales: list[Tensor]) -> None:
-        """Step the scales of a group, all at once: there may be hundreds, of one entry each."""
-        values, grads = [local(s) for s in scales], [local(s.grad) for s in scales if s.grad is not None]
+        """Step scales of one dtype and device, as one vector: there may be hundreds, of one entry each."""
+        values = [local(s) for s in scales]
+        s, ds = _flat(values), _flat([local(scale.grad) for scale in scales if scale.grad is not None])
         if group["normalized"]:
-            grads = list(torch._foreach_mul(self._normalized(scales, grads), values))
-        moves = list(torch._foreach_mul(grads, group["lr"]))
-        limits = list(torch._foreach_mul(torch._foreach_abs(values), MAX_RELATIVE_STEP))
-        torch._foreach_minimum_(moves, limits)
-        torch._foreach_maximum_(moves, torch._foreach_neg(limits))
-        torch._foreach_sub_(values, moves)
+            ds = self._normalized(scales, ds) * s
+        limits = s.abs() * MAX_RELATIVE_STEP
+        moves = torch.maximum(torch.minimum(ds * group["lr"], limits), -limits)
+        torch._foreach_sub_(values, _parts(moves, values))
 
-    def _normalized(self, scales: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _normalized(self, scales: list[Tensor], ds: Tensor) -> Tensor:
         """Return ``ds / sqrt(v)``, after moving v."""
         states = [self.state[s] for s in scales]
-        for s, state in zip(scales, states, strict=True):
+        for scale, state in zip(scales, states, strict=True):
             if not state:
                 state["step"] = torch.tensor(0.0)
-                state["square"] = torch.zeros_like(s)
+                state["square"] = torch.zeros_like(scale)
         torch._foreach_add_([state["step"] for state in states], 1)
         squares: list[Tensor] = [local(state["square"]) for state in states]
-        torch._foreach_lerp_(squares, torch._foreach_mul(grads, grads), 1 - _AVERAGE)
-        sizes = list(torch._foreach_div(squares, [1 - _AVERAGE ** float(state["step"]) for state in states]))
-        torch._foreach_sqrt_(sizes)
-        torch._foreach_clamp_min_(sizes, torch.finfo(squares[0].dtype).tiny)
-        return list(torch._foreach_div(grads, sizes))
+        v = _flat(squares).lerp_(ds * ds, 1 - _AVERAGE)
+        torch._foreach_copy_(squares, _parts(v, squares))
+        starts = [1 - _AVERAGE**step for step in torch.stack([state["step"] for state in states]).tolist()]
+        if len(set(starts)) == 1:
+            v = v / starts[0]
+        else:  # some were without a gradient in some step
+            v = torch.cat([part.flatten() / start for part, start in zip(_parts(v, squares), starts, strict=True)])
+        return ds / v.sqrt_().clamp_min_(torch.finfo(v.dtype).tiny)
+
+
+def _alike(scales: Sequence[Tensor]) -> Iterable[list[Tensor]]:
+    """Return the scales by dtype and device."""
+    found: dict[Any, list[Tensor]] = {}
+    for s in scales:
+        found.setdefault((s.dtype, s.device), []).append(s)
+    return found.values()
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    """Return all entries in one new vector."""
+    return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def _parts(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parts of a vector in the shapes of ``like``."""
+    parts = torch.split(flat, [t.numel() for t in like])
+    return [part.view(t.shape) for part, t in zip(parts, like, strict=True)]
 
 
 def build_scale_optimizer(

@@ -85,7 +85,7 @@ class SQuAT(TwoPass):
         if self.schedule == "next_batch" and self.scales_due:
             self._losses.clear()
             with self.scale_phase():
-                loss = self._spare(closure, self._needed_by_scales())
+                loss = self._spare(closure, self._needed_by_scales)
             self._note_loss("loss", loss)
             self.step_scales()
             return loss
@@ -94,7 +94,7 @@ class SQuAT(TwoPass):
         self._finish_step()
         if self.schedule == "same_batch" and alternates and self.scales_due:
             with self.scale_phase():
-                self._spare(closure, self._needed_by_scales())
+                self._spare(closure, self._needed_by_scales)
             self.step_scales()
         return loss
 
@@ -103,8 +103,9 @@ class SQuAT(TwoPass):
         weights = {id(slot.parameter) for slot in self.latents_of.slots}
         return weights | {id(scale.parameter) for scale in self.scale_slots}
 
-    def _also_needed_first(self) -> set[int]:
-        return self._needed_by_scales() if self.schedule == "fused" and self.scales_due else set()
+    def _needed_first(self) -> set[int]:
+        fused = self.schedule == "fused" and self.scales_due
+        return super()._needed_first() | (self._needed_by_scales() if fused else set())
 
     def _between_passes(self) -> None:
         if self.schedule == "fused" and self._ascent_ready and self.scales_due:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -113,7 +113,7 @@ class TwoPass(QuantizedOptimizer):
             with self._perturbed_pass():
                 return self._call(closure, "loss_perturbed")
         with self.first_pass():
-            loss = self._spare(closure, self.perturbation.selected(self.latents_of) | self._also_needed_first())
+            loss = self._spare(closure, self._needed_first)
             self._note_loss("loss", loss)
         self._between_passes()
         if self._ascent_ready and self._has_gradients():
@@ -124,16 +124,17 @@ class TwoPass(QuantizedOptimizer):
     def _between_passes(self) -> None:
         """What a method does between the first pass and the perturbation."""
 
-    def _also_needed_first(self) -> set[int]:
-        """Return, by id, what a method needs of the first pass besides the gradients that make e."""
-        return set()
+    def _needed_first(self) -> set[int]:
+        """Return, by id, whose gradients a method needs of the first pass."""
+        assert self.perturbation is not None
+        return self.perturbation.selected(self.latents_of)
 
-    def _spare(self, closure: Closure, needed: set[int]) -> Any:
+    def _spare(self, closure: Closure, needed: Callable[[], set[int]]) -> Any:
         """Call ``closure`` for the gradients of these parameters."""
-        if not self.spares_gradients:
+        if not self.spares_gradients or self._sparing.allowed is False:
             return closure()
         start = self._random_starts[-1] if self._random_starts else RandomState.now()
-        return self._sparing.call(closure, self._parameters(), needed, start)
+        return self._sparing.call(closure, self._parameters(), needed(), start)
 
     def _call(self, closure: Closure, name: str) -> Any:
         loss = closure()

@@ -36,7 +36,7 @@ class Update(Passes):
         if weights and self.steps == 0:
             self._say_unseen_inputs()
         try:
-            if weights and self.perturbation is not None:
+            if weights and self.perturbation is not None and self.perturbation.direction.learns:
                 self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
             scale_grads = self._pull_back(self._consume if weights else latents.scale_gradients)
             if weights:

@@ -134,6 +134,24 @@ def test_an_entry_without_gradient_stays():
     assert (s.item(), t.item()) == (1.0, 2.0)
 
 
+@pytest.mark.parametrize("normalized", [True, False])
+def test_scales_step_together_as_each_does_alone(normalized):
+    """Of any shape and dtype, and where some were without a gradient in some step."""
+    starts = [torch.rand(shape) + 0.1 for shape in ((1,), (3, 1), (2, 4, 1), (1,))] + [torch.ones(2).double()]
+    together, alone = ([nn.Parameter(t.clone()) for t in starts] for _ in range(2))
+    one = BalancedSGD(together, lr=0.004, normalized=normalized)
+    many = [BalancedSGD([s], lr=0.004, normalized=normalized) for s in alone]
+    for step in range(4):
+        for i, (a, b) in enumerate(zip(together, alone, strict=True)):
+            a.grad = None if (i, step) in {(0, 1), (2, 0)} else torch.randn_like(a)
+            b.grad = None if a.grad is None else a.grad.clone()
+        one.step()
+        for optimizer in many:
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+    assert all(not torch.equal(a, start) for a, start in zip(together, starts, strict=True))
+
+
 def test_a_closure_of_the_balanced_descent_is_called_once():
     s = scale(1.0)
     assert BalancedSGD([s], lr=0.01).step(lambda: 3.0) == 3.0

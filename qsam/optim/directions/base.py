@@ -70,6 +70,11 @@ class Direction:
         """Whether there is a direction for the step of this number."""
         return self.passes == 2 or step > 0
 
+    @property
+    def learns(self) -> bool:
+        """Whether :meth:`learn` does anything."""
+        return type(self).learn is not Direction.learn
+
     def learn(self, ascents: Sequence[Ascent]) -> None:
         """See the gradients that update the weights, before they are consumed."""
 
