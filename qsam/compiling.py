@@ -56,10 +56,12 @@ def compiled(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device:
 def _examples(dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> list[Tensor]:
     """Return arguments that clip and that do not, with sizes that are all different."""
     rows = 67 if dims == 2 else 0
-    lines = [torch.linspace(i - 3, 3 - i / 2, 4099 if rows else 2**17 + 3, device=device) for i in range(len(dtypes))]
-    found = [line.repeat(rows, 1) if rows else line for line in lines]
-    found[-1] = torch.linspace(0.2, 0.3, rows or 1, device=device).view(-1, *[1] * bool(rows))
-    return [*(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)), torch.tensor([-2.0, 1.0], device=device)]
+    line = functools.partial(torch.linspace, device=device, dtype=torch.float32)
+    lines = [line(i - 3, 3 - i / 2, 4099 if rows else 2**17 + 3) for i in range(len(dtypes))]
+    found = [t.repeat(rows, 1) if rows else t for t in lines]
+    found[-1] = line(0.2, 0.3, rows or 1).view(-1, *[1] * bool(rows))
+    limits = torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)
+    return [*(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)), limits]
 
 
 def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:
@@ -113,7 +115,9 @@ class Direct:
             self.call = torch._inductor.compile(graph, inputs, options=_options())
             return functools.partial(self._first, examples)
 
-        torch.compile(kernel, backend=backend, fullgraph=True, dynamic=True)(*examples)
+        # Each kind compiles code of its own: torch.compile counts how often it has compiled one, and gives up at eight.
+        fresh = types.FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
+        torch.compile(fresh, backend=backend, fullgraph=True, dynamic=True)(*examples)
         examples.clear()  # torch.compile holds on to its backend's result; a megabyte a kernel
         if not self.sources:
             raise RuntimeError("torch.compile is switched off")
@@ -172,9 +176,9 @@ def _options() -> dict[str, Any]:
     processor says of its vector instructions is believed, where five trial compilations would check it. Shapes are not
     looked at: ``bare`` is given others, of the same memory.
     """
-    base: Any = importlib.import_module("torch._inductor.custom_graph_pass").CustomGraphPass
+    passes: Any = importlib.import_module("torch._inductor.custom_graph_pass")
 
-    class WritesFirst(base):  # type: ignore[misc]
+    class WritesFirst(passes.CustomGraphPass):  # type: ignore[misc]
         """What a kernel writes comes before what it sums up: only in this order the compiler makes one sweep of both.
 
         Its own order is the other one, and two sweeps.
@@ -183,9 +187,9 @@ def _options() -> dict[str, Any]:
         def __call__(self, graph: torch.fx.Graph) -> None:
             _move_writes(graph)
 
-        def uuid(self) -> str:
+        def uuid(self) -> Any:
             """Say to torch's cache of kernels what was done to them."""
-            return "qsam, writes first"
+            return passes.get_hash_for_files((__file__,))
 
     return {
         "cpp.dynamic_threads": True,

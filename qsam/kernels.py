@@ -102,7 +102,7 @@ def quantized(x: Tensor, grid: Grid) -> Tensor | None:
 
 def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
     """Write ``out <- Q(w; s)`` in one sweep; return False, and do nothing, where that cannot be fused."""
-    fits = _fit(grid, w) and out.is_contiguous() and _is_plain(out)
+    fits = _fit(grid, w) and _is_alike(out, w)
     if fits:
         _run(_write, grid, w, out)
         _note_write(out)
@@ -158,7 +158,7 @@ class _Fused(torch.autograd.Function):
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         grid: Grid = ctx.grid  # type: ignore[attr-defined]
-        if torch.is_grad_enabled():  # create_graph=True
+        if torch.is_grad_enabled() or not _is_plain(grad):  # create_graph=True; is_grads_batched=True
             dx, ds = _differentiable(x, scale, grid, grad)
             return dx, ds, None
         laid_out = torch.contiguous_format if x.is_contiguous() else torch.channels_last
@@ -180,12 +180,14 @@ def _scaled(ds: Tensor, grid: Grid) -> Tensor:
 
 
 def _differentiable(x: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the gradients with a graph of their own."""
+    """Return the gradients, with a graph of their own where graphs are made."""
+    create_graph = torch.is_grad_enabled()
     leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, scale)]
     shapes = ((-1,), (1,)) if grid.rows == 1 else ((grid.rows, -1), (-1, 1))
-    rows, column = (t.reshape(shape) for t, shape in zip(leaves, shapes, strict=True))
-    out = fake_quantize(rows, column, grid.quant_min, grid.quant_max, grid.grad_scale).view(x.shape)
-    dx, ds = torch.autograd.grad(out, leaves, grad, create_graph=True)
+    with torch.enable_grad():
+        rows, column = (t.reshape(shape) for t, shape in zip(leaves, shapes, strict=True))
+        out = fake_quantize(rows, column, grid.quant_min, grid.quant_max, grid.grad_scale).view(x.shape)
+        dx, ds = torch.autograd.grad(out, leaves, grad, create_graph=create_graph)
     return dx, ds
 
 
@@ -312,16 +314,33 @@ def _note_write(*tensors: Tensor) -> None:
 
 
 def _fuses(x: Tensor, grid: Grid) -> bool:
-    """Whether ``x`` is worth a kernel, and plain: no vmap, no graph being captured, no exotic tensor."""
+    """Whether ``x`` is worth a kernel, fits the grid, and is plain: a kernel sees memory, and nobody sees a kernel."""
     if _CHOICE.backend == "eager" or (_CHOICE.backend == "auto" and x.numel() < SMALLEST):
         return False
-    if _CHOICE.failure is not None or x.numel() <= grid.rows or torch.compiler.is_compiling():
+    if _CHOICE.failure is not None or x.numel() <= grid.rows or _is_watched():
         return False
+    if grid.rows > 1 and (x.shape[0] != grid.scale.shape[0] or x.numel() % grid.rows):
+        return False  # the formula says what is wrong
     return _is_plain(x) and _is_plain(grid.scale) and grid.scale.is_contiguous()
 
 
+def _is_watched() -> bool:
+    """Whether somebody follows the operations: a compiler, a tracer, a dispatch mode, forward-mode differentiation."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+        return True
+    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
+
+
 def _is_plain(t: Tensor) -> bool:
-    return type(t) in (Tensor, torch.nn.Parameter) and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    """Whether what is in memory is what the tensor says: no subclass, no tensor within vmap, no lazy negation."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() or not torch._C._has_storage(t):
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
+
+
+def _is_alike(t: Tensor, like: Tensor) -> bool:
+    """Whether ``t`` is plain, and as large as ``like`` and where that is."""
+    return t.shape == like.shape and t.device == like.device and t.is_contiguous() and _is_plain(t)
 
 
 def _is_channels_last(x: Tensor, grid: Grid) -> bool:
@@ -333,9 +352,9 @@ def _fit(grid: Grid, *tensors: Tensor) -> bool:
     first = tensors[0]
     if not _fuses(first, grid) or first.dtype != wide_dtype(first.dtype):
         return False
-    return all(t.dtype == first.dtype and t.is_contiguous() and _is_plain(t) for t in tensors)
+    return all(t.dtype == first.dtype and _is_alike(t, first) for t in tensors)
 
 
 @functools.lru_cache(maxsize=256)
 def _limit_tensor(quant_min: int, quant_max: int, device: torch.device) -> Tensor:
-    return torch.tensor([float(quant_min), float(quant_max)], device=device)
+    return torch.tensor([float(quant_min), float(quant_max)], device=device, dtype=torch.float32)

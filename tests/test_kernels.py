@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import qsam
 from qsam import compiling, kernels
@@ -337,6 +338,103 @@ def test_a_compiled_kernel_keeps_no_tensor():
     assert kept == [kernel.sources]
     w = torch.arange(70_000, dtype=torch.float64)
     assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5])) == 0
+
+
+@pytest.mark.parametrize("rows", [1, 8])
+def test_a_weight_of_another_size_is_an_error_and_writes_no_memory(rows):
+    """A kernel would write as many entries as the latent has."""
+    model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 4))
+    qsam.quantize_(model, granularity="per_channel" if rows > 1 else "per_tensor", rules=[("*", {"activations": None})])
+    with kernels.using("compiled"):
+        optimizer = qsam.JointSAM(model, torch.optim.SGD, lr=0.1, rho=0.1)
+        before = model[0].weight.data
+        with pytest.raises(RuntimeError, match="size of tensor"), optimizer.latents():
+            model[0].weight.data = torch.zeros(4, 4)
+        assert model[0].weight.shape == (4, 4)
+        model[0].weight.data = before
+        grid = optimizer.latents_of.slots[0].quantizer.grid(before)
+        assert not kernels.write_(before, grid, torch.zeros(32))
+        assert kernels.holds(before, grid, torch.zeros(32)) is None
+
+
+def test_limits_are_fp32_whatever_the_default_dtype():
+    w, s = values((300, 300)), torch.tensor([0.1])
+    try:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            for low, high in ((-8, 7), (-4, 3), (-16, 15)):
+                found = kernels.quantized(w, Grid(s, low, high, 0.01, 1))
+                assert torch.equal(found, fake_quantize(w, s, low, high, 0.01))
+            for kernel in (kernels._write, kernels._pull_back):  # its examples and its check
+                compiling.compiled.__wrapped__(kernel, dtypes_of(kernel), 1, torch.device("cpu"))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(9, 20001), (16, 20000), (5, 3)])
+def test_a_tensor_that_does_not_fit_its_scales_is_left_to_the_formula(shape):
+    with kernels.using("compiled"):
+        assert kernels.quantized(values(shape), Grid(torch.full((8, 1), 0.1), -4, 3, 0.01, 8)) is None
+
+
+def test_groups_of_another_count_are_left_to_the_formula():
+    q = lsq({"granularity": "per_group", "axis": 0, "group_size": 8}, values((12, 40)))
+    assert q.grid(values((12, 40))) is not None
+    assert q.grid(values((12, 80))) is None
+
+
+class Narrow(LSQ):
+    """Symmetric: as many codes below 0 as above."""
+
+    @property
+    def quant_min(self) -> int:
+        return -self.quant_max
+
+
+def test_a_subclass_with_limits_of_its_own_keeps_them():
+    q = lsq({}, values((300, 300)), bits=2)
+    q.__class__ = Narrow
+    for backend in ("compiled", "eager"):
+        with kernels.using(backend):
+            assert q(values((300, 300))).div(q.scale).round().unique().tolist() == [-1.0, 0.0, 1.0]
+
+
+def test_what_memory_does_not_tell_goes_the_eager_way():
+    """A lazy negation; batched gradients; a trace, and a mode, which would not see a kernel."""
+    x = values((64, 64))
+    q = lsq({}, x)
+    with kernels.using("eager"):
+        expected = q(-x)
+        leaf = x.clone().requires_grad_()
+        grads = torch.stack([values((64, 64), seed=i) for i in range(3)])
+        batched = torch.autograd.grad(q(leaf), (leaf, q.scale), grads, is_grads_batched=True)
+    with kernels.using("compiled"):
+        assert torch.equal(q(torch._neg_view(x)), expected)
+        out = q(leaf)
+        plain, negated = (torch.autograd.grad(out, leaf, g, retain_graph=True)[0] for g in (-x, torch._neg_view(x)))
+        assert torch.equal(plain, negated)
+        for ours, theirs in zip(
+            torch.autograd.grad(out, (leaf, q.scale), grads, is_grads_batched=True), batched, strict=True
+        ):
+            torch.testing.assert_close(ours, theirs)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it is deprecated
+            traced = torch.jit.trace(q, x)
+        assert torch.equal(traced(-x), expected)
+        with FlopCounterMode(display=False):
+            assert torch.equal(q(-x), expected)
+        assert kernels.quantized(x, q.grid(x)) is not None, "nothing of this has switched the kernels off"
+
+
+@pytest.mark.long
+def test_any_number_of_kinds_is_compiled():
+    """torch.compile gives up on a function after eight."""
+    device = torch.device("cpu")
+    kinds = [((x, s), dims) for x in (torch.float32, torch.float64) for s in (torch.float32,) for dims in (1, 2)]
+    kinds += [((x, torch.float64), dims) for x in (torch.float32, torch.float64, torch.bfloat16) for dims in (1, 2)]
+    for (dtype, scale), dims in kinds:
+        compiling.compiled.__wrapped__(kernels._write, (dtype, dtype, scale), dims, device)
+    assert len(kinds) > 8
 
 
 KERNELS = [getattr(kernels, f"_{name}") for name in "write masked backward pull_back scale_gradient distance".split()]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam import kernels
-from qsam.functional import fake_quantize, from_groups, integer_limits, lsq_grad_scale, positive, quantize, to_groups
+from qsam.functional import fake_quantize, from_groups, lsq_grad_scale, positive, quantize, to_groups
 from qsam.quantizers.base import Quantizer, register_quantizer
 from qsam.scales import initial_scale
 
@@ -77,7 +77,9 @@ class LSQ(Quantizer):
         """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
         if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
             return None
-        scale, (quant_min, quant_max) = self.scale, integer_limits(self.bits, self.signed is not False)
+        scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
+        if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
+            return None
         return kernels.Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
 
     @property
