@@ -400,7 +400,7 @@ def test_a_subclass_with_limits_of_its_own_keeps_them():
 
 
 def test_what_memory_does_not_tell_goes_the_eager_way():
-    """A lazy negation; batched gradients; a trace, and a mode, which would not see a kernel."""
+    """A lazy negation; batched gradients; a trace, a tangent and a mode, which would not see a kernel."""
     x = values((64, 64))
     q = lsq({}, x)
     with kernels.using("eager"):
@@ -421,6 +421,8 @@ def test_what_memory_does_not_tell_goes_the_eager_way():
             warnings.simplefilter("ignore")  # it is deprecated
             traced = torch.jit.trace(q, x)
         assert torch.equal(traced(-x), expected)
+        with torch.autograd.forward_ad.dual_level():
+            assert kernels.quantized(x, q.grid(x)) is None
         with FlopCounterMode(display=False):
             assert torch.equal(q(-x), expected)
         assert kernels.quantized(x, q.grid(x)) is not None, "nothing of this has switched the kernels off"
