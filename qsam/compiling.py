@@ -1,9 +1,9 @@
 """Compiling a kernel: ``torch.compile`` once for all sizes, called without its guards, and checked against its formula.
 
-A kernel is a function of tensors: rows ``(n,)`` or ``(R, n)`` first, then their scales ``(1,)`` or ``(R, 1)``, then the
-two limits. One that writes has parameters for that: ``out``; or ``x_out``, which is the very tensor that it was given
-as ``x``. The compiler is not told that they are one. What it writes is right all the same if each entry is read before
-it is written, as in one sweep, and whether that is so is tried out.
+A kernel is a function of tensors: rows ``(n,)`` or ``(R, n)`` first, then their scales ``(1,)`` or ``(R, 1)`` and the
+two limits, or instead of both three rows ``(n,)``. One that writes has parameters for that: ``out``; or ``x_out``,
+which is the very tensor that it was given as ``x``. The compiler is not told that they are one. What it writes is right
+all the same if each entry is read before it is written, as in one sweep, and whether that is so is tried out.
 """
 
 from __future__ import annotations
@@ -44,24 +44,29 @@ def compiled(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device:
     """
     _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), dtypes[0])
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        examples = _examples(dtypes, dims, device)
+        examples = _examples(kernel, dtypes, dims, device)
         if device.type == "cpu":
             call: Kernel = Direct(kernel, examples)
         else:
             call = torch.compile(kernel, fullgraph=True, dynamic=True)
-        _check(kernel, call, _examples(dtypes, dims, device))
+        _check(kernel, call, _examples(kernel, dtypes, dims, device))
         return call
 
 
-def _examples(dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> list[Tensor]:
+def _examples(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> list[Tensor]:
     """Return arguments that clip and that do not, with sizes that are all different."""
     rows = 67 if dims == 2 else 0
+    length = 4099 if rows else 2**17 + 3
     line = functools.partial(torch.linspace, device=device, dtype=torch.float32)
-    lines = [line(i - 3, 3 - i / 2, 4099 if rows else 2**17 + 3) for i in range(len(dtypes))]
-    found = [t.repeat(rows, 1) if rows else t for t in lines]
-    found[-1] = line(0.2, 0.3, rows or 1).view(-1, *[1] * bool(rows))
-    limits = torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)
-    return [*(t.to(dtype) for t, dtype in zip(found, dtypes, strict=True)), limits]
+    found = []
+    for i, dtype in enumerate(dtypes[:-1]):
+        values = line(i - 3, 3 - i / 2, length)
+        values = values if dtype.is_floating_point else 100 * values
+        found.append((values.repeat(rows, 1) if rows else values).to(dtype))
+    if "limits" in inspect.signature(kernel).parameters:
+        scale = line(0.2, 0.3, rows or 1).view(-1, *[1] * bool(rows))
+        return [*found, scale.to(dtypes[-1]), torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)]
+    return [*found, line(0.2, 0.3, length).to(dtypes[-1]), line(-9, 9, length).int(), line(-1.0, 1.0, length)]
 
 
 def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:
@@ -73,10 +78,10 @@ def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:
         source = name.removesuffix("_out")
         if source != name and source in names:
             overwritten[names.index(source)] = i
-            shared[i] = shared[names.index(source)]
+            shared[i] = shared[names.index(source)].view(shared[i].dtype)
     expected, found = kernel(*apart), call(*shared)
     for place, out in overwritten.items():
-        apart[place] = apart[out]
+        apart[place] = apart[out].view(apart[place].dtype)
     same = all(torch.equal(a, b) for a, b in zip(apart, shared, strict=True))
     if not same or not _agree(expected, found):
         raise RuntimeError(f"the compiled kernel {kernel.__name__.strip('_')!r} does not compute what its formula does")

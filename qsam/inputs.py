@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from qsam import linear
 from qsam.quantizers import Quantizer
 
 NAME = "input_quantizer"
@@ -173,7 +174,8 @@ def _quantized(module: nn.Module, x: Tensor) -> Tensor:
         _refuse_unknown_sign(quantizer)
     if x.is_nested:
         return torch.nested.as_nested_tensor([quantizer(part) for part in x.unbind()], layout=x.layout)
-    return quantizer(x)  # type: ignore[no-any-return]
+    found = linear.pending(module, quantizer, x)
+    return quantizer(x) if found is None else found
 
 
 def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:

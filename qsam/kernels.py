@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,9 @@ BACKENDS = ("auto", "eager", "compiled")
 
 SMALLEST = 2**16
 """Entries from which ``"auto"`` compiles: a small model gains little and need not wait for a compiler."""
+
+OFFSET = 128
+"""What is taken off the integers of an unsigned 8-bit grid, so that they fit int8."""
 
 
 @dataclasses.dataclass
@@ -93,11 +96,53 @@ class Grid(NamedTuple):
 
 def quantized(x: Tensor, grid: Grid) -> Tensor | None:
     """Return ``Q(x; s)`` with LSQ's gradient, as :func:`qsam.functional.fake_quantize` does; None: do not fuse."""
-    if not _fuses(x, grid) or not (x.is_contiguous() or _is_channels_last(x, grid)):
+    if not fuses(x, grid) or not (x.is_contiguous() or _is_channels_last(x, grid)):
         return None
     if torch.is_grad_enabled() and (x.requires_grad or grid.scale.requires_grad):
         return _Fused.apply(x, grid.scale, grid)  # type: ignore[no-any-return]
-    return _quantize(x, grid)
+    return on_grid(x, grid)
+
+
+def on_grid(x: Tensor, grid: Grid) -> Tensor:
+    """Return Q(x; s) of what :func:`fuses`, without a graph."""
+    out = torch.empty_like(x)
+    _run(_write, grid, x, out)
+    return out
+
+
+def mask_(x: Tensor, grid: Grid, grad: Tensor, *, with_scale: bool) -> Tensor | None:
+    """Turn dL/dQ into dx, in place, in one sweep: ``grad <- M(x) * grad``; return ds, if it is wanted.
+
+    Args:
+        x: What was quantized: dense in memory.
+        grid: Of Q.
+        grad: Of the layout of ``x``.
+        with_scale: Whether ds is wanted.
+    """
+    return _masked_into(x, grid, grad, grad, with_scale)
+
+
+def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor, with_scale: bool) -> Tensor | None:
+    if not with_scale:
+        _run(_mask, grid, x, grad, out)
+        return None
+    return _scaled(_run(_backward, grid, x, grad, out), grid).to(grid.scale.dtype)
+
+
+def codes(x: Tensor, grid: Grid, *, exact: bool = False) -> Tensor | None:
+    """Return the integers of a tensor as int8, in one sweep; None for a NaN, which has none, and where nothing fuses.
+
+    Args:
+        x: Contiguous, of fp32.
+        grid: Whose integers they are. Where it ends above 127, they are less by ``OFFSET``.
+        exact: Also None where ``x`` does not lie on the grid.
+    """
+    if not _fit(grid, x):
+        return None
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    found: Tensor = _run(_exact_codes if exact else _codes, grid, x, out)
+    whole = found.amax() == 0 if exact else ~found.isnan().any()
+    return out if whole else None
 
 
 def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
@@ -138,6 +183,18 @@ def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tens
     return _scaled(ds, grid), _near(far)
 
 
+def rescale_(product: Tensor, factor: Tensor, shift: Tensor, bias: Tensor) -> None:
+    """Turn a product of integers into numbers, in its memory: ``product <- factor * (integers + shift) + bias``.
+
+    Args:
+        product: fp32 ``(m, n)``, contiguous, whose memory holds int32.
+        factor: fp32 ``(n,)``.
+        shift: int32 ``(n,)``.
+        bias: fp32 ``(n,)``.
+    """
+    _call(_rescale, product.shape, [product.view(torch.int32), product], (factor, shift, bias), (_ROW, _ROW, _ROW))
+
+
 def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | bool | None:
     """Return whether ``p`` holds Q(w; s), or a NaN somewhere, in one sweep; None where that cannot be fused."""
     return _near(_run(_distance, grid, w, p)) if _fit(grid, w, p) else None
@@ -151,28 +208,19 @@ class _Fused(torch.autograd.Function):
         """Return Q(x)."""
         ctx.save_for_backward(x, scale)
         ctx.grid = grid  # type: ignore[attr-defined]
-        return _quantize(x, grid)
+        return on_grid(x, grid)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         grid: Grid = ctx.grid  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() or not _is_plain(grad):  # create_graph=True; is_grads_batched=True
+        if torch.is_grad_enabled() or not is_plain(grad):  # create_graph=True; is_grads_batched=True
             dx, ds = _differentiable(x, scale, grid, grad)
             return dx, ds, None
         laid_out = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad, dx = grad.contiguous(memory_format=laid_out), torch.empty_like(x)
-        if not ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            _run(_masked, grid, x, grad, dx)
-            return dx, None, None
-        return dx, _scaled(_run(_backward, grid, x, grad, dx), grid).to(scale.dtype), None
-
-
-def _quantize(x: Tensor, grid: Grid) -> Tensor:
-    out = torch.empty_like(x)
-    _run(_write, grid, x, out)
-    return out
+        return dx, _masked_into(x, grid, grad, dx, ctx.needs_input_grad[1]), None  # type: ignore[attr-defined]
 
 
 def _scaled(ds: Tensor, grid: Grid) -> Tensor:
@@ -198,15 +246,32 @@ def _write(x: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> None:
     out.copy_(_codes_times_scale(x, scale, limits).to(x.dtype))
 
 
-def _masked(x: Tensor, grad: Tensor, dx: Tensor, scale: Tensor, limits: Tensor) -> None:
+def _codes(x: Tensor, codes: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    found = codes_of(x / positive(scale), *limits.unbind())
+    codes.copy_((found - (limits[1] > 127) * OFFSET).to(codes.dtype))
+    return found.abs().amax(-1, keepdim=True)
+
+
+def _exact_codes(x: Tensor, codes: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    s = positive(scale)
+    found = codes_of(x / s, *limits.unbind())
+    codes.copy_((found - (limits[1] > 127) * OFFSET).to(codes.dtype))
+    return _farthest(found * s, x)
+
+
+def _rescale(product: Tensor, product_out: Tensor, factor: Tensor, shift: Tensor, bias: Tensor) -> None:
+    product_out.copy_((product + shift).to(factor.dtype) * factor + bias)
+
+
+def _mask(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> None:
     s = positive(scale).to(wide_dtype(x.dtype))
-    dx.copy_(grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0))
+    grad_out.copy_(grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0))
 
 
-def _backward(x: Tensor, grad: Tensor, dx: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+def _backward(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     s = positive(scale).to(wide_dtype(x.dtype))
     found, ds, _ = _pulled(x.to(s.dtype) / s, grad, scale, limits)
-    dx.copy_(found)
+    grad_out.copy_(found)
     return ds
 
 
@@ -264,31 +329,47 @@ def _near(far: Tensor) -> Tensor | bool:
 # --- calling them ---------------------------------------------------------------------------------------------------
 
 
+_ROW, _COLUMN = (-1,), (-1, 1)
+
+
 def _run(kernel: compiling.Kernel, grid: Grid, *tensors: Tensor) -> Any:
+    """Run a kernel on rows of a grid, in any shape, and its scales and limits."""
+    first, scale = tensors[0], grid.scale
+    shape = (first.numel(),) if grid.rows == 1 else (grid.rows, first.numel() // grid.rows)
+    limits = _limit_tensor(grid.quant_min, grid.quant_max, first.device)
+    return _call(kernel, shape, tensors, (scale, limits), (_ROW if grid.rows == 1 else _COLUMN, _ROW))
+
+
+def _call(
+    kernel: compiling.Kernel,
+    shape: Sequence[int],
+    tensors: Sequence[Tensor],
+    others: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+) -> Any:
     """Run a kernel compiled, or as it stands where compiling has failed.
 
     Args:
         kernel: One of the above.
-        grid: Its scales and limits.
-        tensors: Its rows, in any shape: dense in memory, all alike.
+        shape: Of the rows.
+        tensors: The rows, in any shape: dense in memory, all alike.
+        others: What comes after them.
+        shapes: Of the others.
     """
-    first, scale = tensors[0], grid.scale
-    shape = (first.numel(),) if grid.rows == 1 else (grid.rows, first.numel() // grid.rows)
-    limits = _limit_tensor(grid.quant_min, grid.quant_max, first.device)
     call = kernel
     if _CHOICE.failure is None:
         try:
-            dtypes = (*[t.dtype for t in tensors], scale.dtype)
-            call = compiling.compiled(kernel, dtypes, len(shape), first.device)
+            dtypes = (*[t.dtype for t in tensors], others[0].dtype)
+            call = compiling.compiled(kernel, dtypes, len(shape), tensors[0].device)
         except compiling.ERRORS as error:
             if _CHOICE.backend == "compiled":
                 raise
             _say_failed(error)
     if isinstance(call, compiling.Direct) and call.bare is not None:  # it sees memory: no shapes, nothing of autograd
-        return call.run(shape, (*tensors, scale, limits))
+        return call.run(shape, (*tensors, *others))
     with torch.no_grad():
         rows = [_flat(t).view(shape) for t in tensors]
-        return call(*rows, scale.detach().view((1,) if grid.rows == 1 else (-1, 1)), limits)
+        return call(*rows, *(t.detach().view(s) for t, s in zip(others, shapes, strict=True)))
 
 
 def _flat(t: Tensor) -> Tensor:
@@ -313,7 +394,7 @@ def _note_write(*tensors: Tensor) -> None:
         torch.autograd.graph.increment_version(t)
 
 
-def _fuses(x: Tensor, grid: Grid) -> bool:
+def fuses(x: Tensor, grid: Grid) -> bool:
     """Whether ``x`` is worth a kernel, fits the grid, and is plain: a kernel sees memory, and nobody sees a kernel."""
     if _CHOICE.backend == "eager" or (_CHOICE.backend == "auto" and x.numel() < SMALLEST):
         return False
@@ -321,7 +402,7 @@ def _fuses(x: Tensor, grid: Grid) -> bool:
         return False
     if grid.rows > 1 and (x.shape[0] != grid.scale.shape[0] or x.numel() % grid.rows):
         return False  # the formula says what is wrong
-    return _is_plain(x) and _is_plain(grid.scale) and grid.scale.is_contiguous()
+    return is_plain(x) and is_plain(grid.scale) and grid.scale.is_contiguous()
 
 
 def _is_watched() -> bool:
@@ -331,7 +412,7 @@ def _is_watched() -> bool:
     return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
 
 
-def _is_plain(t: Tensor) -> bool:
+def is_plain(t: Tensor) -> bool:
     """Whether what is in memory is what the tensor says: no subclass, no tensor within vmap, no lazy negation."""
     if type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() or not torch._C._has_storage(t):
         return False
@@ -340,7 +421,7 @@ def _is_plain(t: Tensor) -> bool:
 
 def _is_alike(t: Tensor, like: Tensor) -> bool:
     """Whether ``t`` is plain, and as large as ``like`` and where that is."""
-    return t.shape == like.shape and t.device == like.device and t.is_contiguous() and _is_plain(t)
+    return t.shape == like.shape and t.device == like.device and t.is_contiguous() and is_plain(t)
 
 
 def _is_channels_last(x: Tensor, grid: Grid) -> bool:
@@ -350,7 +431,7 @@ def _is_channels_last(x: Tensor, grid: Grid) -> bool:
 def _fit(grid: Grid, *tensors: Tensor) -> bool:
     """Whether these are contiguous tensors of one wide dtype, and worth a kernel."""
     first = tensors[0]
-    if not _fuses(first, grid) or first.dtype != wide_dtype(first.dtype):
+    if not fuses(first, grid) or first.dtype != wide_dtype(first.dtype):
         return False
     return all(t.dtype == first.dtype and _is_alike(t, first) for t in tensors)
 

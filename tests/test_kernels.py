@@ -331,7 +331,7 @@ def test_a_compiled_model_holds_the_formulas_themselves():
 
 
 def test_a_compiled_kernel_keeps_no_tensor():
-    examples = compiling._examples((torch.float64,) * 3, 1, torch.device("cpu"))
+    examples = compiling._examples(kernels._distance, (torch.float64,) * 3, 1, torch.device("cpu"))
     kernel = compiling.Direct(kernels._distance, examples)
     assert not examples  # torch.compile holds on to this list
     kept = [value for value in vars(kernel).values() if isinstance(value, Tensor | list | tuple)]
@@ -439,11 +439,18 @@ def test_any_number_of_kinds_is_compiled():
     assert len(kinds) > 8
 
 
-KERNELS = [getattr(kernels, f"_{name}") for name in "write masked backward pull_back scale_gradient distance".split()]
+KERNELS = [
+    getattr(kernels, f"_{name}")
+    for name in "write mask backward codes exact_codes pull_back scale_gradient distance rescale".split()
+]
 
 
 def dtypes_of(kernel):
-    return (torch.float32,) * (len(inspect.signature(kernel).parameters) - 1)
+    """Return the dtypes of a kernel's rows and of its scale."""
+    others = {"codes": torch.int8, "product": torch.int32}
+    names = list(inspect.signature(kernel).parameters)
+    last = names.index("factor" if "factor" in names else "scale")
+    return tuple(others.get(name, torch.float32) for name in names[: last + 1])
 
 
 @pytest.mark.parametrize("dims", [1, 2])
@@ -475,7 +482,8 @@ def writes_too_much(w, grad, *others):
 @pytest.mark.parametrize("wrong", [writes_first, wrong_sum, writes_too_much])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_a_compiled_kernel_that_is_not_its_formula_is_refused(wrong, dims):
-    dtypes = dtypes_of(kernels._pull_back)
-    compiling._check(kernels._pull_back, kernels._pull_back, compiling._examples(dtypes, dims, torch.device("cpu")))
+    right = kernels._pull_back
+    dtypes, device = dtypes_of(right), torch.device("cpu")
+    compiling._check(right, right, compiling._examples(right, dtypes, dims, device))
     with pytest.raises(RuntimeError, match="compiled kernel 'pull_back' does not compute what its formula does"):
-        compiling._check(kernels._pull_back, wrong, compiling._examples(dtypes, dims, torch.device("cpu")))
+        compiling._check(right, wrong, compiling._examples(right, dtypes, dims, device))
