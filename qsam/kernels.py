@@ -23,6 +23,7 @@ from torch.autograd.function import FunctionCtx
 
 from qsam import compiling
 from qsam.functional import clipped, codes_of, fake_quantize, positive, slope_of, wide_dtype
+from qsam.native import Native
 from qsam.registry import nearest
 
 BACKENDS = ("auto", "eager", "compiled")
@@ -279,16 +280,26 @@ def _run(kernel: compiling.Kernel, grid: Grid, *tensors: Tensor) -> Any:
     if _CHOICE.failure is None:
         try:
             dtypes = (*[t.dtype for t in tensors], scale.dtype)
-            call = compiling.compiled(kernel, dtypes, len(shape), first.device)
+            call = compiling.compiled(kernel, dtypes, len(shape), first.device, _companions(kernel, first.dtype))
         except compiling.ERRORS as error:
             if _CHOICE.backend == "compiled":
                 raise
             _say_failed(error)
-    if isinstance(call, compiling.Direct) and call.bare is not None:  # it sees memory: no shapes, nothing of autograd
+    if isinstance(call, Native):  # it sees memory: no shapes, nothing of autograd
         return call.run(shape, (*tensors, scale, limits))
     with torch.no_grad():
         rows = [_flat(t).view(shape) for t in tensors]
         return call(*rows, scale.detach().view((1,) if grid.rows == 1 else (-1, 1)), limits)
+
+
+_OF_A_STEP = (_write, _backward, _distance, _scale_gradient, _pull_back)
+
+
+def _companions(kernel: compiling.Kernel, dtype: torch.dtype) -> tuple[compiling.Kernel, ...]:
+    """Return what a step calls besides this kernel; the optimizer's part of it is of wide dtypes."""
+    if kernel not in _OF_A_STEP:
+        return ()
+    return _OF_A_STEP if dtype == wide_dtype(dtype) else (_write, _backward)
 
 
 def _flat(t: Tensor) -> Tensor:
