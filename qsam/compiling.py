@@ -11,7 +11,9 @@ On a CPU :mod:`qsam.kernel_build` makes it a C function, :mod:`qsam.kernel_cache
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import inspect
 import logging
 import os
@@ -19,7 +21,7 @@ import sys
 import tempfile
 import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +85,8 @@ def _on_cpu(kernel: Kernel, dtypes: Dtypes, dims: int, companions: Sequence[Kern
             _log.warning("qsam compiles %s anew: %s", kernel.__name__.strip("_"), error)
             kernel_cache.remove(name)
     if name not in _BUILT:
-        _build(kernel, dtypes, dims, companions)
+        with without_garbage_collection():
+            _build(kernel, dtypes, dims, companions)
     call = _BUILT.pop(name, None) or _guarded(kernel)
     try:
         _check(kernel, call, _examples(dtypes, dims, _CPU))
@@ -124,6 +127,18 @@ def _keep(drafts: dict[str, kernel_build.Draft]) -> None:
         _BUILT.update({name: Native(each.plan, library) for name, each in drafts.items()})
 
 
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Importing the compiler makes a million objects that stay; to look through them time and again takes a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 def _guarded(kernel: Kernel) -> Kernel:
     """Return a kernel as torch.compile calls it, which takes longer than a small kernel.
 
@@ -134,7 +149,7 @@ def _guarded(kernel: Kernel) -> Kernel:
 
 
 def _refuse_switched_off() -> None:
-    """Raise a RuntimeError where the user wants nothing compiled. Only who has imported the compiler can say so to it."""
+    """Raise a RuntimeError where the user wants nothing compiled; where the compiler is not imported, nobody said so."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     stance = getattr(getattr(dynamo, "_stance", None), "stance", "default")
     names = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from qsam.native import Plan, Size
+from qsam.native import Plan, Size, module_source
 
 Kernel = Callable[..., Any]
 
@@ -95,11 +95,11 @@ def library(drafts: Sequence[Draft], directory: Path) -> Path:
 
 
 def _joined(drafts: Sequence[Draft]) -> str:
-    """Return the functions' sources as one. Inductor calls them all `kernel`, and begins with its header's inclusion."""
+    """Return the functions' sources as one. Inductor calls each `kernel`, and includes its header before it."""
     parts = ["#include <torch/csrc/inductor/cpp_prefix.h>"]
     for each in drafts:
         parts += [f"#define kernel {each.plan.function}", each.source, "#undef kernel"]
-    return "\n".join(parts)
+    return "\n".join([*parts, module_source([each.plan.function for each in drafts])])
 
 
 # --- tracing --------------------------------------------------------------------------------------------------------
@@ -170,7 +170,7 @@ class _Spy:
         self.calls.append(arguments)
 
 
-class _NoOperation(TorchDispatchMode):
+class _NoOperation(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Nothing but memory may be made by a wrapper."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -185,7 +185,7 @@ def _plan(wrapper: Callable[[list[Any]], Any], spies: list[_Spy], tensors: list[
     shape = list(tensors[0].shape)
     for spy in spies:
         spy.calls.clear()
-    with _NoOperation():
+    with _NoOperation():  # type: ignore[no-untyped-call]
         found = wrapper([*shape, *tensors])
     if len(spies) != 1 or len(spies[0].calls) != 1:
         raise Unfit(f"it became {len(spies)} functions")

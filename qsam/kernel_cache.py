@@ -1,4 +1,4 @@
-"""Keeping compiled kernels on the disk, so that a later process needs no compiler and not its import, which takes longer.
+"""Keeping compiled kernels on the disk, so that a later process needs neither a compiler nor its import.
 
 They are in the directory ``qsam`` of torch's own cache of kernels (TORCHINDUCTOR_CACHE_DIR): libraries under the hash
 of what is in them, and for each kernel a JSON file that names its library and how to call it. A file is complete or
@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import getpass
 import hashlib
+import importlib.machinery
 import inspect
 import json
 import logging
@@ -62,7 +63,7 @@ def load(name: str) -> Native | None:
         if _digest(_own(library)) != content["library"]:
             raise ValueError("its library was changed")
         return Native(Plan.from_json(plan), library)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ImportError, AttributeError, ValueError, KeyError, TypeError) as error:
         _log.warning("qsam does not use the kernel %s: %s", entry, error)
         return None
 
@@ -118,7 +119,8 @@ def _facts() -> list[Any]:
     processor = {name: value for name, value in torch.cpu.get_capabilities().items() if not _is_count(value)}
     return [
         [_digest((here / f"{name}.py").read_bytes()) for name in _SOURCES],
-        [torch.__version__, torch.version.git_version, sys.version, sys.platform],
+        [torch.__version__, torch.version.git_version],
+        [sys.version, sys.platform, importlib.machinery.EXTENSION_SUFFIXES],
         [platform.machine(), platform.processor(), torch.backends.cpu.get_cpu_capability()],
         sorted(processor.items()),
     ]

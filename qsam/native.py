@@ -1,4 +1,4 @@
-"""Calling a compiled kernel: one C function of addresses and sizes, in a library of its own, through ctypes.
+"""Calling a compiled kernel: one C function of addresses and sizes, in a library that is a module of Python.
 
 A :class:`Plan` says where each of the function's arguments comes from. It is plain data, so a later process can call
 what an earlier one has compiled, without the compiler and its import.
@@ -6,13 +6,14 @@ what an earlier one has compiled, without the compiler and its import.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import functools
+import importlib.machinery
+import importlib.util
 import math
 import operator
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,70 @@ from torch import Tensor
 Size = tuple[int, ...]
 """A size as the dimensions of the rows whose product it is; of none, 1."""
 
-_CPU = torch.device("cpu")
+MODULE = "qsam_compiled"
+
+_HEAD = r"""
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+static void* (*address_of)(PyObject* tensor);
+
+template <typename T> static T taken(PyObject* value) {
+    if constexpr (std::is_pointer_v<T>) {
+        return static_cast<T>(address_of(value));
+    } else {
+        const Py_ssize_t size = PyLong_AsSsize_t(value);
+        if (size == -1 && PyErr_Occurred()) throw std::runtime_error("a size was expected");
+        return size;
+    }
+}
+
+template <typename... T, size_t... i>
+static void call(void (*kernel)(T...), PyObject* const* given, std::index_sequence<i...>) {
+    const auto arguments = std::make_tuple(taken<T>(given[i])...);
+    Py_BEGIN_ALLOW_THREADS
+    std::apply(kernel, arguments);
+    Py_END_ALLOW_THREADS
+}
+
+template <auto kernel, typename... T> static PyObject* called(void (*)(T...), PyObject* const* given, Py_ssize_t n) {
+    try {
+        if (n != static_cast<Py_ssize_t>(sizeof...(T))) throw std::runtime_error("another number of arguments");
+        call(kernel, given, std::index_sequence_for<T...>{});
+        Py_RETURN_NONE;
+    } catch (const std::exception& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+        return nullptr;
+    }
+}
+
+static PyObject* set_address_of(PyObject*, PyObject* value) {
+    address_of = reinterpret_cast<decltype(address_of)>(PyLong_AsVoidPtr(value));
+    if (PyErr_Occurred()) return nullptr;
+    Py_RETURN_NONE;
+}
+
+template <auto kernel> static PyObject* bound(PyObject*, PyObject* const* given, Py_ssize_t n) {
+    return called<kernel>(kernel, given, n);
+}
+"""
+_TAIL = r"""
+static PyMethodDef methods[] = {
+    {"set_address_of", set_address_of, METH_O, ""},
+%s    {nullptr, nullptr, 0, nullptr}};
+
+static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "%s", nullptr, -1, methods};
+
+PyMODINIT_FUNC PyInit_%s() { return PyModule_Create(&definition); }
+"""
+_METHOD = """    {"%s", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(bound<%s>)), METH_FASTCALL, ""},
+"""
+
+
+def module_source(functions: Sequence[str]) -> str:
+    """Return the C++ that makes a library of these functions a module of Python."""
+    methods = "".join(_METHOD % (name, name) for name in functions)
+    return _HEAD + _TAIL % (methods, MODULE, MODULE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,11 +141,6 @@ class Plan:
         if not right:
             raise ValueError(f"not the plan of a kernel: {self}")
 
-    def types(self) -> list[Any]:
-        """Return the C types of the arguments."""
-        memory = self.tensors + len(self.buffers)
-        return [ctypes.c_void_p if place < memory else ctypes.c_int64 for place in self.arguments]
-
 
 class Native:
     """A kernel on a CPU: its C function, called as its plan says.
@@ -90,19 +149,17 @@ class Native:
     Python run too.
 
     Raises:
-        OSError: the library cannot be loaded.
-        ValueError: it has no such function.
+        ImportError: the library cannot be loaded.
+        AttributeError: it has no such function.
     """
 
     def __init__(self, plan: Plan, library: Path) -> None:
         self.plan = plan
-        try:
-            self.function = getattr(_loaded(str(library)), plan.function)
-        except AttributeError as error:
-            raise ValueError(str(error)) from error
-        self.function.argtypes, self.function.restype = plan.types(), None
+        self.library = library
+        self._function = getattr(_loaded(str(library)), plan.function)
         self._pick = operator.itemgetter(*plan.arguments)
-        self._made = [_maker(dtype, shape) for dtype, shape in plan.buffers]
+        self._told_shape = plan.sizes == ((0,), (1,))[: len(plan.sizes)]
+        self._makers = [_maker(dtype, shape) for dtype, shape in plan.buffers]
 
     def __call__(self, *tensors: Tensor) -> Any:
         """Run it on tensors of the shapes that the kernel takes."""
@@ -110,29 +167,39 @@ class Native:
 
     def run(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> Any:
         """Run it on rows of this shape."""
-        made = [make(shape) for make in self._made]
-        addresses = [t.data_ptr() for t in (*tensors, *made)]
-        self.function(*self._pick((*addresses, *[_size(size, shape) for size in self.plan.sizes])))
-        found = tuple(made[i] for i in self.plan.returned)
-        return found if len(found) > 1 else found[0] if found else None
+        made = [make(shape) for make in self._makers] if self._makers else ()
+        sizes = shape if self._told_shape else [_size(size, shape) for size in self.plan.sizes]
+        self._function(*self._pick((*tensors, *made, *sizes)))
+        returned = self.plan.returned
+        return tuple([made[i] for i in returned]) if len(returned) > 1 else made[returned[0]] if returned else None
 
 
 @functools.cache
-def _loaded(path: str) -> ctypes.CDLL:
-    return ctypes.CDLL(path)
+def _loaded(path: str) -> Any:
+    """Return the module in this file, which is told how torch looks up the address of a tensor."""
+    loader = importlib.machinery.ExtensionFileLoader(MODULE, path)
+    spec = importlib.util.spec_from_file_location(MODULE, path, loader=loader)
+    assert spec is not None
+    module = importlib.util.module_from_spec(spec)
+    loader.exec_module(module)
+    module.set_address_of(torch._C._dynamo.guards._torchinductor_pyobject_tensor_data_ptr)  # type: ignore[attr-defined]
+    return module
 
 
 def _size(size: Size, shape: Sequence[int]) -> int:
     return shape[size[0]] if len(size) == 1 else math.prod([shape[d] for d in size])
 
 
-def _maker(dtype: str, sizes: tuple[Size, ...]) -> Any:
+def _maker(dtype: str, sizes: tuple[Size, ...]) -> Callable[[Sequence[int]], Tensor]:
     """Return a function that makes a buffer for rows of a shape."""
-    make = functools.partial(torch.empty, dtype=getattr(torch, dtype), device=_CPU)
+    empty = torch._C._dynamo.guards._empty_strided_cpu  # type: ignore[attr-defined] # as inductor; fast for a number
+    kind = getattr(torch, dtype)
     if not any(sizes):
-        fixed = [1] * len(sizes)
-        return lambda shape: make(fixed)
-    return lambda shape: make([_size(size, shape) for size in sizes])
+        ones = (1,) * len(sizes)
+        return lambda shape: empty(ones, ones, kind)
+    if sizes == ((0,), ()):
+        return lambda shape: empty((shape[0], 1), (1, 1), kind)
+    return lambda shape: torch.empty([_size(size, shape) for size in sizes], dtype=kind, device="cpu")
 
 
 def _sizes(found: Any) -> list[Size]:
