@@ -149,7 +149,7 @@ def _guarded(kernel: Kernel) -> Kernel:
 
 
 def _refuse_switched_off() -> None:
-    """Raise a RuntimeError where the user wants nothing compiled; where the compiler is not imported, nobody said so."""
+    """Raise a RuntimeError where the user wants nothing compiled; without its import nobody said so."""
     dynamo = sys.modules.get("torch._dynamo.eval_frame")
     stance = getattr(getattr(dynamo, "_stance", None), "stance", "default")
     names = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
