@@ -128,9 +128,14 @@ def _verb(result: Json, name: str) -> tuple[str, ...]:
 
 def _compile_table(seconds: Json) -> Iterator[str]:
     names = list(seconds["cold"]["seconds"])
-    rows = [(n, *(f"{seconds[state]['seconds'][n]:.2f}" for state in ("cold", "warm"))) for n in names]
+    rows = [(n, *(_seconds(seconds[state]["seconds"], n) for state in ("cold", "warm"))) for n in names]
     total = ("all", *(f"{seconds[state]['total']:.2f}" for state in ("cold", "warm")))
     yield from table(("first call of a kernel, s", "cold", "warm"), *rows, total)
+
+
+def _seconds(by_name: Json, name: str) -> str:
+    """Return how long this took; a process that finds its kernels on the disk does not import the compiler."""
+    return f"{by_name[name]:.2f}" if name in by_name else "-"
 
 
 def step_table(result: Json) -> Iterator[str]:

@@ -1,33 +1,55 @@
-"""Compiling a kernel: ``torch.compile`` once for all sizes, called without its guards, and checked against its formula.
+"""Compiling a kernel: once for all sizes, kept on the disk, called without guards, and checked against its formula.
 
 A kernel is a function of tensors: rows ``(n,)`` or ``(R, n)`` first, then their scales ``(1,)`` or ``(R, 1)`` and the
 two limits, or instead of both three rows ``(n,)``. One that writes has parameters for that: ``out``; or ``x_out``,
 which is the very tensor that it was given as ``x``. The compiler is not told that they are one. What it writes is right
 all the same if each entry is read before it is written, as in one sweep, and whether that is so is tried out.
+
+On a CPU :mod:`qsam.kernel_build` makes it a C function, :mod:`qsam.kernel_cache` keeps that, and
+:class:`qsam.native.Native` calls it. Elsewhere it is ``torch.compile``'s.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-import importlib
+import gc
 import inspect
 import logging
+import os
+import sys
+import tempfile
+import threading
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from qsam import kernel_build, kernel_cache
+from qsam.native import Native
+
 _log = logging.getLogger("qsam")
 
 Kernel = Callable[..., Any]
+Dtypes = tuple[torch.dtype, ...]
+Kind = tuple[Kernel, Dtypes, int]
+Companions = Callable[[Kernel, Dtypes, int], Iterable[Kind]]
 ERRORS = (RuntimeError, OSError)
 """What a missing or failing compiler raises: torch's own errors of compilation are RuntimeErrors."""
 
+_CPU = torch.device("cpu")
+_LOCK = threading.RLock()
+_BUILT: dict[str, Native] = {}
+"""Kernels that were compiled along with another one, and were not asked for yet."""
+
 
 @functools.cache
-def compiled(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> Kernel:
+def compiled(
+    kernel: Kernel, dtypes: Dtypes, dims: int, device: torch.device, companions: Companions = lambda *_: ()
+) -> Kernel:
     """Return a kernel compiled for rows of any size.
 
     It is compiled here, and run, on examples of its own, so that what goes wrong later is not the compiler.
@@ -37,36 +59,116 @@ def compiled(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device:
         dtypes: Of its rows and of its scale. Limits are fp32.
         dims: 1 for one row, 2 for several.
         device: Of all.
+        companions: Returns the kinds that will be asked for next. On a CPU they are compiled at once, in little more
+            time than one.
 
     Raises:
         RuntimeError: it cannot be compiled, or does not compute what its formula does.
         OSError: there is no compiler.
     """
-    _log.info("qsam compiles %s for %s", kernel.__name__.strip("_"), dtypes[0])
-    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        examples = _examples(kernel, dtypes, dims, device)
+    _refuse_switched_off()
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False), _LOCK:
         if device.type == "cpu":
-            call: Kernel = Direct(kernel, examples)
-        else:
-            call = torch.compile(kernel, fullgraph=True, dynamic=True)
+            return _on_cpu(kernel, dtypes, dims, companions)
+        call = torch.compile(kernel, fullgraph=True, dynamic=True)
         _check(kernel, call, _examples(kernel, dtypes, dims, device))
         return call
 
 
-def _examples(kernel: Kernel, dtypes: tuple[torch.dtype, ...], dims: int, device: torch.device) -> list[Tensor]:
+def _on_cpu(kernel: Kernel, dtypes: Dtypes, dims: int, companions: Companions) -> Kernel:
+    """Return a kernel from the disk, or compile it."""
+    name = kernel_cache.key(kernel, dtypes, dims)
+    kept = kernel_cache.load(name) if name not in _BUILT else None
+    if kept is not None:
+        try:
+            _check(kernel, kept, _examples(kernel, dtypes, dims, _CPU))
+            return kept
+        except RuntimeError as error:
+            _log.warning("qsam compiles %s anew: %s", kernel.__name__.strip("_"), error)
+            kernel_cache.remove(name)
+    if name not in _BUILT:
+        with without_garbage_collection():
+            _build([(kernel, dtypes, dims), *companions(kernel, dtypes, dims)])
+    call = _BUILT.pop(name, None) or _guarded(kernel)
+    try:
+        _check(kernel, call, _examples(kernel, dtypes, dims, _CPU))
+    except RuntimeError:
+        kernel_cache.remove(name)
+        raise
+    return call
+
+
+def _build(kinds: Sequence[Kind]) -> None:
+    """Compile the first of these kernels, and the others that are not there, and keep them: all that fit."""
+    _log.info("qsam compiles %s for %s", kinds[0][0].__name__.strip("_"), kinds[0][1][0])
+    drafts = {}
+    for i, kind in enumerate(kinds):
+        name = kernel_cache.key(*kind)
+        if i and (name in drafts or name in _BUILT or kernel_cache.has(name)):
+            continue
+        try:
+            examples = (_examples(*kind, _CPU), _examples(*kind, _CPU, small=True))
+            drafts[name] = kernel_build.draft(kind[0], *examples, f"kernel_{i}")
+        except (kernel_build.Unfit, AssertionError, AttributeError, ImportError, TypeError) as error:
+            _log.warning("qsam cannot call %s directly: %r", kind[0].__name__.strip("_"), error)
+    if drafts:
+        _keep(drafts)
+
+
+def _keep(drafts: dict[str, kernel_build.Draft]) -> None:
+    """Compile drafts, by their keys, and keep what comes of it."""
+    with tempfile.TemporaryDirectory(prefix="qsam-", ignore_cleanup_errors=True) as place:
+        library = kernel_build.library(list(drafts.values()), Path(place))
+        try:
+            library = kernel_cache.store({name: each.plan for name, each in drafts.items()}, library)
+        except OSError as error:
+            _log.warning("qsam cannot keep its kernels for the next process: %s", error)
+        _BUILT.update({name: Native(each.plan, library) for name, each in drafts.items()})
+
+
+@contextlib.contextmanager
+def without_garbage_collection() -> Iterator[None]:
+    """Importing the compiler makes a million objects that stay; to look through them time and again takes a second."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def _guarded(kernel: Kernel) -> Kernel:
+    """Return a kernel as torch.compile calls it, which takes longer than a small kernel.
+
+    Each kind compiles code of its own: torch.compile counts how often it has compiled one, and gives up at eight.
+    """
+    fresh = types.FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
+    return torch.compile(fresh, fullgraph=True, dynamic=True)
+
+
+def _refuse_switched_off() -> None:
+    """Raise a RuntimeError where the user wants nothing compiled; without its import nobody said so."""
+    dynamo = sys.modules.get("torch._dynamo.eval_frame")
+    stance = getattr(getattr(dynamo, "_stance", None), "stance", "default")
+    names = ("TORCHDYNAMO_DISABLE", "TORCH_COMPILE_DISABLE")
+    if stance == "force_eager" or any(os.environ.get(name, "0") == "1" for name in names):
+        raise RuntimeError("torch.compile is switched off")
+
+
+def _examples(kernel: Kernel, dtypes: Dtypes, dims: int, device: torch.device, *, small: bool = False) -> list[Tensor]:
     """Return arguments that clip and that do not, with sizes that are all different."""
-    rows = 67 if dims == 2 else 0
-    length = 4099 if rows else 2**17 + 3
+    rows, columns = (5, 13) if small else (67, 4099 if dims == 2 else 2**17 + 3)
+    rows = rows if dims == 2 else 0
     line = functools.partial(torch.linspace, device=device, dtype=torch.float32)
     found = []
     for i, dtype in enumerate(dtypes[:-1]):
-        values = line(i - 3, 3 - i / 2, length)
-        values = values if dtype.is_floating_point else 100 * values
+        values = line(i - 3, 3 - i / 2, columns) * (1 if dtype.is_floating_point else 30)
         found.append((values.repeat(rows, 1) if rows else values).to(dtype))
     if "limits" in inspect.signature(kernel).parameters:
         scale = line(0.2, 0.3, rows or 1).view(-1, *[1] * bool(rows))
         return [*found, scale.to(dtypes[-1]), torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)]
-    return [*found, line(0.2, 0.3, length).to(dtypes[-1]), line(-9, 9, length).int(), line(-1.0, 1.0, length)]
+    return [*found, line(0.2, 0.3, columns).to(dtypes[-1]), line(-9, 9, columns).int(), line(-1.0, 1.0, columns)]
 
 
 def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:
@@ -96,126 +198,3 @@ def _agree(expected: Any, found: Any) -> bool:
     if expected.numel() > 2**10:
         return torch.equal(expected, found)
     return torch.allclose(expected, found, rtol=1e-3, atol=0.0)
-
-
-class Direct:
-    """A kernel on a CPU, called without torch.compile's guards, which would cost more than the kernel.
-
-    Compiled from examples whose sizes are all different it holds for all sizes above 1; dtypes and dimensions are
-    checked by who looks it up.
-
-    Attributes:
-        bare: What the compiler has written, out of its wrappers; it takes memory as it comes. None: it was not found.
-
-    Raises:
-        RuntimeError: torch.compile is switched off.
-    """
-
-    def __init__(self, kernel: Kernel, examples: list[Tensor]) -> None:
-        self.call: Kernel | None = None
-        self.sources: list[int] = []
-        self.bare: Callable[[list[Any]], Any] | None = None
-
-        def backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Kernel:
-            self.call = torch._inductor.compile(graph, inputs, options=_options())
-            return functools.partial(self._first, examples)
-
-        # Each kind compiles code of its own: torch.compile counts how often it has compiled one, and gives up at eight.
-        fresh = types.FunctionType(kernel.__code__.replace(), kernel.__globals__, kernel.__name__)
-        torch.compile(fresh, backend=backend, fullgraph=True, dynamic=True)(*examples)
-        examples.clear()  # torch.compile holds on to its backend's result; a megabyte a kernel
-        if not self.sources:
-            raise RuntimeError("torch.compile is switched off")
-
-    def _first(self, examples: list[Tensor], *arguments: Any) -> Any:
-        """Learn from the first call which argument of the graph is which tensor, or (below 0) which size of the rows.
-
-        torch.compile orders them as it likes, and drops what a kernel does not use.
-        """
-        assert self.call is not None
-        places = {id(t): i for i, t in enumerate(examples)}
-        sizes = {size: ~d for d, size in enumerate(examples[0].shape)}
-        self.sources = [sizes[a] if isinstance(a, int) else places[id(a)] for a in arguments]
-        found = self.call(*arguments)
-        self.bare = _generated(self.call)
-        return found
-
-    def __call__(self, *tensors: Tensor) -> Any:
-        """Run it on tensors of the shapes that the kernel takes."""
-        return self.run(tensors[0].shape, tensors)
-
-    def run(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> Any:
-        """Run it on rows of this shape."""
-        assert self.call is not None
-        arguments = [tensors[s] if s >= 0 else shape[~s] for s in self.sources]
-        found = self.call(*arguments) if self.bare is None else self.bare(arguments)
-        return tuple(found) if len(found) > 1 else found[0] if found else None
-
-
-def _generated(call: Any) -> Callable[[list[Any]], Any] | None:
-    """Return the function that the compiler has written, out of the wrappers round it; None: it is not where it was.
-
-    The wrappers check once more what :class:`Direct` knows, and take as long as a small kernel.
-    """
-    seen: set[int] = set()
-    left = [call]
-    while left:
-        found = left.pop()
-        if callable(getattr(found, "current_callable", None)):
-            return found.current_callable  # type: ignore[no-any-return]
-        seen.add(id(found))
-        cells = [cell.cell_contents for cell in getattr(found, "__closure__", None) or () if cell != _EMPTY_CELL]
-        below = [getattr(found, name, None) for name in ("__wrapped__", "compiled_fn")]
-        left += [f for f in (*cells, *below) if callable(f) and id(f) not in seen]
-    return None
-
-
-_EMPTY_CELL = types.CellType()
-
-
-@functools.cache
-def _options() -> dict[str, Any]:
-    """Return the compiler's options.
-
-    Threads are counted when a kernel runs, not when it is compiled: ``torch.set_num_threads`` stays in force. What the
-    processor says of its vector instructions is believed, where five trial compilations would check it. Shapes are not
-    looked at: ``bare`` is given others, of the same memory.
-    """
-    passes: Any = importlib.import_module("torch._inductor.custom_graph_pass")
-
-    class WritesFirst(passes.CustomGraphPass):  # type: ignore[misc]
-        """What a kernel writes comes before what it sums up: only in this order the compiler makes one sweep of both.
-
-        Its own order is the other one, and two sweeps.
-        """
-
-        def __call__(self, graph: torch.fx.Graph) -> None:
-            _move_writes(graph)
-
-        def uuid(self) -> Any:
-            """Say to torch's cache of kernels what was done to them."""
-            return passes.get_hash_for_files((__file__,))
-
-    return {
-        "cpp.dynamic_threads": True,
-        "cpp.vec_isa_ok": True,
-        "size_asserts": False,
-        "post_grad_custom_post_pass": WritesFirst(),
-    }
-
-
-def _move_writes(graph: torch.fx.Graph) -> None:
-    """Move the copies into arguments, and what they need, before the first reduction."""
-    aten = torch.ops.aten
-    nodes = list(graph.nodes)
-    reductions = [node for node in nodes if node.target in (aten.sum.dim_IntList, aten.amax.default)]
-    left = [node for node in nodes if node.target is aten.copy_.default]
-    needed = set()
-    while left and reductions:
-        node = left.pop()
-        if node not in needed:
-            needed.add(node)
-            left += node.all_input_nodes
-    for node in nodes[nodes.index(reductions[0]) :] if needed else ():
-        if node in needed:
-            reductions[0].prepend(node)

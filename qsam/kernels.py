@@ -23,6 +23,7 @@ from torch.autograd.function import FunctionCtx
 
 from qsam import compiling
 from qsam.functional import clipped, codes_of, fake_quantize, positive, slope_of, wide_dtype
+from qsam.native import Native
 from qsam.registry import nearest
 
 BACKENDS = ("auto", "eager", "compiled")
@@ -360,16 +361,33 @@ def _call(
     if _CHOICE.failure is None:
         try:
             dtypes = (*[t.dtype for t in tensors], others[0].dtype)
-            call = compiling.compiled(kernel, dtypes, len(shape), tensors[0].device)
+            call = compiling.compiled(kernel, dtypes, len(shape), tensors[0].device, _of_a_step)
         except compiling.ERRORS as error:
             if _CHOICE.backend == "compiled":
                 raise
             _say_failed(error)
-    if isinstance(call, compiling.Direct) and call.bare is not None:  # it sees memory: no shapes, nothing of autograd
+    if isinstance(call, Native):  # it sees memory: no shapes, nothing of autograd
         return call.run(shape, (*tensors, *others))
     with torch.no_grad():
         rows = [_flat(t).view(shape) for t in tensors]
         return call(*rows, *(t.detach().view(s) for t, s in zip(others, shapes, strict=True)))
+
+
+def _of_a_step(
+    kernel: compiling.Kernel, dtypes: tuple[torch.dtype, ...], dims: int
+) -> Iterator[tuple[compiling.Kernel, tuple[torch.dtype, ...], int]]:
+    """Yield what a step calls besides this kernel; the optimizer's part of it is of wide dtypes, integers of fp32."""
+    x, scale = dtypes[0], dtypes[-1]
+    if kernel in {_rescale, _mask}:
+        return
+    names: list[tuple[compiling.Kernel, int]] = [(_write, 2), (_backward, 3)]
+    if x == wide_dtype(x):
+        names += [(_distance, 2), (_scale_gradient, 3), (_pull_back, 5)]
+    for each, tensors in names:
+        yield each, (*[x] * tensors, scale), dims
+    if x == torch.float32:
+        yield from ((each, (x, torch.int8, scale), dims) for each in (_codes, _exact_codes))
+        yield _rescale, (torch.int32, x, scale), 2
 
 
 def _flat(t: Tensor) -> Tensor:
