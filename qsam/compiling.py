@@ -1,9 +1,10 @@
 """Compiling a kernel: once for all sizes, kept on the disk, called without guards, and checked against its formula.
 
 A kernel is a function of tensors: rows ``(n,)`` or ``(R, n)`` first, then their scales ``(1,)`` or ``(R, 1)`` and the
-two limits, or instead of both three rows ``(n,)``. One that writes has parameters for that: ``out``; or ``x_out``,
-which is the very tensor that it was given as ``x``. The compiler is not told that they are one. What it writes is right
-all the same if each entry is read before it is written, as in one sweep, and whether that is so is tried out.
+two limits; or, where rows are a product, two scales, a shift and a bias ``(n,)``. One that writes has parameters for
+that: ``out``; or ``x_out``, which is the very memory that it was given as ``x``. The compiler is not told that they are
+one. What it writes is right all the same if each entry is read before it is written, as in one sweep, and whether that
+is so is tried out.
 
 On a CPU :mod:`qsam.kernel_build` makes it a C function, :mod:`qsam.kernel_cache` keeps that, and
 :class:`qsam.native.Native` calls it. Elsewhere it is ``torch.compile``'s.
@@ -165,10 +166,12 @@ def _examples(kernel: Kernel, dtypes: Dtypes, dims: int, device: torch.device, *
     for i, dtype in enumerate(dtypes[:-1]):
         values = line(i - 3, 3 - i / 2, columns) * (1 if dtype.is_floating_point else 30)
         found.append((values.repeat(rows, 1) if rows else values).to(dtype))
-    if "limits" in inspect.signature(kernel).parameters:
+    names = inspect.signature(kernel).parameters
+    if "limits" in names:
         scale = line(0.2, 0.3, rows or 1).view(-1, *[1] * bool(rows))
         return [*found, scale.to(dtypes[-1]), torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)]
-    return [*found, line(0.2, 0.3, columns).to(dtypes[-1]), line(-9, 9, columns).int(), line(-1.0, 1.0, columns)]
+    scales = [line(0.2, 0.3, 1), line(0.3, 0.4, columns if "column_scale" in names else 1)]
+    return [*found, *scales, line(-9, 9, columns).int(), line(-1.0, 1.0, columns)]
 
 
 def _check(kernel: Kernel, call: Kernel, examples: list[Tensor]) -> None:

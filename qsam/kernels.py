@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -130,20 +131,35 @@ def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor, with_scale: b
     return _scaled(_run(_backward, grid, x, grad, out), grid).to(grid.scale.dtype)
 
 
-def codes(x: Tensor, grid: Grid, *, exact: bool = False) -> Tensor | None:
-    """Return the integers of a tensor as int8, in one sweep; None for a NaN, which has none, and where nothing fuses.
+def codes(x: Tensor, grid: Grid) -> Tensor | None:
+    """Return the integers of Q(x; s) as int8, in one sweep; None for a NaN, which has none, and where nothing fuses.
 
     Args:
         x: Contiguous, of fp32.
-        grid: Whose integers they are. Where it ends above 127, they are less by ``OFFSET``.
-        exact: Also None where ``x`` does not lie on the grid.
+        grid: With one scale. Where it ends above 127, the integers are less by ``OFFSET``.
     """
     if not _fit(grid, x):
         return None
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    found: Tensor = _run(_exact_codes if exact else _codes, grid, x, out)
-    whole = found.amax() == 0 if exact else ~found.isnan().any()
-    return out if whole else None
+    largest: Tensor = _run(_codes, grid, x, out)
+    return None if math.isnan(largest.item()) else out
+
+
+def exact_codes(x: Tensor, grid: Grid) -> Tensor | None:
+    """Return the integers of what lies on the grid, as :func:`codes` does; None where it does not.
+
+    A first row is tried alone: what is off the grid need not be read to its end.
+    """
+    if not _fit(grid, x):
+        return None
+    out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    scale, limits = grid.scale, _limit_tensor(grid.quant_min, grid.quant_max, x.device)
+    columns = x.numel() // grid.rows
+    for shape in ((1, columns), (grid.rows, columns)) if grid.rows > 1 else ((x.shape[-1],), (columns,)):
+        far: Tensor = _call(_exact_codes, shape, (x, out), (scale, limits), _shapes(grid))
+        if (far if grid.rows == 1 else far.amax()).item() != 0:  # NaN too
+            return None
+    return out
 
 
 def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
@@ -184,16 +200,19 @@ def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tens
     return _scaled(ds, grid), _near(far)
 
 
-def rescale_(product: Tensor, factor: Tensor, shift: Tensor, bias: Tensor) -> None:
-    """Turn a product of integers into numbers, in its memory: ``product <- factor * (integers + shift) + bias``.
+def rescale_(product: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bias: Tensor) -> None:
+    """Turn a product of integers into numbers, in its memory: ``product <- s_x s_W (integers + shift) + bias``.
 
     Args:
         product: fp32 ``(m, n)``, contiguous, whose memory holds int32.
-        factor: fp32 ``(n,)``.
+        x_scale: s_x, fp32 ``(1,)``.
+        scale: s_W, fp32, of one entry or n.
         shift: int32 ``(n,)``.
         bias: fp32 ``(n,)``.
     """
-    _call(_rescale, product.shape, [product.view(torch.int32), product], (factor, shift, bias), (_ROW, _ROW, _ROW))
+    kernel = _rescale if scale.numel() == 1 else _rescale_columns
+    rows, others = (product.view(torch.int32), product), (x_scale, scale, shift, bias)
+    _call(kernel, product.shape, rows, others, (_ROW,) * len(others))
 
 
 def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | bool | None:
@@ -225,7 +244,7 @@ class _Fused(torch.autograd.Function):
 
 
 def _scaled(ds: Tensor, grid: Grid) -> Tensor:
-    return ds.view(grid.scale.shape) * grid.grad_scale
+    return (ds if grid.rows == 1 == grid.scale.dim() else ds.view(grid.scale.shape)).mul_(grid.grad_scale)
 
 
 def _differentiable(x: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple[Tensor, Tensor]:
@@ -260,8 +279,16 @@ def _exact_codes(x: Tensor, codes: Tensor, scale: Tensor, limits: Tensor) -> Ten
     return _farthest(found * s, x)
 
 
-def _rescale(product: Tensor, product_out: Tensor, factor: Tensor, shift: Tensor, bias: Tensor) -> None:
-    product_out.copy_((product + shift).to(factor.dtype) * factor + bias)
+def _rescale(  # noqa: PLR0917 (tensors of one kernel)
+    product: Tensor, product_out: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bias: Tensor
+) -> None:
+    product_out.copy_((product + shift).to(bias.dtype) * (positive(x_scale) * positive(scale)) + bias)
+
+
+def _rescale_columns(  # noqa: PLR0917
+    product: Tensor, product_out: Tensor, x_scale: Tensor, column_scale: Tensor, shift: Tensor, bias: Tensor
+) -> None:
+    _rescale(product, product_out, x_scale, column_scale, shift, bias)
 
 
 def _mask(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> None:
@@ -333,12 +360,17 @@ def _near(far: Tensor) -> Tensor | bool:
 _ROW, _COLUMN = (-1,), (-1, 1)
 
 
+def _shapes(grid: Grid) -> Sequence[Sequence[int]]:
+    """Return the shapes in which a formula takes scales and limits."""
+    return (_ROW, _ROW) if grid.rows == 1 else (_COLUMN, _ROW)
+
+
 def _run(kernel: compiling.Kernel, grid: Grid, *tensors: Tensor) -> Any:
     """Run a kernel on rows of a grid, in any shape, and its scales and limits."""
     first, scale = tensors[0], grid.scale
     shape = (first.numel(),) if grid.rows == 1 else (grid.rows, first.numel() // grid.rows)
     limits = _limit_tensor(grid.quant_min, grid.quant_max, first.device)
-    return _call(kernel, shape, tensors, (scale, limits), (_ROW if grid.rows == 1 else _COLUMN, _ROW))
+    return _call(kernel, shape, tensors, (scale, limits), _shapes(grid))
 
 
 def _call(
@@ -369,7 +401,7 @@ def _call(
     if isinstance(call, Native):  # it sees memory: no shapes, nothing of autograd
         return call.run(shape, (*tensors, *others))
     with torch.no_grad():
-        rows = [_flat(t).view(shape) for t in tensors]
+        rows = [_flat(t)[: math.prod(shape)].view(shape) for t in tensors]
         return call(*rows, *(t.detach().view(s) for t, s in zip(others, shapes, strict=True)))
 
 
@@ -378,7 +410,7 @@ def _of_a_step(
 ) -> Iterator[tuple[compiling.Kernel, tuple[torch.dtype, ...], int]]:
     """Yield what a step calls besides this kernel; the optimizer's part of it is of wide dtypes, integers of fp32."""
     x, scale = dtypes[0], dtypes[-1]
-    if kernel in {_rescale, _mask}:
+    if kernel in {_rescale, _rescale_columns, _mask}:
         return
     names: list[tuple[compiling.Kernel, int]] = [(_write, 2), (_backward, 3)]
     if x == wide_dtype(x):

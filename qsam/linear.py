@@ -28,7 +28,7 @@ from torch.nn import functional
 from torch.nn.modules import module as every_module
 
 from qsam import kernels
-from qsam.functional import fake_quantize, positive, quantize
+from qsam.functional import fake_quantize
 from qsam.quantizers.base import Quantizer
 
 _log = logging.getLogger("qsam")
@@ -55,7 +55,7 @@ def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Tensor | None
         return None
     if x.device.type != "cpu" or x.dim() < 2 or not x.is_contiguous() or torch.is_autocast_enabled("cpu"):
         return None
-    found = torch.Tensor._make_subclass(Pending, x.detach())
+    found = Tensor._make_subclass(Pending, x)
     found.x, found.grid, found.quantizer = x, grid, quantizer
     found.weights = module._modules.get("weight_quantizer")  # type: ignore[assignment]
     return found
@@ -173,30 +173,24 @@ def _of_integers(
     of_weight = None if weights is None or not _has_instructions() else weights.grid(weight)
     if of_weight is None or of_weight.quant_max >= kernels.OFFSET or of_weight.rows not in {1, len(weight)}:
         return None
-    if x.shape[-1] not in COLUMNS or not _begins_on_grid(weight, of_weight):
-        return None
-    codes = kernels.codes(weight, of_weight, exact=True)
+    codes = kernels.exact_codes(weight, of_weight) if x.shape[-1] in COLUMNS else None
     x_codes = None if codes is None else kernels.codes(x, grid)
     if codes is None or x_codes is None:
         return None
-    out = x.new_empty(*x.shape[:-1], len(weight))
-    rows = out.view(-1, len(weight))
+    count = len(weight)
+    out = x.new_empty(*x.shape[:-1], count)
+    rows = out.view(-1, count)
     torch._int_mm(x_codes.view(-1, x.shape[-1]), codes.t(), out=rows.view(torch.int32))
-    factor = (positive(grid.scale) * positive(of_weight.scale).view(-1)).expand(len(weight)).contiguous()
-    shift = codes.sum(1, dtype=torch.int32) * kernels.OFFSET if grid.quant_max >= kernels.OFFSET else _zeros(len(codes))
-    kernels.rescale_(rows, factor, shift, torch.zeros_like(factor) if bias is None else bias)
+    integer, zero = _zeros(count)
+    shift = codes.sum(1, dtype=torch.int32) * kernels.OFFSET if grid.quant_max >= kernels.OFFSET else integer
+    kernels.rescale_(rows, grid.scale, of_weight.scale, shift, zero if bias is None else bias)
     return out
 
 
-def _begins_on_grid(weight: Tensor, grid: kernels.Grid) -> bool:
-    """Whether the first row is on the grid: a perturbed weight need not be read to its end."""
-    first, scale = weight[0], grid.scale.view(-1)[:1]
-    return torch.equal(quantize(first, scale, grid.quant_min, grid.quant_max) * positive(scale), first)
-
-
 @functools.cache
-def _zeros(count: int) -> Tensor:
-    return torch.zeros(count, dtype=torch.int32)
+def _zeros(count: int) -> tuple[Tensor, Tensor]:
+    """Return a shift and a bias of nothing."""
+    return torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.float32)
 
 
 @functools.cache

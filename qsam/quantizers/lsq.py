@@ -7,6 +7,8 @@ One s a tensor, a channel or a group; N counts the entries that share one s, of 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -49,6 +51,7 @@ class LSQ(Quantizer):
     ) -> None:
         super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)
         self.scale = nn.Parameter(torch.ones(1))
+        self._known: tuple[Any, kernels.Grid] | None = None  # the grid of the last shape, which is mostly the next one
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
@@ -75,6 +78,15 @@ class LSQ(Quantizer):
 
     def grid(self, x: Tensor) -> kernels.Grid | None:
         """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
+        if torch.compiler.is_compiling():
+            return None
+        key = (x.shape, self.bits, self.signed)
+        if self._known is None or self._known[0] != key or self._known[1].scale is not self.scale:
+            found = self._new_grid(x)
+            self._known = None if found is None else (key, found)
+        return None if self._known is None else self._known[1]
+
+    def _new_grid(self, x: Tensor) -> kernels.Grid | None:
         if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
             return None
         scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
