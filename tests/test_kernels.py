@@ -489,3 +489,51 @@ def test_a_compiled_kernel_that_is_not_its_formula_is_refused(wrong, dims):
     compiling._check(right, right, compiling._examples(right, dtypes, dims, device))
     with pytest.raises(RuntimeError, match="compiled kernel 'pull_back' does not compute what its formula does"):
         compiling._check(right, wrong, compiling._examples(right, dtypes, dims, device))
+
+
+def test_the_grid_that_a_quantizer_knows_is_that_of_now():
+    x = values((64, 40))
+    q = lsq({}, x, bits=4)
+
+    def assert_now(q, x):
+        assert q.grid(x) == q._new_grid(x)
+        with kernels.using("compiled"):
+            ours = q(x)
+        with kernels.using("eager"):
+            assert torch.equal(ours, q(x))
+
+    assert_now(q, x)
+    assert q.grid(x) is q.grid(x)
+    assert_now(q, x[:, :20].contiguous())
+    q.bits = 3
+    assert_now(q, x)
+    q.signed = False
+    assert_now(q, x)
+    q.scale = nn.Parameter(q.scale.detach() * 2)
+    assert_now(q, x)
+    q.scale.data = q.scale.data / 3
+    assert_now(q, x)
+    other = copy.deepcopy(q)
+    assert other.grid(x).scale is other.scale
+    torch.func.functional_call(q, {"scale": q.scale * 1.5}, (x,))
+    assert q.grid(x).scale is q.scale
+    copy.deepcopy(q)  # what it knows holds no graph
+
+
+class Narrowing(LSQ):
+    """A grid that gets smaller."""
+
+    levels = 7
+
+    @property
+    def quant_max(self) -> int:
+        return self.levels
+
+
+def test_limits_that_move_are_looked_up_each_time():
+    x = values((64, 40))
+    q = Narrowing(bits=4)
+    q.observe_(x)
+    for levels in (7, 3):
+        q.levels = levels
+        assert q.grid(x).quant_max == levels

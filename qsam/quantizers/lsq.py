@@ -80,11 +80,19 @@ class LSQ(Quantizer):
         """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
         if torch.compiler.is_compiling():
             return None
-        key = (x.shape, self.bits, self.signed)
-        if self._known is None or self._known[0] != key or self._known[1].scale is not self.scale:
-            found = self._new_grid(x)
-            self._known = None if found is None else (key, found)
-        return None if self._known is None else self._known[1]
+        key = (x.shape, self.bits, self.signed, self.granularity, self.axis, self.group_size)
+        known, scale = self._known, self.scale
+        if known is not None and known[0] == key and known[1].scale is scale:
+            return known[1]
+        found = self._new_grid(x)
+        if found is not None and isinstance(scale, nn.Parameter) and self._limits_are_those_of_bits:
+            self._known = key, found
+        return found
+
+    @property
+    def _limits_are_those_of_bits(self) -> bool:
+        cls = type(self)
+        return cls.quant_min is Quantizer.quant_min and cls.quant_max is Quantizer.quant_max
 
     def _new_grid(self, x: Tensor) -> kernels.Grid | None:
         if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
