@@ -174,8 +174,8 @@ def _quantized(module: nn.Module, x: Tensor) -> Tensor:
         _refuse_unknown_sign(quantizer)
     if x.is_nested:
         return torch.nested.as_nested_tensor([quantizer(part) for part in x.unbind()], layout=x.layout)
-    found = linear.pending(module, quantizer, x)
-    return quantizer(x) if found is None else found
+    found = linear.pending(module, quantizer, x)  # to its layer as good as a tensor
+    return quantizer(x) if found is None else found  # type: ignore[return-value]
 
 
 def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:

@@ -55,10 +55,10 @@ def set_backend(backend: str) -> None:
             where that fails. ``"auto"`` (the beginning): fused for tensors of 65,536 entries or more, eager for smaller
             ones and where compiling fails, which is said once.
 
-    On a CPU fused is also a Linear layer of 128 input rows or more with the quantization of its input; where the
-    processor has instructions for int8 (VNNI) and the weight is on its grid, it multiplies integers. That is rounded
-    less often than a product in fp32: codes and written weights are the same bit for bit with each backend, outputs of
-    such a layer to the rounding of fp32.
+    On a CPU a Linear layer is fused with the quantization of its input. Where the processor has instructions for int8
+    (VNNI), the input 128 rows or more, and the weight is on its grid, it multiplies integers. That is rounded less
+    often than a product in fp32: codes and written weights are the same bit for bit with each backend, outputs of such
+    a layer to the rounding of fp32.
 
     Raises:
         ValueError: another name.

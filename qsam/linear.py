@@ -16,6 +16,7 @@ Nothing of this shows: the input's hook gives a :class:`Pending` only to a layer
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable, Mapping
@@ -40,7 +41,7 @@ COLUMNS = range(16, 2**16 + 1)
 """Columns of a weight: torch's product of integers is wrong for one; up to 2^16 no sum of products leaves int32."""
 
 
-def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Tensor | None:
+def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Pending | None:
     """Return ``x``, to be quantized in its layer; None where it has to be quantized now.
 
     Args:
@@ -55,10 +56,7 @@ def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Tensor | None
         return None
     if x.device.type != "cpu" or x.dim() < 2 or not x.is_contiguous() or torch.is_autocast_enabled("cpu"):
         return None
-    found = Tensor._make_subclass(Pending, x)
-    found.x, found.grid, found.quantizer = x, grid, quantizer
-    found.weights = module._modules.get("weight_quantizer")  # type: ignore[assignment]
-    return found
+    return Pending(x, grid, quantizer, module._modules.get("weight_quantizer"))  # type: ignore[arg-type]
 
 
 def _is_private(module: nn.Module) -> bool:
@@ -69,8 +67,9 @@ def _is_private(module: nn.Module) -> bool:
     return not every_module._has_any_global_hook()  # type: ignore[no-untyped-call]
 
 
-class Pending(Tensor):
-    """An input on its way into its Linear layer, which will quantize it.
+@dataclasses.dataclass(slots=True, eq=False)
+class Pending:
+    """An input on its way into its Linear layer, which will quantize it; torch's functions take it for a tensor.
 
     Attributes:
         x: The input.
