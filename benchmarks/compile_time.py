@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Json, in_new_process, short
-from qsam import compiling, kernel_cache, kernels
+from qsam import backend, compiling, kernel_cache, kernels
 from qsam.quantizers.lsq import LSQ
 
 SHAPE = (384, 384)
@@ -62,7 +62,7 @@ def first_calls(names: Sequence[str] = ()) -> dict[str, float]:
         with compiling.without_garbage_collection():
             importlib.import_module("torch._inductor.compile_fx")
         found[IMPORT] = time.perf_counter() - start
-    kernels.set_backend("compiled")
+    backend.set_backend("compiled")
     for name, call in _calls():
         if not names or name in names:
             start = time.perf_counter()

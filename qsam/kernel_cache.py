@@ -35,7 +35,7 @@ from qsam.native import Native, Plan
 
 _log = logging.getLogger("qsam")
 
-_SOURCES = ("compiling", "functional", "kernel_build", "kernel_cache", "kernels", "native")
+_SOURCES = ("compiling", "formulas", "functional", "kernel_build", "kernel_cache", "native")
 
 
 def key(kernel: Callable[..., Any], dtypes: tuple[torch.dtype, ...], dims: int) -> str:

@@ -1,20 +1,17 @@
-"""The maths of :mod:`qsam.functional`, fused: the same formulas through ``torch.compile``.
+"""The maths of :mod:`qsam.functional`, fused: :mod:`qsam.formulas` through torch's compiler.
 
 A fake quantization is some ten elementwise operations, and memory is what they cost. Compiled, forward and backward
 are one sweep each, and so are the optimizer's write and pull-back. The formulas are those of ``functional``; only the
 order of a sum differs, so codes and weights are equal bit for bit, and gradients of scales to rounding.
 
-``set_backend`` chooses. What cannot be compiled (vmap, a second derivative, a layout with gaps) or is too small to
-gain from it runs eagerly, and so does everything where there is no compiler, which is said once.
+``set_backend`` chooses (:mod:`qsam.backend`). What cannot be compiled (vmap, a second derivative, a layout with gaps),
+or is too small to gain from it, runs eagerly, and so does everything where there is no compiler, which is said once.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import math
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -22,65 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qsam import compiling
-from qsam.functional import clipped, codes_of, fake_quantize, positive, slope_of, wide_dtype
+from qsam import backend, compiling, formulas
+from qsam.functional import fake_quantize, wide_dtype
 from qsam.native import Native
-from qsam.registry import nearest
-
-BACKENDS = ("auto", "eager", "compiled")
-
-SMALLEST = 2**16
-"""Entries from which ``"auto"`` compiles: a small model gains little and need not wait for a compiler."""
-
-OFFSET = 128
-"""What is taken off the integers of an unsigned 8-bit grid, so that they fit int8."""
-
-
-@dataclasses.dataclass
-class _Choice:
-    """What was chosen, and why kernels cannot be compiled, once that is known."""
-
-    backend: str = "auto"
-    failure: str | None = None
-
-
-_CHOICE = _Choice()
-
-
-def set_backend(backend: str) -> None:
-    """Choose how fake quantization, write and pull-back are computed, for the whole process.
-
-    Args:
-        backend: ``"eager"``: one torch operation after the other. ``"compiled"``: fused by torch's compiler, an error
-            where that fails. ``"auto"`` (the beginning): fused for tensors of 65,536 entries or more, eager for smaller
-            ones and where compiling fails, which is said once.
-
-    On a CPU a Linear layer is fused with the quantization of its input. Where the processor has instructions for int8
-    (VNNI), the input 128 rows or more, and the weight is on its grid, it multiplies integers. That is rounded less
-    often than a product in fp32: codes and written weights are the same bit for bit with each backend, outputs of such
-    a layer to the rounding of fp32.
-
-    Raises:
-        ValueError: another name.
-
-    Example:
-        >>> set_backend("auto")
-    """
-    if backend not in BACKENDS:
-        hint = nearest(str(backend), list(BACKENDS))
-        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.{hint}")
-    _CHOICE.backend, _CHOICE.failure = backend, None
-
-
-@contextlib.contextmanager
-def using(backend: str) -> Iterator[None]:
-    """Within this context the backend is another one."""
-    before = _CHOICE.backend
-    set_backend(backend)
-    try:
-        yield
-    finally:
-        set_backend(before)
 
 
 class Grid(NamedTuple):
@@ -113,7 +54,7 @@ def quantized(x: Tensor, grid: Grid) -> Tensor | None:
 def on_grid(x: Tensor, grid: Grid) -> Tensor:
     """Return Q(x; s) of what :func:`fuses`, without a graph."""
     out = torch.empty_like(x)
-    _run(_write, grid, x, out)
+    _run(formulas.write, grid, x, out)
     return out
 
 
@@ -131,9 +72,9 @@ def mask_(x: Tensor, grid: Grid, grad: Tensor, *, with_scale: bool) -> Tensor | 
 
 def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor, with_scale: bool) -> Tensor | None:
     if not with_scale:
-        _run(_mask, grid, x, grad, out)
+        _run(formulas.mask, grid, x, grad, out)
         return None
-    return _scaled(_run(_backward, grid, x, grad, out), grid).to(grid.scale.dtype)
+    return _scaled(_run(formulas.backward, grid, x, grad, out), grid).to(grid.scale.dtype)
 
 
 def codes(x: Tensor, grid: Grid) -> Tensor | None:
@@ -141,12 +82,12 @@ def codes(x: Tensor, grid: Grid) -> Tensor | None:
 
     Args:
         x: Contiguous, of fp32.
-        grid: With one scale. Where it ends above 127, the integers are less by ``OFFSET``.
+        grid: With one scale. Where it ends above 127, the integers are less by ``formulas.OFFSET``.
     """
     if not _fit(grid, x):
         return None
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    largest: Tensor = _run(_codes, grid, x, out)
+    largest: Tensor = _run(formulas.codes, grid, x, out)
     return None if math.isnan(largest.item()) else out
 
 
@@ -161,7 +102,7 @@ def exact_codes(x: Tensor, grid: Grid) -> Tensor | None:
     scale, limits = grid.scale, _limit_tensor(grid.quant_min, grid.quant_max, x.device)
     columns = x.numel() // grid.rows
     for shape in ((1, columns), (grid.rows, columns)) if grid.rows > 1 else ((x.shape[-1],), (columns,)):
-        far: Tensor = _call(_exact_codes, shape, (x, out), (scale, limits), _shapes(grid))
+        far: Tensor = _call(formulas.exact_codes, shape, (x, out), (scale, limits), _shapes(grid))
         if (far if grid.rows == 1 else far.amax()).item() != 0:  # NaN too
             return None
     return out
@@ -171,7 +112,7 @@ def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
     """Write ``out <- Q(w; s)`` in one sweep; return False, and do nothing, where that cannot be fused."""
     fits = _fit(grid, w) and _is_alike(out, w)
     if fits:
-        _run(_write, grid, w, out)
+        _run(formulas.write, grid, w, out)
         _note_write(out)
     return fits
 
@@ -192,7 +133,7 @@ def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, 
     """
     if not _fit(grid, w, grad, p):
         return None
-    ds, far = _run(_pull_back, grid, w, grad, p, grad, p)
+    ds, far = _run(formulas.pull_back, grid, w, grad, p, grad, p)
     _note_write(grad, p)
     return _scaled(ds, grid), _near(far)
 
@@ -201,7 +142,7 @@ def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tens
     """Return what :func:`pull_back_` returns, and leave ``grad`` and ``p`` as they are."""
     if not _fit(grid, w, grad, p):
         return None
-    ds, far = _run(_scale_gradient, grid, w, grad, p)
+    ds, far = _run(formulas.scale_gradient, grid, w, grad, p)
     return _scaled(ds, grid), _near(far)
 
 
@@ -215,14 +156,14 @@ def rescale_(product: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bia
         shift: int32 ``(n,)``.
         bias: fp32 ``(n,)``.
     """
-    kernel = _rescale if scale.numel() == 1 else _rescale_columns
+    kernel = formulas.rescale if scale.numel() == 1 else formulas.rescale_columns
     rows, others = (product.view(torch.int32), product), (x_scale, scale, shift, bias)
     _call(kernel, product.shape, rows, others, (_ROW,) * len(others))
 
 
 def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | bool | None:
     """Return whether ``p`` holds Q(w; s), or a NaN somewhere, in one sweep; None where that cannot be fused."""
-    return _near(_run(_distance, grid, w, p)) if _fit(grid, w, p) else None
+    return _near(_run(formulas.distance, grid, w, p)) if _fit(grid, w, p) else None
 
 
 class _Fused(torch.autograd.Function):
@@ -240,7 +181,7 @@ class _Fused(torch.autograd.Function):
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         grid: Grid = ctx.grid  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() or not is_plain(grad):  # create_graph=True; is_grads_batched=True
+        if torch.is_grad_enabled() or not backend.is_plain(grad):  # create_graph=True; is_grads_batched=True
             dx, ds = _differentiable(x, scale, grid, grad)
             return dx, ds, None
         laid_out = torch.contiguous_format if x.is_contiguous() else torch.channels_last
@@ -262,92 +203,6 @@ def _differentiable(x: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple
         out = fake_quantize(rows, column, grid.quant_min, grid.quant_max, grid.grad_scale).view(x.shape)
         dx, ds = torch.autograd.grad(out, leaves, grad, create_graph=create_graph)
     return dx, ds
-
-
-# --- the kernels: rows (n,) with one scale (1,), or (R, n) with scales (R, 1); limits = (Qn, Qp) -----------------
-
-
-def _write(x: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> None:
-    out.copy_(_codes_times_scale(x, scale, limits).to(x.dtype))
-
-
-def _codes(x: Tensor, codes: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    found = codes_of(x / positive(scale), *limits.unbind())
-    codes.copy_((found - (limits[1] > 127) * OFFSET).to(codes.dtype))
-    return found.abs().amax(-1, keepdim=True)
-
-
-def _exact_codes(x: Tensor, codes: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    s = positive(scale)
-    found = codes_of(x / s, *limits.unbind())
-    codes.copy_((found - (limits[1] > 127) * OFFSET).to(codes.dtype))
-    return _farthest(found * s, x)
-
-
-def _rescale(  # noqa: PLR0917 (tensors of one kernel)
-    product: Tensor, product_out: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bias: Tensor
-) -> None:
-    product_out.copy_((product + shift).to(bias.dtype) * (positive(x_scale) * positive(scale)) + bias)
-
-
-def _rescale_columns(  # noqa: PLR0917
-    product: Tensor, product_out: Tensor, x_scale: Tensor, column_scale: Tensor, shift: Tensor, bias: Tensor
-) -> None:
-    _rescale(product, product_out, x_scale, column_scale, shift, bias)
-
-
-def _mask(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> None:
-    s = positive(scale).to(wide_dtype(x.dtype))
-    grad_out.copy_(grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0))
-
-
-def _backward(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    s = positive(scale).to(wide_dtype(x.dtype))
-    found, ds, _ = _pulled(x.to(s.dtype) / s, grad, scale, limits)
-    grad_out.copy_(found)
-    return ds
-
-
-def _pull_back(  # noqa: PLR0917 (tensors of one kernel)
-    w: Tensor, grad: Tensor, p: Tensor, grad_out: Tensor, p_out: Tensor, scale: Tensor, limits: Tensor
-) -> tuple[Tensor, Tensor]:
-    s = positive(scale).to(w.dtype)
-    dw, ds, codes = _pulled(w / s, grad, scale, limits)
-    far = _farthest(codes * s, p)
-    grad_out.copy_(dw)
-    p_out.copy_(w)
-    return ds, far
-
-
-def _scale_gradient(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor]:
-    s = positive(scale).to(w.dtype)
-    _, ds, codes = _pulled(w / s, grad, scale, limits)
-    return ds, _farthest(codes * s, p)
-
-
-def _distance(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    return _farthest(_codes_times_scale(w, scale, limits), p)
-
-
-def _codes_times_scale(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    s = positive(scale).to(wide_dtype(x.dtype))
-    return codes_of(x.to(s.dtype) / s, *limits.unbind()) * s
-
-
-def _pulled(v: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return ``M * grad``, ``<grad, dQ/ds>`` over what shares a scale, and the codes."""
-    outside, codes = clipped(v, *limits.unbind()), codes_of(v, *limits.unbind())
-    total = (slope_of(v, codes, outside) * grad).sum(-1, keepdim=True)
-    # s enters as |s|: on the negative side its slope is -1.
-    return grad.masked_fill(outside, 0), torch.where(scale < 0, -total, total), codes
-
-
-def _farthest(q: Tensor, p: Tensor) -> Tensor:
-    """Return the largest distance of q and p in each row; NaN where one is among them.
-
-    A processor's vectors find it in fewer steps than masks and `all`, and over the same rows as ds it shares its sweep.
-    """
-    return (q - p).abs().amax(-1, keepdim=True)
 
 
 def _near(far: Tensor) -> Tensor | bool:
@@ -395,14 +250,12 @@ def _call(
         shapes: Of the others.
     """
     call = kernel
-    if _CHOICE.failure is None:
+    if not backend.has_failed():
         try:
             dtypes = (*[t.dtype for t in tensors], others[0].dtype)
             call = compiling.compiled(kernel, dtypes, len(shape), tensors[0].device, _of_a_step)
         except compiling.ERRORS as error:
-            if _CHOICE.backend == "compiled":
-                raise
-            _say_failed(error)
+            backend.note_failure(error)
     if isinstance(call, Native):  # it sees memory: no shapes, nothing of autograd
         return call.run(shape, (*tensors, *others))
     with torch.no_grad():
@@ -415,32 +268,21 @@ def _of_a_step(
 ) -> Iterator[tuple[compiling.Kernel, tuple[torch.dtype, ...], int]]:
     """Yield what a step calls besides this kernel; the optimizer's part of it is of wide dtypes, integers of fp32."""
     x, scale = dtypes[0], dtypes[-1]
-    if kernel in {_rescale, _rescale_columns, _mask}:
+    if kernel in {formulas.rescale, formulas.rescale_columns, formulas.mask}:
         return
-    names: list[tuple[compiling.Kernel, int]] = [(_write, 2), (_backward, 3)]
+    names: list[tuple[compiling.Kernel, int]] = [(formulas.write, 2), (formulas.backward, 3)]
     if x == wide_dtype(x):
-        names += [(_distance, 2), (_scale_gradient, 3), (_pull_back, 5)]
+        names += [(formulas.distance, 2), (formulas.scale_gradient, 3), (formulas.pull_back, 5)]
     for each, tensors in names:
         yield each, (*[x] * tensors, scale), dims
     if x == torch.float32:
-        yield from ((each, (x, torch.int8, scale), dims) for each in (_codes, _exact_codes))
-        yield _rescale, (torch.int32, x, scale), 2
+        yield from ((each, (x, torch.int8, scale), dims) for each in (formulas.codes, formulas.exact_codes))
+        yield formulas.rescale, (torch.int32, x, scale), 2
 
 
 def _flat(t: Tensor) -> Tensor:
     """Return a view of dense memory in its order."""
     return t.detach().view(-1) if t.is_contiguous() else t.detach().permute(0, 2, 3, 1).view(-1)
-
-
-def _say_failed(error: BaseException) -> None:
-    reason = [*str(error).strip().splitlines(), ""][0]
-    _CHOICE.failure = f"{type(error).__name__}: {reason}"
-    warnings.warn(
-        f"qsam's kernels cannot be compiled here and run eagerly, which is slower ({_CHOICE.failure}). Install a C++ "
-        'compiler, or say qsam.set_backend("eager").',
-        UserWarning,
-        stacklevel=3,
-    )
 
 
 def _note_write(*tensors: Tensor) -> None:
@@ -451,32 +293,16 @@ def _note_write(*tensors: Tensor) -> None:
 
 def fuses(x: Tensor, grid: Grid) -> bool:
     """Whether ``x`` is worth a kernel, fits the grid, and is plain: a kernel sees memory, and nobody sees a kernel."""
-    if _CHOICE.backend == "eager" or (_CHOICE.backend == "auto" and x.numel() < SMALLEST):
-        return False
-    if _CHOICE.failure is not None or x.numel() <= grid.rows or _is_watched():
+    if not backend.wants(x.numel()) or x.numel() <= grid.rows or backend.is_watched():
         return False
     if grid.rows > 1 and (x.shape[0] != grid.scale.shape[0] or x.numel() % grid.rows):
         return False  # the formula says what is wrong
-    return is_plain(x) and is_plain(grid.scale) and grid.scale.is_contiguous()
-
-
-def _is_watched() -> bool:
-    """Whether somebody follows the operations: a compiler, a tracer, a dispatch mode, forward-mode differentiation."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._len_torch_dispatch_stack() > 0 or torch.autograd.forward_ad._current_level >= 0
-
-
-def is_plain(t: Tensor) -> bool:
-    """Whether what is in memory is what the tensor says: no subclass, no tensor within vmap, no lazy negation."""
-    if type(t) not in (Tensor, torch.nn.Parameter) or t.is_neg() or not torch._C._has_storage(t):
-        return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    return backend.is_plain(x) and backend.is_plain(grid.scale) and grid.scale.is_contiguous()
 
 
 def _is_alike(t: Tensor, like: Tensor) -> bool:
     """Whether ``t`` is plain, and as large as ``like`` and where that is."""
-    return t.shape == like.shape and t.device == like.device and t.is_contiguous() and is_plain(t)
+    return t.shape == like.shape and t.device == like.device and t.is_contiguous() and backend.is_plain(t)
 
 
 def _is_channels_last(x: Tensor, grid: Grid) -> bool:

@@ -28,7 +28,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.nn.modules import module as every_module
 
-from qsam import kernels
+from qsam import backend, formulas, kernels
 from qsam.functional import fake_quantize
 from qsam.quantizers.base import Quantizer
 
@@ -99,7 +99,7 @@ class Pending:
 
 
 def _linear(pending: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not all(t is None or (kernels.is_plain(t) and t.dtype == torch.float32) for t in (weight, bias)):
+    if not all(t is None or (backend.is_plain(t) and t.dtype == torch.float32) for t in (weight, bias)):
         return functional.linear(pending.quantizer(pending.x), weight, bias)
     scale = pending.grid.scale
     return _Linear.apply(pending.x, scale, weight, bias, pending.grid, pending.weights)  # type: ignore[no-any-return]
@@ -130,7 +130,7 @@ class _Linear(torch.autograd.Function):
         grid: kernels.Grid = ctx.grid  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
         saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() or not kernels.is_plain(grad):  # create_graph=True; is_grads_batched=True
+        if torch.is_grad_enabled() or not backend.is_plain(grad):  # create_graph=True; is_grads_batched=True
             return (*_differentiable(saved, grid, needs, grad), None, None)
         x, _, weight, _ = saved
         rows = grad.reshape(-1, grad.shape[-1])
@@ -170,7 +170,7 @@ def _of_integers(
 ) -> Tensor | None:
     """Return y; None where an operand is not on its grid, or this processor has no use for integers."""
     of_weight = None if weights is None or not _has_instructions() else weights.grid(weight)
-    if of_weight is None or of_weight.quant_max >= kernels.OFFSET or of_weight.rows not in {1, len(weight)}:
+    if of_weight is None or of_weight.quant_max >= formulas.OFFSET or of_weight.rows not in {1, len(weight)}:
         return None
     codes = kernels.exact_codes(weight, of_weight) if x.shape[-1] in COLUMNS else None
     x_codes = None if codes is None else kernels.codes(x, grid)
@@ -181,7 +181,7 @@ def _of_integers(
     rows = out.view(-1, count)
     torch._int_mm(x_codes.view(-1, x.shape[-1]), codes.t(), out=rows.view(torch.int32))
     integer, zero = _zeros(count)
-    shift = codes.sum(1, dtype=torch.int32) * kernels.OFFSET if grid.quant_max >= kernels.OFFSET else integer
+    shift = codes.sum(1, dtype=torch.int32) * formulas.OFFSET if grid.quant_max >= formulas.OFFSET else integer
     kernels.rescale_(rows, grid.scale, of_weight.scale, shift, zero if bias is None else bias)
     return out
 

@@ -14,17 +14,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsam import compiling, kernel_build, kernel_cache, kernels
+from qsam import compiling, formulas, kernel_build, kernel_cache, kernels
 from qsam.native import Native, Plan
 
 CPU = torch.device("cpu")
-KERNELS = [getattr(kernels, f"_{name}") for name in "write backward distance scale_gradient pull_back".split()]
+KERNELS = [getattr(formulas, name) for name in "write backward distance scale_gradient pull_back".split()]
 POSIX = pytest.mark.skipif(not hasattr(os, "getuid"), reason="Windows keeps its users apart by itself")
 WRITE = ((torch.float32,) * 3, 1)
 PROCESS = """
 import sys, torch
-from qsam import compiling, kernels
-kernel, dtype = kernels._write, torch.float32
+from qsam import compiling, formulas
+kernel, dtype = formulas.write, torch.float32
 call = compiling.compiled(kernel, (dtype, dtype, dtype), 1, torch.device("cpu"))
 x, out = torch.linspace(-3, 3, 1001), torch.zeros(1001)
 call(x, out, torch.tensor([0.3]), torch.tensor([-4.0, 3.0]))
@@ -38,7 +38,7 @@ def first(tmp_path_factory):
     place = tmp_path_factory.mktemp("inductor")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(place))
-        fresh(kernels._write, *WRITE, kernels._of_a_step)
+        fresh(formulas.write, *WRITE, kernels._of_a_step)
         compiling._BUILT.clear()
     return place
 
@@ -69,7 +69,7 @@ def dtypes_of(kernel):
 
 
 def entry(cache: Path) -> Path:
-    return cache / f"{kernel_cache.key(kernels._write, *WRITE)}.json"
+    return cache / f"{kernel_cache.key(formulas.write, *WRITE)}.json"
 
 
 def started(cache: Path) -> subprocess.Popen[str]:
@@ -163,12 +163,12 @@ def test_what_is_damaged_is_not_loaded(cache, damage, monkeypatch):
     assert kernel_cache.load(entry(cache).stem) is None
     monkeypatch.setattr(kernel_build, "library", no_compiler)
     with pytest.raises(RuntimeError, match="the compiler was called"):
-        fresh(kernels._write, *WRITE)
+        fresh(formulas.write, *WRITE)
 
 
 def test_what_is_damaged_is_compiled_anew(cache):
     broken_library(cache)
-    assert isinstance(fresh(kernels._write, *WRITE), Native)
+    assert isinstance(fresh(formulas.write, *WRITE), Native)
     assert kernel_cache.load(entry(cache).stem) is not None
 
 
@@ -182,7 +182,7 @@ def test_a_kept_kernel_that_is_not_its_formula_is_compiled_anew(cache, monkeypat
     assert kernel_cache.load(entry(cache).stem) is not None
     monkeypatch.setattr(kernel_build, "library", no_compiler)
     with pytest.raises(RuntimeError, match="the compiler was called"):
-        fresh(kernels._write, *WRITE)
+        fresh(formulas.write, *WRITE)
     assert not entry(cache).exists()
 
 
@@ -218,10 +218,10 @@ def test_where_nothing_can_be_kept_the_kernels_run_all_the_same(cache, monkeypat
     for file in cache.iterdir():
         file.unlink()
     monkeypatch.setattr(kernel_cache, "_write", full)
-    assert isinstance(fresh(kernels._write, *WRITE, lambda *_: [(kernels._distance, *WRITE)]), Native)
+    assert isinstance(fresh(formulas.write, *WRITE, lambda *_: [(formulas.distance, *WRITE)]), Native)
     assert "the disk is full" in caplog.text
     monkeypatch.setattr(kernel_build, "library", no_compiler)
-    assert isinstance(compiling.compiled.__wrapped__(kernels._distance, *WRITE, CPU), Native)
+    assert isinstance(compiling.compiled.__wrapped__(formulas.distance, *WRITE, CPU), Native)
 
 
 @pytest.mark.long
@@ -235,8 +235,8 @@ def test_two_processes_at_once_agree(cache):
 
 
 def test_the_key_holds_kernel_dtypes_dimensions_and_processor(monkeypatch):
-    kinds = [(kernels._write, *WRITE), (kernels._distance, *WRITE), (kernels._write, WRITE[0], 2)]
-    kinds.append((kernels._write, (torch.bfloat16, torch.bfloat16, torch.float32), 1))
+    kinds = [(formulas.write, *WRITE), (formulas.distance, *WRITE), (formulas.write, WRITE[0], 2)]
+    kinds.append((formulas.write, (torch.bfloat16, torch.bfloat16, torch.float32), 1))
     names = {kernel_cache.key(*kind) for kind in kinds}
     monkeypatch.setattr(kernel_cache, "_facts", kernel_cache._facts.__wrapped__)
     assert kernel_cache.key(*kinds[0]) in names
@@ -293,7 +293,7 @@ def test_what_is_unfit_is_called_through_torch_compile(cache, monkeypatch, caplo
     called = []
     monkeypatch.setattr(torch, "compile", lambda kernel, **options: called.append(options) or kernel)
     entry(cache).unlink()
-    assert not isinstance(fresh(kernels._write, *WRITE), Native)
+    assert not isinstance(fresh(formulas.write, *WRITE), Native)
     assert called == [{"fullgraph": True, "dynamic": True}]
     assert "for a test" in caplog.text
 

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import qsam
-from qsam import compiling, kernel_build, kernels
+from qsam import compiling, formulas, kernel_build, kernels
+from qsam.backend import SMALLEST, using
 from qsam.functional import fake_quantize
 from qsam.kernels import Grid
 from qsam.quantizers import LSQ
@@ -33,7 +34,7 @@ DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long)]
 @pytest.fixture(autouse=True)
 def _backend() -> object:
     """Leave the process as it was."""
-    with kernels.using("auto"):
+    with using("auto"):
         yield
 
 
@@ -53,7 +54,7 @@ def passed(backend: str, q: LSQ, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return Q(x) and its gradients."""
     q.scale.grad = None
     leaf = x.detach().requires_grad_()
-    with kernels.using(backend):
+    with using(backend):
         out = q(leaf)
         out.backward(values(tuple(out.shape), out.dtype, 1))
     return out.detach(), leaf.grad, q.scale.grad
@@ -82,7 +83,7 @@ def test_codes_are_equal_bit_for_bit_at_every_width_and_on_ties():
             q = LSQ(bits=bits, signed=signed)
             q.scale.data.fill_(0.137)
             x = (torch.arange(-600, 600) / 2 * q.scale).detach().reshape(60, 20)
-            with torch.no_grad(), kernels.using("compiled"):
+            with torch.no_grad(), using("compiled"):
                 out = q(x)
             assert torch.equal(out, q.dequantize(q.codes(x)))
 
@@ -112,7 +113,7 @@ def test_a_scale_that_is_not_positive_is_the_eager_one(scale):
 def test_only_the_gradients_that_are_asked_for_are_computed():
     x = values((16, 16))
     q = lsq({}, x)
-    with kernels.using("compiled"):
+    with using("compiled"):
         (ds,) = torch.autograd.grad(q(x).sum(), q.scale)
         q.requires_grad_(False)
         leaf = x.clone().requires_grad_()
@@ -131,7 +132,7 @@ def test_a_layout_with_gaps_gives_what_its_copy_gives(layout):
         "sliced": x[:, ::2],
     }[layout]
     q = lsq({}, x)
-    with kernels.using("compiled"):
+    with using("compiled"):
         strided = x.detach().requires_grad_()
         dense = x.detach().contiguous().requires_grad_()
         (a,) = torch.autograd.grad(q(strided).square().sum(), strided)
@@ -149,9 +150,9 @@ def test_a_second_derivative_and_vmap_go_the_eager_way():
         (first,) = torch.autograd.grad(q(leaf).pow(3).sum(), leaf, create_graph=True)
         return torch.autograd.grad(first.sum(), leaf)[0]
 
-    with kernels.using("compiled"):
+    with using("compiled"):
         fused, mapped = second(x), torch.func.vmap(q)(x)
-    with kernels.using("eager"):
+    with using("eager"):
         assert torch.equal(fused, second(x))
         assert torch.equal(mapped, q(x))
 
@@ -162,7 +163,7 @@ def test_saved_for_backward_is_one_tensor_of_the_inputs_size_and_dtype():
         x = values((64, 64), dtype).requires_grad_()
         q = lsq({}, x.detach())
         with (
-            kernels.using("compiled"),
+            using("compiled"),
             torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t),
         ):
             q(x)
@@ -188,7 +189,7 @@ def test_the_verbs_are_their_formulas(rows):
     leaves = [w.clone().requires_grad_(), grid.scale.clone().requires_grad_()]
     q = fake_quantize(*leaves, grid.quant_min, grid.quant_max, grid.grad_scale)
     dw, ds = torch.autograd.grad(q, leaves, grad)
-    with kernels.using("compiled"):
+    with using("compiled"):
         assert kernels.write_(w, grid, p)
         assert torch.equal(p, q)
         assert bool(kernels.holds(w, grid, p))
@@ -206,7 +207,7 @@ def test_the_verbs_are_their_formulas(rows):
 @pytest.mark.parametrize(("entry", "expected"), [(0.123, False), (float("nan"), True)])
 def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expected):
     w, grid, grad, p = verbs(rows)
-    with kernels.using("compiled"):
+    with using("compiled"):
         kernels.write_(w, grid, p)
         p[3, 7] = entry
         assert bool(kernels.holds(w, grid, p)) is expected
@@ -217,7 +218,7 @@ def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expecte
 def test_a_write_counts_as_one_for_autograd():
     w, grid, _, p = verbs(1)
     version = p._version
-    with kernels.using("compiled"):
+    with using("compiled"):
         kernels.write_(w, grid, p)
     assert p._version > version
 
@@ -229,7 +230,7 @@ def test_training_agrees_between_the_back_ends(method, granularity):
         pytest.skip("nothing is quantized")
     found = []
     for backend in ("eager", "compiled"):
-        with kernels.using(backend):
+        with using(backend):
             model = method.model(MLP, **({"granularity": granularity} if method.quantizes else {}))
             optimizer = method(model, torch.optim.SGD, lr=0.05)
             train(optimizer, model, MLP, 4)
@@ -246,7 +247,7 @@ def test_after_an_exception_in_the_base_the_parked_latents_come_back(method):
             super().step(closure)
             raise OSError("the base fails")
 
-    with kernels.using("compiled"):
+    with using("compiled"):
         model = method.model(CONV)
         optimizer = method(model, Fails, lr=0.1)
         before = latents(optimizer, model)
@@ -264,9 +265,9 @@ def test_after_an_exception_in_the_base_the_parked_latents_come_back(method):
 def test_auto_leaves_small_tensors_eager_and_fuses_large_ones():
     grid = Grid(torch.ones(1), -8, 7, 1.0, 1)
     assert kernels.quantized(torch.ones(8, 8), grid) is None
-    assert kernels.quantized(torch.ones(kernels.SMALLEST), grid) is not None
-    with kernels.using("eager"):
-        assert kernels.quantized(torch.ones(kernels.SMALLEST), grid) is None
+    assert kernels.quantized(torch.ones(SMALLEST), grid) is not None
+    with using("eager"):
+        assert kernels.quantized(torch.ones(SMALLEST), grid) is None
 
 
 @pytest.mark.parametrize("backend", ["inductor", "Eager", None, 3])
@@ -289,9 +290,9 @@ def test_without_a_compiler_auto_is_eager_and_says_so_once(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(q(x), out)
-    with kernels.using("eager"):
+    with using("eager"):
         assert torch.equal(q(x), out)
-    with kernels.using("compiled"), pytest.raises(RuntimeError, match="no compiler was found"):
+    with using("compiled"), pytest.raises(RuntimeError, match="no compiler was found"):
         q(x)
 
 
@@ -304,7 +305,7 @@ def test_where_compiling_is_switched_off_auto_is_eager_and_says_so(monkeypatch):
         pytest.warns(UserWarning, match=r"run eagerly.*\(RuntimeError: torch.compile is switched off\)"),
     ):
         out = q(x)
-    with kernels.using("eager"):
+    with using("eager"):
         assert torch.equal(q(x), out)
 
 
@@ -312,9 +313,9 @@ def test_the_first_kernel_may_be_compiled_in_inference_mode_and_under_autocast(m
     monkeypatch.setattr(compiling, "compiled", compiling.compiled.__wrapped__)
     x = values((300, 300))
     q = lsq({}, x)
-    with kernels.using("compiled"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+    with using("compiled"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         out = q(x)
-    with kernels.using("eager"):
+    with using("eager"):
         assert torch.equal(q(x), out)
 
 
@@ -323,14 +324,14 @@ def test_a_compiled_model_holds_the_formulas_themselves():
     model = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 32))
     qsam.quantize_(model, rules=[("*", {})])
     qsam.calibrate(model, [x])
-    with kernels.using("compiled"):
+    with using("compiled"):
         expected = model(x)
         compiled = torch.compile(copy.deepcopy(model), backend="eager", fullgraph=True)
         torch.testing.assert_close(compiled(x), expected)
 
 
 def test_a_compiled_kernel_keeps_no_tensor():
-    kernel = compiling.compiled(kernels._distance, (torch.float64,) * 3, 1, torch.device("cpu"))
+    kernel = compiling.compiled(formulas.distance, (torch.float64,) * 3, 1, torch.device("cpu"))
     assert not [value for value in vars(kernel).values() if isinstance(value, Tensor)]
     w = torch.arange(70_000, dtype=torch.float64)
     assert kernel(w, w.clone(), torch.ones(1, dtype=torch.float64), torch.tensor([0.0, 1e5])) == 0
@@ -341,7 +342,7 @@ def test_a_weight_of_another_size_is_an_error_and_writes_no_memory(rows):
     """A kernel would write as many entries as the latent has."""
     model = nn.Sequential(nn.Linear(64, 32), nn.Linear(32, 4))
     qsam.quantize_(model, granularity="per_channel" if rows > 1 else "per_tensor", rules=[("*", {"activations": None})])
-    with kernels.using("compiled"):
+    with using("compiled"):
         optimizer = qsam.JointSAM(model, torch.optim.SGD, lr=0.1, rho=0.1)
         before = model[0].weight.data
         with pytest.raises(RuntimeError, match="size of tensor"), optimizer.latents():
@@ -361,7 +362,7 @@ def test_limits_are_fp32_whatever_the_default_dtype():
             for low, high in ((-8, 7), (-4, 3), (-16, 15)):
                 found = kernels.quantized(w, Grid(s, low, high, 0.01, 1))
                 assert torch.equal(found, fake_quantize(w, s, low, high, 0.01))
-            for kernel in (kernels._write, kernels._pull_back):  # its examples and its check
+            for kernel in (formulas.write, formulas.pull_back):  # its examples and its check
                 compiling.compiled.__wrapped__(kernel, dtypes_of(kernel), 1, torch.device("cpu"))
     finally:
         torch.set_default_dtype(torch.float32)
@@ -369,7 +370,7 @@ def test_limits_are_fp32_whatever_the_default_dtype():
 
 @pytest.mark.parametrize("shape", [(9, 20001), (16, 20000), (5, 3)])
 def test_a_tensor_that_does_not_fit_its_scales_is_left_to_the_formula(shape):
-    with kernels.using("compiled"):
+    with using("compiled"):
         assert kernels.quantized(values(shape), Grid(torch.full((8, 1), 0.1), -4, 3, 0.01, 8)) is None
 
 
@@ -391,7 +392,7 @@ def test_a_subclass_with_limits_of_its_own_keeps_them():
     q = lsq({}, values((300, 300)), bits=2)
     q.__class__ = Narrow
     for backend in ("compiled", "eager"):
-        with kernels.using(backend):
+        with using(backend):
             assert q(values((300, 300))).div(q.scale).round().unique().tolist() == [-1.0, 0.0, 1.0]
 
 
@@ -399,12 +400,12 @@ def test_what_memory_does_not_tell_goes_the_eager_way():
     """A lazy negation; batched gradients; a trace, a tangent and a mode, which would not see a kernel."""
     x = values((64, 64))
     q = lsq({}, x)
-    with kernels.using("eager"):
+    with using("eager"):
         expected = q(-x)
         leaf = x.clone().requires_grad_()
         grads = torch.stack([values((64, 64), seed=i) for i in range(3)])
         batched = torch.autograd.grad(q(leaf), (leaf, q.scale), grads, is_grads_batched=True)
-    with kernels.using("compiled"):
+    with using("compiled"):
         assert torch.equal(q(torch._neg_view(x)), expected)
         out = q(leaf)
         plain, negated = (torch.autograd.grad(out, leaf, g, retain_graph=True)[0] for g in (-x, torch._neg_view(x)))
@@ -431,12 +432,12 @@ def test_any_number_of_kinds_is_compiled():
     kinds = [((x, s), dims) for x in (torch.float32, torch.float64) for s in (torch.float32,) for dims in (1, 2)]
     kinds += [((x, torch.float64), dims) for x in (torch.float32, torch.float64, torch.bfloat16) for dims in (1, 2)]
     for (dtype, scale), dims in kinds:
-        compiling.compiled.__wrapped__(kernels._write, (dtype, dtype, scale), dims, device)
+        compiling.compiled.__wrapped__(formulas.write, (dtype, dtype, scale), dims, device)
     assert len(kinds) > 8
 
 
 KERNELS = [
-    getattr(kernels, f"_{name}")
+    getattr(formulas, name)
     for name in "write mask backward codes exact_codes pull_back scale_gradient distance rescale rescale_columns".split()
 ]
 
@@ -467,16 +468,16 @@ def test_a_kernel_sweeps_over_the_memory_once(kernel, dims):
 def writes_first(w, grad, p, grad_out, p_out, scale, limits):
     """What a compiler might make of a pull-back that it takes apart: p is gone when it is compared."""
     p_out.copy_(w)
-    return kernels._pull_back(w, grad, p, grad_out, p_out, scale, limits)
+    return formulas.pull_back(w, grad, p, grad_out, p_out, scale, limits)
 
 
 def wrong_sum(*tensors):
-    ds, far = kernels._pull_back(*tensors)
+    ds, far = formulas.pull_back(*tensors)
     return ds * 1.01, far
 
 
 def writes_too_much(w, grad, *others):
-    found = kernels._pull_back(w, grad, *others)
+    found = formulas.pull_back(w, grad, *others)
     w[..., 0] += 1.0
     return found
 
@@ -484,7 +485,7 @@ def writes_too_much(w, grad, *others):
 @pytest.mark.parametrize("wrong", [writes_first, wrong_sum, writes_too_much])
 @pytest.mark.parametrize("dims", [1, 2])
 def test_a_compiled_kernel_that_is_not_its_formula_is_refused(wrong, dims):
-    right = kernels._pull_back
+    right = formulas.pull_back
     dtypes, device = dtypes_of(right), torch.device("cpu")
     compiling._check(right, right, compiling._examples(right, dtypes, dims, device))
     with pytest.raises(RuntimeError, match="compiled kernel 'pull_back' does not compute what its formula does"):
@@ -497,9 +498,9 @@ def test_the_grid_that_a_quantizer_knows_is_that_of_now():
 
     def assert_now(q, x):
         assert q.grid(x) == q._new_grid(x)
-        with kernels.using("compiled"):
+        with using("compiled"):
             ours = q(x)
-        with kernels.using("eager"):
+        with using("eager"):
             assert torch.equal(ours, q(x))
 
     assert_now(q, x)

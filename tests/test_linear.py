@@ -14,7 +14,8 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import qsam
-from qsam import kernels, linear
+from qsam import linear
+from qsam.backend import using
 from qsam.functional import fake_quantize
 from tests.optim.methods import QUANTIZING
 
@@ -25,7 +26,7 @@ needs_instructions = pytest.mark.skipif(not linear._has_instructions(), reason="
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    with kernels.using("compiled"):
+    with using("compiled"):
         yield
 
 
@@ -257,7 +258,7 @@ def test_a_class_with_a_forward_of_its_own_gets_a_quantized_input():
 def test_small_and_eager_layers_are_multiplied_as_they_are(products, backend):
     module = layer(96, 72)
     x = drawn(130, 96)
-    with kernels.using(backend):
+    with using(backend):
         assert torch.equal(module(x), as_before(module, x))
     assert not products
 
@@ -339,7 +340,7 @@ def test_a_model_trains_as_without(method, products):
             loss.backward()
             return loss
 
-        with kernels.using(backend):
+        with using(backend):
             losses = [optimizer.step(closure).item() for _ in range(3)]
         return losses
 
