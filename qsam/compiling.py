@@ -117,14 +117,24 @@ def _build(kinds: Sequence[Kind]) -> None:
 
 
 def _keep(drafts: dict[str, kernel_build.Draft]) -> None:
-    """Compile drafts, by their keys, and keep what comes of it."""
+    """Compile drafts, by their keys, and keep what comes of it.
+
+    Raises:
+        RuntimeError: the C++ compiler fails, or the system does not load what it has made.
+    """
     with tempfile.TemporaryDirectory(prefix="qsam-", ignore_cleanup_errors=True) as place:
-        library = kernel_build.library(list(drafts.values()), Path(place))
+        places = [kernel_build.library(list(drafts.values()), Path(place))]
         try:
-            library = kernel_cache.store({name: each.plan for name, each in drafts.items()}, library)
+            places.insert(0, kernel_cache.store({name: each.plan for name, each in drafts.items()}, places[0]))
         except OSError as error:
             _log.warning("qsam cannot keep its kernels for the next process: %s", error)
-        _BUILT.update({name: Native(each.plan, library) for name, each in drafts.items()})
+        for library in places:
+            try:
+                _BUILT.update({name: Native(each.plan, library) for name, each in drafts.items()})
+                return
+            except (ImportError, AttributeError) as error:
+                _log.warning("qsam cannot load its kernels from %s: %s", library, error)
+        raise RuntimeError(f"compiled kernels cannot be loaded from {places[-1].parent}")
 
 
 @contextlib.contextmanager

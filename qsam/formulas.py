@@ -43,7 +43,7 @@ def rescale(  # noqa: PLR0917 (tensors of one kernel)
     product: Tensor, product_out: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bias: Tensor
 ) -> None:
     """Write ``product_out <- s_x s (product + shift) + bias``, with one s."""
-    product_out.copy_((product + shift).to(bias.dtype) * (positive(x_scale) * positive(scale)) + bias)
+    product_out.copy_((product + shift).to(bias.dtype) * positive(x_scale) * positive(scale) + bias)
 
 
 def rescale_columns(  # noqa: PLR0917

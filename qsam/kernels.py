@@ -193,12 +193,17 @@ def _scaled(ds: Tensor, grid: Grid) -> Tensor:
     return (ds if grid.rows == 1 == grid.scale.dim() else ds.view(grid.scale.shape)).mul_(grid.grad_scale)
 
 
+def alias(t: Tensor) -> Tensor:
+    """Return another tensor of the same values, to differentiate by it alone and not by what it was made of."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
 def _differentiable(x: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Return the gradients, with a graph of their own where graphs are made."""
     create_graph = torch.is_grad_enabled()
-    leaves = [t if t.requires_grad else t.detach().requires_grad_() for t in (x, scale)]
     shapes = ((-1,), (1,)) if grid.rows == 1 else ((grid.rows, -1), (-1, 1))
     with torch.enable_grad():
+        leaves = [alias(t) for t in (x, scale)]
         rows, column = (t.reshape(shape) for t, shape in zip(leaves, shapes, strict=True))
         out = fake_quantize(rows, column, grid.quant_min, grid.quant_max, grid.grad_scale).view(x.shape)
         dx, ds = torch.autograd.grad(out, leaves, grad, create_graph=create_graph)
@@ -297,7 +302,9 @@ def fuses(x: Tensor, grid: Grid) -> bool:
         return False
     if grid.rows > 1 and (x.shape[0] != grid.scale.shape[0] or x.numel() % grid.rows):
         return False  # the formula says what is wrong
-    return backend.is_plain(x) and backend.is_plain(grid.scale) and grid.scale.is_contiguous()
+    if not (backend.is_plain(x) and backend.is_plain(grid.scale) and grid.scale.is_contiguous()):
+        return False
+    return x.device == grid.scale.device
 
 
 def _is_alike(t: Tensor, like: Tensor) -> bool:

@@ -56,6 +56,10 @@ def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Pending | Non
         return None
     if x.device.type != "cpu" or x.dim() < 2 or not x.is_contiguous() or torch.is_autocast_enabled("cpu"):
         return None
+    if not torch._C._is_torch_function_enabled():
+        return None
+    if torch.is_grad_enabled() and not (x.requires_grad or grid.scale.requires_grad):
+        return None  # Q(x) is kept for dW, as any input is, and x need not stay as it is
     return Pending(x, grid, quantizer, module._modules.get("weight_quantizer"))  # type: ignore[arg-type]
 
 
@@ -99,10 +103,15 @@ class Pending:
 
 
 def _linear(pending: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if not all(t is None or (backend.is_plain(t) and t.dtype == torch.float32) for t in (weight, bias)):
-        return functional.linear(pending.quantizer(pending.x), weight, bias)
-    scale = pending.grid.scale
-    return _Linear.apply(pending.x, scale, weight, bias, pending.grid, pending.weights)  # type: ignore[no-any-return]
+    x, scale = pending.x, pending.grid.scale
+    fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and len(weight) > 0 and _is_like(weight, x)
+    if not fits or not (bias is None or (bias.shape == weight.shape[:1] and _is_like(bias, x))):
+        return functional.linear(pending.quantizer(x), weight, bias)
+    return _Linear.apply(x, scale, weight, bias, pending.grid, pending.weights)  # type: ignore[no-any-return]
+
+
+def _is_like(t: Tensor, x: Tensor) -> bool:
+    return t.dtype == x.dtype and t.device == x.device and backend.is_plain(t)
 
 
 class _Linear(torch.autograd.Function):
@@ -121,8 +130,15 @@ class _Linear(torch.autograd.Function):
         """Return y."""
         ctx.save_for_backward(x, scale, weight, bias)  # type: ignore[arg-type]
         ctx.grid = grid  # type: ignore[attr-defined]
-        found = _of_integers(x, grid, weight, bias, weights) if x.numel() >= SMALLEST * x.shape[-1] else None
-        return functional.linear(kernels.on_grid(x, grid), weight, bias) if found is None else found
+        out = x.new_empty(*x.shape[:-1], len(weight))  # not a view of a product: somebody may write into it
+        rows = out.view(-1, len(weight))
+        if not _of_integers(x, grid, weight, bias, weights, rows):
+            quantized = kernels.on_grid(x, grid).view(-1, x.shape[-1])
+            if bias is None:
+                torch.mm(quantized, weight.t(), out=rows)
+            else:
+                torch.addmm(bias, quantized, weight.t(), out=rows)
+        return out
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,40 +166,40 @@ def _differentiable(
 ) -> list[Tensor | None]:
     """Return the gradients of x, s, W and b, with a graph of their own where graphs are made."""
     create_graph = torch.is_grad_enabled()
-    x, scale, weight, bias = (
-        t if t is None or t.requires_grad or not need else t.detach().requires_grad_()
-        for t, need in zip(saved, needs, strict=True)
-    )
-    assert x is not None and scale is not None and weight is not None
     with torch.enable_grad():
-        out = functional.linear(fake_quantize(x, scale, grid.quant_min, grid.quant_max, grid.grad_scale), weight, bias)
-        wanted = [t for t, need in zip((x, scale, weight, bias), needs, strict=True) if need]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))  # type: ignore[arg-type]
+        leaves = [t if t is None or not need else kernels.alias(t) for t, need in zip(saved, needs, strict=True)]
+        x, scale, weight, bias = leaves
+        assert x is not None and scale is not None and weight is not None
+        quantized = fake_quantize(x, scale, grid.quant_min, grid.quant_max, grid.grad_scale)
+        out = functional.linear(quantized, weight, bias)
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
     return [next(found) if need else None for need in needs]
 
 
 # --- by integers ------------------------------------------------------------------------------------------------------
 
 
-def _of_integers(
-    x: Tensor, grid: kernels.Grid, weight: Tensor, bias: Tensor | None, weights: Quantizer | None
-) -> Tensor | None:
-    """Return y; None where an operand is not on its grid, or this processor has no use for integers."""
+def _of_integers(  # noqa: PLR0917
+    x: Tensor, grid: kernels.Grid, weight: Tensor, bias: Tensor | None, weights: Quantizer | None, out: Tensor
+) -> bool:
+    """Write y; return False where an operand is not on its grid, or this processor has no use for integers."""
     of_weight = None if weights is None or not _has_instructions() else weights.grid(weight)
     if of_weight is None or of_weight.quant_max >= formulas.OFFSET or of_weight.rows not in {1, len(weight)}:
-        return None
-    codes = kernels.exact_codes(weight, of_weight) if x.shape[-1] in COLUMNS else None
+        return False
+    if len(out) < SMALLEST or x.shape[-1] not in COLUMNS:
+        return False
+    if grid.scale.dtype != torch.float32 or of_weight.scale.dtype != torch.float32:
+        return False
+    codes = kernels.exact_codes(weight, of_weight)
     x_codes = None if codes is None else kernels.codes(x, grid)
     if codes is None or x_codes is None:
-        return None
-    count = len(weight)
-    out = x.new_empty(*x.shape[:-1], count)
-    rows = out.view(-1, count)
-    torch._int_mm(x_codes.view(-1, x.shape[-1]), codes.t(), out=rows.view(torch.int32))
-    integer, zero = _zeros(count)
+        return False
+    torch._int_mm(x_codes.view(-1, x.shape[-1]), codes.t(), out=out.view(torch.int32))
+    integer, zero = _zeros(len(weight))
     shift = codes.sum(1, dtype=torch.int32) * formulas.OFFSET if grid.quant_max >= formulas.OFFSET else integer
-    kernels.rescale_(rows, grid.scale, of_weight.scale, shift, zero if bias is None else bias)
-    return out
+    kernels.rescale_(out, grid.scale, of_weight.scale, shift, zero if bias is None else bias.contiguous())
+    return True
 
 
 @functools.cache

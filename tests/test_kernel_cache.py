@@ -313,3 +313,30 @@ def test_a_plan_that_cannot_be_followed_is_refused(change):
 def test_the_library_is_named_by_its_content(cache):
     for file in cache.glob("*.so"):
         assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def test_a_library_that_cannot_be_loaded_where_it_is_kept_is_loaded_where_it_was_built(cache, monkeypatch, caplog):
+    entry(cache).unlink()
+    tried = []
+
+    def picky(plan, library):
+        tried.append(library)
+        if library.parent == cache:
+            raise ImportError("failed to map segment")
+        return Native(plan, library)
+
+    monkeypatch.setattr(compiling, "Native", picky)
+    assert isinstance(fresh(formulas.write, *WRITE), Native)
+    assert "failed to map segment" in caplog.text
+    assert len({library.parent for library in tried}) == 2
+
+
+def test_a_library_that_cannot_be_loaded_at_all_is_a_failure_of_the_compiler(cache, monkeypatch):
+    entry(cache).unlink()
+
+    def none(plan, library):
+        raise ImportError("failed to map segment")
+
+    monkeypatch.setattr(compiling, "Native", none)
+    with pytest.raises(compiling.ERRORS, match="compiled kernels cannot be loaded"):
+        fresh(formulas.write, *WRITE)

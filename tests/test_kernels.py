@@ -504,7 +504,7 @@ def test_the_grid_that_a_quantizer_knows_is_that_of_now():
             assert torch.equal(ours, q(x))
 
     assert_now(q, x)
-    assert q.grid(x) is q.grid(x)
+    assert q._known is not None
     assert_now(q, x[:, :20].contiguous())
     q.bits = 3
     assert_now(q, x)
@@ -514,11 +514,34 @@ def test_the_grid_that_a_quantizer_knows_is_that_of_now():
     assert_now(q, x)
     q.scale.data = q.scale.data / 3
     assert_now(q, x)
+    q.granularity, q.axis, q.scale.data = "per_channel", 0, q.scale.data.expand(64, 1).contiguous()
+    assert_now(q, x)
     other = copy.deepcopy(q)
     assert other.grid(x).scale is other.scale
     torch.func.functional_call(q, {"scale": q.scale * 1.5}, (x,))
     assert q.grid(x).scale is q.scale
     copy.deepcopy(q)  # what it knows holds no graph
+
+
+def test_a_scale_elsewhere_is_not_for_a_kernel():
+    x = values((64, 40))
+    assert kernels.fuses(x, Grid(torch.ones(1), -8, 7, 1.0, 1)) is False, "auto, and small"
+    with using("compiled"):
+        assert kernels.fuses(x, Grid(torch.ones(1), -8, 7, 1.0, 1))
+        assert not kernels.fuses(x, Grid(torch.ones(1, device="meta"), -8, 7, 1.0, 1))
+
+
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_a_second_derivative_counts_what_an_input_was_made_of_once(backend):
+    """The input's history leads to the scale too."""
+    x = values((64, 40))
+    q = lsq({}, x, bits=4)
+    with using(backend):
+        out = q(q(x.requires_grad_()).tanh() * 2)
+        found = torch.autograd.grad(out.square().sum(), [x, q.scale], create_graph=True)
+    expected = torch.autograd.grad(q(q(x).tanh() * 2).square().sum(), [x, q.scale])
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 class Narrowing(LSQ):

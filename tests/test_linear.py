@@ -90,10 +90,10 @@ def gradients(module: nn.Linear, x: Tensor, run) -> list[Tensor]:
     granularity=st.sampled_from(["per_tensor", "per_channel"]), rows=st.integers(128, 200),
     features=st.integers(16, 70), out=st.integers(1, 70),
 )  # fmt: skip
-def test_a_product_of_integers_is_the_exact_one_rounded_three_times(
+def test_a_product_of_integers_is_the_exact_one_rounded_four_times(
     bits, activation_bits, signed, bias, granularity, rows, features, out
 ):
-    """acc -> fp32, times a rounded product of scales, plus b: a product in fp32 sums up `features` roundings."""
+    """acc -> fp32, times s_x, times s_W, plus b: a product in fp32 sums up `features` roundings."""
     module = layer(
         features, out, bits=bits, activation_bits=activation_bits, bias=bias, granularity=granularity, signed=signed
     )
@@ -101,7 +101,10 @@ def test_a_product_of_integers_is_the_exact_one_rounded_three_times(
     x = x if signed else x.relu()
     found = module(x)
     grid = module.input_quantizer.grid(x)
-    assert linear._of_integers(x, grid, module.weight, module.bias, module.weight_quantizer) is not None
+    with torch.no_grad():
+        rows = torch.empty(rows, out)
+        assert linear._of_integers(x, grid, module.weight, module.bias, module.weight_quantizer, rows)
+    assert torch.equal(rows, found)
     codes = module.input_quantizer.codes(x).double() @ module.weight_quantizer.codes(module.weight).double().t()
     steps = module.input_quantizer.scale.double() * module.weight_quantizer.scale.double().view(1, -1)
     exact = codes * steps
@@ -203,6 +206,56 @@ def test_an_input_that_was_written_over_is_refused():
     x.add_(1.0)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
+
+
+@pytest.mark.parametrize("on_grid", [True, False])
+@pytest.mark.parametrize("bias", [True, False])
+def test_the_output_may_be_written_into(on_grid, bias):
+    module = layer(96, 72, bias=bias, written=on_grid)
+    x = drawn(2, 5, 13, 96)
+    found = gradients(module, x, lambda t: module(t).tanh_())
+    expected = gradients(module, x, lambda t: as_before(module, t).tanh())
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@needs_instructions
+@pytest.mark.parametrize("make", [lambda n: drawn(2 * n)[::2], lambda n: torch.tensor([1.5]).expand(n)])
+def test_a_bias_of_any_layout_is_added(products, make):
+    module = layer(96, 72)
+    module.bias = nn.Parameter(make(72))
+    assert not module.bias.is_contiguous()
+    x = drawn(130, 96)
+    torch.testing.assert_close(module(x), as_before(module, x), rtol=1e-5, atol=1e-5)
+    assert products
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("whose", ["input_quantizer", "weight_quantizer"])
+def test_scales_of_other_dtypes_are_believed(dtype, whose):
+    module = layer(96, 72)
+    quantizer = module.get_submodule(whose)
+    quantizer.scale.data = quantizer.scale.data.to(dtype)
+    x = drawn(130, 96)
+    torch.testing.assert_close(module(x), as_before(module, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", [1e-19, 1e15])
+def test_scales_whose_product_is_no_number_give_the_right_one(size):
+    module = layer(96, 72, bias=False)
+    with torch.no_grad():
+        for quantizer in (module.input_quantizer, module.weight_quantizer):
+            quantizer.scale.mul_(size)
+        module.weight.copy_(module.weight_quantizer(module.weight * size))
+    x = drawn(130, 96) * size
+    expected = as_before(module, x)
+    assert ((module(x) - expected).abs().max() <= 1e-5 * expected.abs().max()) and expected.abs().max() > 0
+
+
+def test_what_is_wrong_is_said_by_torch():
+    module = layer(96, 72)
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        module(drawn(130, 95))
 
 
 # --- nobody can tell --------------------------------------------------------------------------------------------------
@@ -311,6 +364,44 @@ def test_second_derivatives_and_batched_gradients():
     (batched,) = torch.autograd.grad(module(x), x, grads, is_grads_batched=True)
     for found, grad in zip(batched, grads, strict=True):
         torch.testing.assert_close(found, torch.autograd.grad(module(x), x, grad)[0])
+
+
+@pytest.mark.parametrize("hooked", [True, False])
+def test_a_second_derivative_counts_a_layer_that_is_used_twice_as_often(hooked):
+    """With a hook of somebody else's the quantization is a node of its own."""
+    module = layer(96, 96)
+    if hooked:
+        module.register_forward_pre_hook(lambda m, args: None)
+    x = drawn(130, 96).requires_grad_()
+    leaves = [x, module.weight, module.bias, module.input_quantizer.scale]
+    found = torch.autograd.grad(module(module(x).tanh()).square().sum(), leaves, create_graph=True)
+    expected = torch.autograd.grad(as_before(module, as_before(module, x).tanh()).square().sum(), leaves)
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-2)
+    grads = drawn(2, 130, 96)
+    (batched,) = torch.autograd.grad(module(module(x).tanh()), module.weight, grads, is_grads_batched=True)
+    assert batched.shape == (2, 96, 96)
+
+
+def test_an_input_that_needs_no_gradient_may_change_where_scales_are_frozen():
+    module = layer(96, 72)
+    module.input_quantizer.scale.requires_grad_(False)
+    x = drawn(130, 96)
+    expected = as_before(module, x)
+    out = module(x)
+    x.zero_()
+    out.sum().backward()
+    assert torch.equal(out, expected)
+    assert module.weight.grad.abs().sum() > 0
+
+
+def test_where_functions_are_not_overridden_the_input_is_quantized_by_its_hook():
+    module = layer(96, 72)
+    x = drawn(130, 96)
+    with torch._C.DisableTorchFunctionSubclass():
+        assert torch.equal(module(x), as_before(module, x))
+    with torch._C.DisableTorchFunction():
+        assert torch.equal(module(x), as_before(module, x))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

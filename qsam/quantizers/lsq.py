@@ -40,6 +40,9 @@ class LSQ(Quantizer):
 
     scale: Tensor
 
+    _known: tuple[Any, Any] | None = None
+    """The last shape, which is mostly the next one, and its grid without the scale."""
+
     def __init__(
         self,
         *,
@@ -51,7 +54,6 @@ class LSQ(Quantizer):
     ) -> None:
         super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)
         self.scale = nn.Parameter(torch.ones(1))
-        self._known: tuple[Any, kernels.Grid] | None = None  # the grid of the last shape, which is mostly the next one
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
@@ -80,19 +82,14 @@ class LSQ(Quantizer):
         """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
         if torch.compiler.is_compiling():
             return None
-        key = (x.shape, self.bits, self.signed, self.granularity, self.axis, self.group_size)
-        known, scale = self._known, self.scale
-        if known is not None and known[0] == key and known[1].scale is scale:
-            return known[1]
+        scale, known = self.scale, self._known
+        key = (x.shape, scale.shape, self.bits, self.signed, self.granularity, self.axis, self.group_size)
+        if known is not None and known[0] == key:
+            return kernels.Grid(scale, *known[1])
         found = self._new_grid(x)
-        if found is not None and isinstance(scale, nn.Parameter) and self._limits_are_those_of_bits:
-            self._known = key, found
+        if found is not None and self._limits_are_those_of_bits:
+            self._known = key, found[1:]
         return found
-
-    @property
-    def _limits_are_those_of_bits(self) -> bool:
-        cls = type(self)
-        return cls.quant_min is Quantizer.quant_min and cls.quant_max is Quantizer.quant_max
 
     def _new_grid(self, x: Tensor) -> kernels.Grid | None:
         if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
@@ -101,6 +98,11 @@ class LSQ(Quantizer):
         if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
             return None
         return kernels.Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
+
+    @property
+    def _limits_are_those_of_bits(self) -> bool:
+        cls = type(self)
+        return cls.quant_min is Quantizer.quant_min and cls.quant_max is Quantizer.quant_max
 
     @property
     def _is_lsq(self) -> bool:
