@@ -53,12 +53,6 @@ def rescale_columns(  # noqa: PLR0917
     rescale(product, product_out, x_scale, column_scale, shift, bias)
 
 
-def mask(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> None:
-    """Write ``grad_out <- M(x) * grad``."""
-    s = positive(scale).to(wide_dtype(x.dtype))
-    grad_out.copy_(grad.masked_fill(clipped(x.to(s.dtype) / s, *limits.unbind()), 0))
-
-
 def backward(x: Tensor, grad: Tensor, grad_out: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     """Write ``grad_out <- M(x) * grad``; return ``<grad, dQ/ds>`` of each row."""
     s = positive(scale).to(wide_dtype(x.dtype))

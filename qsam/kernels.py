@@ -58,22 +58,18 @@ def on_grid(x: Tensor, grid: Grid) -> Tensor:
     return out
 
 
-def mask_(x: Tensor, grid: Grid, grad: Tensor, *, with_scale: bool) -> Tensor | None:
-    """Turn dL/dQ into dx, in place, in one sweep: ``grad <- M(x) * grad``; return ds, if it is wanted.
+def mask_(x: Tensor, grid: Grid, grad: Tensor) -> Tensor:
+    """Turn dL/dQ into dx, in place, in one sweep: ``grad <- M(x) * grad``; return ds.
 
     Args:
         x: What was quantized: dense in memory.
         grid: Of Q.
         grad: Of the layout of ``x``.
-        with_scale: Whether ds is wanted.
     """
-    return _masked_into(x, grid, grad, grad, with_scale)
+    return _masked_into(x, grid, grad, grad)
 
 
-def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor, with_scale: bool) -> Tensor | None:
-    if not with_scale:
-        _run(formulas.mask, grid, x, grad, out)
-        return None
+def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor) -> Tensor:
     return _scaled(_run(formulas.backward, grid, x, grad, out), grid).to(grid.scale.dtype)
 
 
@@ -186,7 +182,7 @@ class _Fused(torch.autograd.Function):
             return dx, ds, None
         laid_out = torch.contiguous_format if x.is_contiguous() else torch.channels_last
         grad, dx = grad.contiguous(memory_format=laid_out), torch.empty_like(x)
-        return dx, _masked_into(x, grid, grad, dx, ctx.needs_input_grad[1]), None  # type: ignore[attr-defined]
+        return dx, _masked_into(x, grid, grad, dx), None
 
 
 def _scaled(ds: Tensor, grid: Grid) -> Tensor:
@@ -273,7 +269,7 @@ def _of_a_step(
 ) -> Iterator[tuple[compiling.Kernel, tuple[torch.dtype, ...], int]]:
     """Yield what a step calls besides this kernel; the optimizer's part of it is of wide dtypes, integers of fp32."""
     x, scale = dtypes[0], dtypes[-1]
-    if kernel in {formulas.rescale, formulas.rescale_columns, formulas.mask}:
+    if kernel in {formulas.rescale, formulas.rescale_columns}:
         return
     names: list[tuple[compiling.Kernel, int]] = [(formulas.write, 2), (formulas.backward, 3)]
     if x == wide_dtype(x):

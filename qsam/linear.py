@@ -157,8 +157,8 @@ class _Linear(torch.autograd.Function):
         if needs[0] or needs[1]:
             dx = torch.empty_like(x) if dx is None else dx  # Q(x) has served: its memory is there
             torch.mm(rows, weight, out=dx.view(-1, x.shape[-1]))
-            ds = kernels.mask_(x, grid, dx, with_scale=needs[1])
-        return dx if needs[0] else None, ds, dw, rows.sum(0) if needs[3] else None, None, None
+            ds = kernels.mask_(x, grid, dx)
+        return dx if needs[0] else None, ds if needs[1] else None, dw, rows.sum(0) if needs[3] else None, None, None
 
 
 def _differentiable(

@@ -438,7 +438,7 @@ def test_any_number_of_kinds_is_compiled():
 
 KERNELS = [
     getattr(formulas, name)
-    for name in "write mask backward codes exact_codes pull_back scale_gradient distance rescale rescale_columns".split()
+    for name in "write backward codes exact_codes pull_back scale_gradient distance rescale rescale_columns".split()
 ]
 
 
