@@ -47,7 +47,16 @@ def measure(quick: bool = False) -> Json:
 
 def fits(weights: int) -> bool:
     """Whether there is memory for both models with their optimizers, and for what starts them."""
-    return COPIES_HELD * 4 * weights < os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return COPIES_HELD * 4 * weights < available_bytes()
+
+
+def available_bytes() -> int:
+    """Return the memory that a process can have, that of file caches included, where the system says so."""
+    path = Path("/proc/meminfo")
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        if line.startswith("MemAvailable:"):
+            return 1024 * int(line.split()[1])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def update(weights: int, rounds: int) -> Json:
