@@ -244,7 +244,7 @@ def _call(
     """Run a kernel compiled, or as it stands where compiling has failed.
 
     Args:
-        kernel: One of the above.
+        kernel: One of :mod:`qsam.formulas`.
         shape: Of the rows.
         tensors: The rows, in any shape: dense in memory, all alike.
         others: What comes after them.
