@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import Json, in_new_process, short
-from qsam import backend, compiling, kernel_cache, kernels
+from qsam import backend, compiling, kernel_cache, sweeps
 from qsam.quantizers.lsq import LSQ
 
 SHAPE = (384, 384)
@@ -79,11 +79,12 @@ def _calls() -> Iterator[tuple[str, Callable[[], Any]]]:
     quantizer.observe_(w)
     grid = quantizer.grid(w)
     assert grid is not None
-    yield "write", lambda: kernels.write_(w, grid, p)
+    weight = [sweeps.Weight(w, p, grid)]
+    yield "write", lambda: sweeps.write_(weight)
     yield "backward", lambda: torch.autograd.backward(quantizer(x), grad)
-    yield "compare", lambda: kernels.holds(w, grid, p)
-    yield "scale gradient", lambda: kernels.scale_gradient(w, grid, grad, p)
-    yield "pull back", lambda: kernels.pull_back_(w, grid, grad, p)
+    yield "perturb", lambda: sweeps.perturb_(weight, [grad], [torch.tensor(1e-6)])
+    yield "scale gradient", lambda: sweeps.scale_gradients(weight, [grad])
+    yield "pull back", lambda: sweeps.pull_back_(weight, [grad])
 
 
 if __name__ == "__main__":

@@ -17,16 +17,15 @@ import qsam
 from benchmarks.compile_time import compile_times
 from benchmarks.formulas import compiled, lsq
 from benchmarks.measure import Json, Variant, compared, interleaved, ratios, spread
-from qsam.latent import perturb_
+from qsam.latent import Target
 from qsam.quantizers.lsq import LSQ
-from qsam.slots import Slot
 
 Fake = Callable[[Tensor, Tensor], Tensor]
 
 WEIGHT = (3072, 768)
 ACTIVATION = (32, 64, 384)
 QUICK = (260, 256)
-BYTES = {"write": 8, "compare": 8, "pull back": 20, "scale gradient": 12, "perturb": 12, "norm": 4}
+BYTES = {"write": 8, "pull back": 20, "scale gradient": 12, "perturb": 16, "norm": 4}
 """Per fp32 weight. write: w, p. compare: w, p. pull back: w, grad, p, and writes grad and p. scale gradient: w, grad,
 p. perturb: p, d, and writes p. norm: d."""
 
@@ -123,17 +122,17 @@ def verbs(shape: tuple[int, ...], rounds: int) -> Json:
 
 def _verbs(optimizer: qsam.QAT, grad: Tensor) -> Iterator[Variant]:
     latents = optimizer.latents_of
-    slot: Slot = latents.slots[0]
-    tiny = torch.tensor(1e-6)
+    slots = latents.slots
+    target = Target(slots[0], slots[0].parameter, grad, torch.tensor(1e-6))
 
     def on_grid() -> None:
         latents.write()
+        slots[0].parameter.grad = grad
 
     yield Variant("write", latents.write)
-    yield Variant("compare", latents.compare, on_grid)
-    yield Variant("pull back", lambda: _no_grad(lambda: latents.pull_back_(slot, grad)), on_grid)
-    yield Variant("scale gradient", lambda: _no_grad(lambda: latents.scale_gradients(slot, grad)), on_grid)
-    yield Variant("perturb", lambda: perturb_([(slot.parameter, grad, tiny)]), on_grid)
+    yield Variant("pull back", lambda: _no_grad(lambda: list(latents.pull_back_(slots))), on_grid)
+    yield Variant("scale gradient", lambda: _no_grad(lambda: list(latents.scale_gradients(slots))), on_grid)
+    yield Variant("perturb", lambda: latents.perturb_([target]), on_grid)
     yield Variant("norm", lambda: torch.linalg.vector_norm(grad))
 
 

@@ -1,10 +1,10 @@
 """Compiling a kernel: once for all sizes, kept on the disk, called without guards, and checked against its formula.
 
-A kernel is a function of tensors: rows ``(n,)`` or ``(R, n)`` first, then their scales ``(1,)`` or ``(R, 1)`` and the
-two limits; or, where rows are a product, two scales, a shift and a bias ``(n,)``. One that writes has parameters for
-that: ``out``; or ``x_out``, which is the very memory that it was given as ``x``. The compiler is not told that they are
-one. What it writes is right all the same if each entry is read before it is written, as in one sweep, and whether that
-is so is tried out.
+A kernel is a function of tensors: rows ``(n,)`` or ``(R, n)`` first, then their scales ``(1,)`` or ``(R, 1)``, the two
+limits, and perhaps a coefficient ``(1,)``; or, where rows are a product, two scales, a shift and a bias ``(n,)``. One
+that writes has parameters for that: ``out``; or ``x_out``, which is the very memory that it was given as ``x``. The
+compiler is not told that they are one. What it writes is right all the same if each entry is read before it is written,
+as in one sweep, and whether that is so is tried out.
 
 On a CPU :mod:`qsam.kernel_build` makes it a C function, :mod:`qsam.kernel_cache` keeps that, and
 :class:`qsam.native.Native` calls it. Elsewhere it is ``torch.compile``'s.
@@ -179,7 +179,9 @@ def _examples(kernel: Kernel, dtypes: Dtypes, dims: int, device: torch.device, *
     names = inspect.signature(kernel).parameters
     if "limits" in names:
         scale = line(0.2, 0.3, rows or 1).view(-1, *[1] * bool(rows))
-        return [*found, scale.to(dtypes[-1]), torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)]
+        limits = torch.tensor([-2.0, 1.0], device=device, dtype=torch.float32)
+        after = [line(0.7, 0.8, 1).to(dtypes[0])] if "coefficient" in names else []
+        return [*found, scale.to(dtypes[-1]), limits, *after]
     scales = [line(0.2, 0.3, 1), line(0.3, 0.4, columns if "column_scale" in names else 1)]
     return [*found, *scales, line(-9, 9, columns).int(), line(-1.0, 1.0, columns)]
 

@@ -80,6 +80,16 @@ def scale_gradient(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Te
     return ds, _farthest(codes * s, p)
 
 
+def perturb(  # noqa: PLR0917
+    w: Tensor, p: Tensor, step: Tensor, p_out: Tensor, scale: Tensor, limits: Tensor, coefficient: Tensor
+) -> Tensor:
+    """Write ``p_out <- Q(w) + coefficient * step``; return what :func:`distance` does of p as it was."""
+    q = _codes_times_scale(w, scale, limits)
+    far = _farthest(q, p)
+    p_out.copy_(q + step * coefficient)
+    return far
+
+
 def distance(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     """Return the largest distance of Q(w) and p, of each row."""
     return _farthest(_codes_times_scale(w, scale, limits), p)

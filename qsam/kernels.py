@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -70,7 +70,7 @@ def mask_(x: Tensor, grid: Grid, grad: Tensor) -> Tensor:
 
 
 def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor) -> Tensor:
-    return _scaled(_run(formulas.backward, grid, x, grad, out), grid).to(grid.scale.dtype)
+    return scaled(_run(formulas.backward, grid, x, grad, out), grid).to(grid.scale.dtype)
 
 
 def codes(x: Tensor, grid: Grid) -> Tensor | None:
@@ -80,7 +80,7 @@ def codes(x: Tensor, grid: Grid) -> Tensor | None:
         x: Contiguous, of fp32.
         grid: With one scale. Where it ends above 127, the integers are less by ``formulas.OFFSET``.
     """
-    if not _fit(grid, x):
+    if not fit(grid, x):
         return None
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     largest: Tensor = _run(formulas.codes, grid, x, out)
@@ -92,7 +92,7 @@ def exact_codes(x: Tensor, grid: Grid) -> Tensor | None:
 
     A first row is tried alone: what is off the grid need not be read to its end.
     """
-    if not _fit(grid, x):
+    if not fit(grid, x):
         return None
     out = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale, limits = grid.scale, _limit_tensor(grid.quant_min, grid.quant_max, x.device)
@@ -102,44 +102,6 @@ def exact_codes(x: Tensor, grid: Grid) -> Tensor | None:
         if (far if grid.rows == 1 else far.amax()).item() != 0:  # NaN too
             return None
     return out
-
-
-def write_(w: Tensor, grid: Grid, out: Tensor) -> bool:
-    """Write ``out <- Q(w; s)`` in one sweep; return False, and do nothing, where that cannot be fused."""
-    fits = _fit(grid, w) and _is_alike(out, w)
-    if fits:
-        _run(formulas.write, grid, w, out)
-        _note_write(out)
-    return fits
-
-
-def pull_back_(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor | bool] | None:
-    """Pull ``grad`` back in place, and park w in ``p``: all that an update does to a weight, in one sweep.
-
-    ``grad <- M * grad``, ``p <- w``.
-
-    Args:
-        w: The latent.
-        grid: Of Q.
-        grad: dL/dQ, of the dtype of ``w``; becomes dw.
-        p: What holds Q(w), of the dtype of ``w``; becomes w, the copy to which a failed step returns.
-
-    Returns:
-        ds, and whether ``p`` held Q(w), or a NaN somewhere; None, and nothing is done, where that cannot be fused.
-    """
-    if not _fit(grid, w, grad, p):
-        return None
-    ds, far = _run(formulas.pull_back, grid, w, grad, p, grad, p)
-    _note_write(grad, p)
-    return _scaled(ds, grid), _near(far)
-
-
-def scale_gradient(w: Tensor, grid: Grid, grad: Tensor, p: Tensor) -> tuple[Tensor, Tensor | bool] | None:
-    """Return what :func:`pull_back_` returns, and leave ``grad`` and ``p`` as they are."""
-    if not _fit(grid, w, grad, p):
-        return None
-    ds, far = _run(formulas.scale_gradient, grid, w, grad, p)
-    return _scaled(ds, grid), _near(far)
 
 
 def rescale_(product: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bias: Tensor) -> None:
@@ -155,11 +117,6 @@ def rescale_(product: Tensor, x_scale: Tensor, scale: Tensor, shift: Tensor, bia
     kernel = formulas.rescale if scale.numel() == 1 else formulas.rescale_columns
     rows, others = (product.view(torch.int32), product), (x_scale, scale, shift, bias)
     _call(kernel, product.shape, rows, others, (_ROW,) * len(others))
-
-
-def holds(w: Tensor, grid: Grid, p: Tensor) -> Tensor | bool | None:
-    """Return whether ``p`` holds Q(w; s), or a NaN somewhere, in one sweep; None where that cannot be fused."""
-    return _near(_run(formulas.distance, grid, w, p)) if _fit(grid, w, p) else None
 
 
 class _Fused(torch.autograd.Function):
@@ -185,7 +142,8 @@ class _Fused(torch.autograd.Function):
         return dx, _masked_into(x, grid, grad, dx), None
 
 
-def _scaled(ds: Tensor, grid: Grid) -> Tensor:
+def scaled(ds: Tensor, grid: Grid) -> Tensor:
+    """Return what a kernel has summed up, as the gradient of the grid's scale."""
     return (ds if grid.rows == 1 == grid.scale.dim() else ds.view(grid.scale.shape)).mul_(grid.grad_scale)
 
 
@@ -206,15 +164,6 @@ def _differentiable(x: Tensor, scale: Tensor, grid: Grid, grad: Tensor) -> tuple
     return dx, ds
 
 
-def _near(far: Tensor) -> Tensor | bool:
-    """Whether no distance is above 0; also where a NaN is among them, which others report.
-
-    On a CPU it is known now; elsewhere to ask would wait for the device.
-    """
-    largest = far if far.numel() == 1 else far.amax()
-    return not largest.item() > 0 if far.device.type == "cpu" else ~(largest.view(()) > 0)
-
-
 # --- calling them ---------------------------------------------------------------------------------------------------
 
 
@@ -228,10 +177,24 @@ def _shapes(grid: Grid) -> Sequence[Sequence[int]]:
 
 def _run(kernel: compiling.Kernel, grid: Grid, *tensors: Tensor) -> Any:
     """Run a kernel on rows of a grid, in any shape, and its scales and limits."""
+    return bound(kernel, grid, tensors)()
+
+
+def bound(
+    kernel: compiling.Kernel, grid: Grid, tensors: Sequence[Tensor], others: Sequence[Tensor] = ()
+) -> Callable[[], Any]:
+    """Return what is left to do, once everything is known, to run a kernel on rows of a grid.
+
+    Args:
+        kernel: One of :mod:`qsam.formulas`.
+        grid: Whose scales and limits it takes.
+        tensors: The rows, in any shape: dense in memory, all alike.
+        others: What comes after scales and limits, of one entry each.
+    """
     first, scale = tensors[0], grid.scale
     shape = (first.numel(),) if grid.rows == 1 else (grid.rows, first.numel() // grid.rows)
     limits = _limit_tensor(grid.quant_min, grid.quant_max, first.device)
-    return _call(kernel, shape, tensors, (scale, limits), _shapes(grid))
+    return _bound(kernel, shape, tensors, (scale, limits, *others), (*_shapes(grid), *[_ROW] * len(others)))
 
 
 def _call(
@@ -241,7 +204,17 @@ def _call(
     others: Sequence[Tensor],
     shapes: Sequence[Sequence[int]],
 ) -> Any:
-    """Run a kernel compiled, or as it stands where compiling has failed.
+    return _bound(kernel, shape, tensors, others, shapes)()
+
+
+def _bound(
+    kernel: compiling.Kernel,
+    shape: Sequence[int],
+    tensors: Sequence[Tensor],
+    others: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+) -> Callable[[], Any]:
+    """Return the call of a kernel, compiled, or as it stands where compiling has failed.
 
     Args:
         kernel: One of :mod:`qsam.formulas`.
@@ -258,10 +231,20 @@ def _call(
         except compiling.ERRORS as error:
             backend.note_failure(error)
     if isinstance(call, Native):  # it sees memory: no shapes, nothing of autograd
-        return call.run(shape, (*tensors, *others))
-    with torch.no_grad():
-        rows = [_flat(t)[: math.prod(shape)].view(shape) for t in tensors]
-        return call(*rows, *(t.detach().view(s) for t, s in zip(others, shapes, strict=True)))
+        return call.bound(shape, (*tensors, *others))
+    return functools.partial(_run_by_torch, call, shape, tensors, others, shapes)
+
+
+@torch.no_grad()
+def _run_by_torch(
+    call: compiling.Kernel,
+    shape: Sequence[int],
+    tensors: Sequence[Tensor],
+    others: Sequence[Tensor],
+    shapes: Sequence[Sequence[int]],
+) -> Any:
+    rows = [_flat(t)[: math.prod(shape)].view(shape) for t in tensors]
+    return call(*rows, *(t.detach().view(s) for t, s in zip(others, shapes, strict=True)))
 
 
 def _of_a_step(
@@ -273,7 +256,7 @@ def _of_a_step(
         return
     names: list[tuple[compiling.Kernel, int]] = [(formulas.write, 2), (formulas.backward, 3)]
     if x == wide_dtype(x):
-        names += [(formulas.distance, 2), (formulas.scale_gradient, 3), (formulas.pull_back, 5)]
+        names += [(formulas.distance, 2), (formulas.scale_gradient, 3), (formulas.pull_back, 5), (formulas.perturb, 4)]
     for each, tensors in names:
         yield each, (*[x] * tensors, scale), dims
     if x == torch.float32:
@@ -284,12 +267,6 @@ def _of_a_step(
 def _flat(t: Tensor) -> Tensor:
     """Return a view of dense memory in its order."""
     return t.detach().view(-1) if t.is_contiguous() else t.detach().permute(0, 2, 3, 1).view(-1)
-
-
-def _note_write(*tensors: Tensor) -> None:
-    """Count a version of what a kernel wrote, so that autograd refuses to use what it has saved of it."""
-    for t in tensors:
-        torch.autograd.graph.increment_version(t)
 
 
 def fuses(x: Tensor, grid: Grid) -> bool:
@@ -303,7 +280,7 @@ def fuses(x: Tensor, grid: Grid) -> bool:
     return x.device == grid.scale.device
 
 
-def _is_alike(t: Tensor, like: Tensor) -> bool:
+def is_alike(t: Tensor, like: Tensor) -> bool:
     """Whether ``t`` is plain, and as large as ``like`` and where that is."""
     return t.shape == like.shape and t.device == like.device and t.is_contiguous() and backend.is_plain(t)
 
@@ -312,12 +289,12 @@ def _is_channels_last(x: Tensor, grid: Grid) -> bool:
     return grid.rows == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def _fit(grid: Grid, *tensors: Tensor) -> bool:
+def fit(grid: Grid, *tensors: Tensor) -> bool:
     """Whether these are contiguous tensors of one wide dtype, and worth a kernel."""
     first = tensors[0]
     if not fuses(first, grid) or first.dtype != wide_dtype(first.dtype):
         return False
-    return all(t.dtype == first.dtype and _is_alike(t, first) for t in tensors)
+    return all(t.dtype == first.dtype and is_alike(t, first) for t in tensors)
 
 
 @functools.lru_cache(maxsize=256)

@@ -13,14 +13,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam import kernels, shards
+from qsam import shards, sweeps
 from qsam.attach import coverage_of, quantize_, refuse_overflow
 from qsam.coverage import Coverage, owner_of, set_owner
 from qsam.functional import wide_dtype
@@ -38,6 +38,22 @@ _OVERFLOW = (
     "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
     "infinity there: keep the parameters in fp32 under autocast, lower `scale_lr`, or start from the last checkpoint."
 )
+
+
+class Target(NamedTuple):
+    """What is perturbed.
+
+    Attributes:
+        slot: Its slot, where it is a quantized weight; else None.
+        parameter: The Parameter.
+        direction: d, of its shape.
+        coefficient: c, a scalar tensor.
+    """
+
+    slot: Slot | None
+    parameter: Tensor
+    direction: Tensor
+    coefficient: Tensor
 
 
 class Latents:
@@ -152,9 +168,8 @@ class Latents:
         """Write ``p <- Q(w)``, in place, and remember how p looks now."""
         if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
             shards.reshard_(self.root)
-        for slot in self.slots:
-            grid = self._grid(slot)
-            if grid is None or not kernels.write_(slot.latent, grid, slot.parameter):
+        for slot, written in zip(self.slots, sweeps.write_(self._weights(self.slots)), strict=True):
+            if not written:
                 slot.parameter.copy_(slot.quantized())
             slot.parked = False
         self.shifted = False
@@ -304,38 +319,66 @@ class Latents:
                 )
 
     @torch.no_grad()
-    def compare(self) -> None:
-        """Note whether each p holds Q(w), for a step whose perturbed pass writes p before the pull-back compares it."""
-        for slot in self.slots:
-            grid = self._grid(slot)
-            same = None if grid is None else kernels.holds(slot.latent, grid, slot.parameter)
+    def compare(self, slots: Sequence[Slot]) -> None:
+        """Note whether each p holds Q(w), before it is perturbed: after that the pull-back cannot compare it."""
+        if self.noisy:
+            return  # noise() has looked, and p holds what it drew
+        for slot, same in zip(slots, sweeps.holds(self._weights(slots)), strict=True):
             if same is None:
                 self._note_value(slot, slot.quantized())
             else:
                 self._note_verdict(slot, same)
 
-    def pull_back_(self, slot: Slot, grad: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Do what :meth:`pull_back` does, in one sweep where a kernel can: ``grad`` becomes dw, and p is parked."""
-        grid = self._grid(slot)
-        found = None if grid is None else kernels.pull_back_(slot.latent, grid, grad, slot.parameter)
-        if found is None:
+    @torch.no_grad()
+    def perturb_(self, targets: Sequence[Target]) -> None:
+        """Add ``c * d`` to each target, and note whether each p held Q(w), in one sweep where a kernel can."""
+        ours = [target for target in targets if target.slot is not None]
+        slots = [target.slot for target in ours if target.slot is not None]
+        directions, coefficients = [shards.local(t.direction) for t in ours], [t.coefficient for t in ours]
+        verdicts = sweeps.perturb_(self._weights(slots), directions, coefficients)
+        done = set()
+        for slot, same in zip(slots, verdicts, strict=True):
+            if same is not None:
+                self._note_verdict(slot, same)
+                done.add(id(slot))
+        self.compare([slot for slot in self.slots if id(slot) not in done])
+        for target in targets:
+            if target.slot is None or id(target.slot) not in done:
+                add_(target.parameter, target.direction, target.coefficient)
+
+    def pull_back_(self, slots: Sequence[Slot]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
+        """Do what :meth:`pull_back` does to the gradients of these p, in one sweep where a kernel can.
+
+        There the gradient becomes dw, and p is parked. Elsewhere dw is made when it is asked for, so that memory for
+        one is enough where the gradient is let go of before the next.
+        """
+        found = sweeps.pull_back_(self._weights(slots), _gradients(slots))
+        for slot, fused in zip(slots, found, strict=True):
+            slot.parked = slot.parked or fused is not None
+        yield from (self._pulled_back(slot, fused) for slot, fused in zip(slots, found, strict=True))
+
+    def scale_gradients(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
+        """Return the second part of :meth:`pull_back_` alone; gradients and p stay as they are."""
+        found = sweeps.scale_gradients(self._weights(slots), _gradients(slots))
+        yield from (self._pulled_back(slot, fused)[1] for slot, fused in zip(slots, found, strict=True))
+
+    def _pulled_back(self, slot: Slot, fused: tuple[Tensor, sweeps.Verdict] | None) -> tuple[Tensor, dict[str, Tensor]]:
+        (grad,) = _gradients([slot])
+        if fused is None:
             return self.pull_back(slot, grad)
-        slot.parked = True
-        self._note_verdict(slot, found[1])
-        return grad, {"scale": found[0]}
+        self._note_verdict(slot, fused[1])
+        return grad, {"scale": fused[0]}
 
-    def scale_gradients(self, slot: Slot, grad: Tensor) -> dict[str, Tensor]:
-        """Return the second part of :meth:`pull_back` alone."""
-        grid = self._grid(slot)
-        found = None if grid is None else kernels.scale_gradient(slot.latent, grid, grad, slot.parameter)
-        if found is None:
-            return self.pull_back(slot, grad)[1]
-        self._note_verdict(slot, found[1])
-        return {"scale": found[0]}
-
-    def _grid(self, slot: Slot) -> kernels.Grid | None:
-        """Return the grid of a Q(w) that the kernels know."""
-        return None if self.noisy or slot.shift is not None else slot.quantizer.grid(slot.latent)
+    def _weights(self, slots: Iterable[Slot]) -> list[sweeps.Weight]:
+        """Return these weights as kernels see them; without a grid where p is another Q than theirs."""
+        return [
+            sweeps.Weight(
+                slot.latent,
+                slot.parameter,
+                None if self.noisy or slot.shift is not None else slot.quantizer.grid(slot.latent),
+            )
+            for slot in slots
+        ]
 
     def pull_back(self, slot: Slot, grad: Tensor, *, compare: bool = True) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the VJP of Q at (w, parameters) applied to ``grad``; at w + e where ``slot.shift`` holds an e.
@@ -425,18 +468,22 @@ def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
 
 
 @torch.no_grad()
-def perturb_(targets: Iterable[tuple[Tensor, Tensor, Tensor]]) -> None:
-    """Add ``c * d`` to each target in place, without a temporary: ``(target, d, c)`` with c a scalar tensor.
+def add_(target: Tensor, direction: Tensor, coefficient: Tensor) -> None:
+    """Add ``c * d`` in place, without a temporary: c is a scalar tensor.
 
     A 16-bit target is added to in fp32 and then rounded.
     """
-    for whole, steps, coefficient in targets:
-        target, direction = shards.local(whole), shards.local(steps)
-        if wide_dtype(target.dtype) == target.dtype:
-            target.addcmul_(direction.to(target.dtype), coefficient.to(target.dtype))
-        else:
-            wide = wide_dtype(target.dtype)
-            target.copy_(target.to(wide).addcmul_(direction.to(wide), coefficient.to(wide)))
+    target, direction = shards.local(target), shards.local(direction)
+    if wide_dtype(target.dtype) == target.dtype:
+        target.addcmul_(direction.to(target.dtype), coefficient.to(target.dtype))
+    else:
+        wide = wide_dtype(target.dtype)
+        target.copy_(target.to(wide).addcmul_(direction.to(wide), coefficient.to(wide)))
+
+
+def _gradients(slots: Sequence[Slot]) -> list[Tensor]:
+    """Return the gradients of these p, of which each has one."""
+    return [grad for slot in slots if (grad := slot.parameter.grad) is not None]
 
 
 def _refuse_foreign(paths: list[str]) -> None:

@@ -167,11 +167,20 @@ class Native:
 
     def run(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> Any:
         """Run it on rows of this shape."""
+        return self.bound(shape, tensors)()
+
+    def bound(self, shape: Sequence[int], tensors: Sequence[Tensor]) -> Callable[[], Any]:
+        """Return what is left to do, once everything is known, to run it on rows of this shape."""
         made = [make(shape) for make in self._makers] if self._makers else ()
         sizes = shape if self._told_shape else [_size(size, shape) for size in self.plan.sizes]
-        self._function(*self._pick((*tensors, *made, *sizes)))
-        returned = self.plan.returned
-        return tuple([made[i] for i in returned]) if len(returned) > 1 else made[returned[0]] if returned else None
+        function, arguments, returned = self._function, self._pick((*tensors, *made, *sizes)), self.plan.returned
+        found = tuple([made[i] for i in returned]) if len(returned) > 1 else made[returned[0]] if returned else None
+
+        def run() -> Any:
+            function(*arguments)
+            return found
+
+        return run
 
 
 @functools.cache

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import qsam
-from qsam import compiling, formulas, kernel_build, kernels
+from qsam import compiling, formulas, kernel_build, kernels, sweeps
 from qsam.backend import SMALLEST, using
 from qsam.functional import fake_quantize
 from qsam.kernels import Grid
 from qsam.quantizers import LSQ
+from qsam.sweeps import Weight
 from tests.models import CONV, MLP
 from tests.optim.methods import METHODS, QUANTIZING, assert_on_grid, latents, train
 
@@ -190,11 +191,11 @@ def test_the_verbs_are_their_formulas(rows):
     q = fake_quantize(*leaves, grid.quant_min, grid.quant_max, grid.grad_scale)
     dw, ds = torch.autograd.grad(q, leaves, grad)
     with using("compiled"):
-        assert kernels.write_(w, grid, p)
+        assert sweeps.write_([Weight(w, p, grid)]) == [True]
         assert torch.equal(p, q)
-        assert bool(kernels.holds(w, grid, p))
-        found, same = kernels.scale_gradient(w, grid, grad, p)
-        pulled, same_too = kernels.pull_back_(w, grid, grad, p)
+        assert bool(sweeps.holds([Weight(w, p, grid)])[0])
+        ((found, same),) = sweeps.scale_gradients([Weight(w, p, grid)], [grad])
+        ((pulled, same_too),) = sweeps.pull_back_([Weight(w, p, grid)], [grad])
     assert bool(same)
     assert bool(same_too)
     assert_sums_agree(found, ds, w.numel())
@@ -204,22 +205,52 @@ def test_the_verbs_are_their_formulas(rows):
 
 
 @pytest.mark.parametrize("rows", ROWS)
+def test_perturbing_adds_c_times_d_to_what_is_on_the_grid(rows):
+    w, grid, direction, p = verbs(rows)
+    version, coefficient = p._version, torch.tensor(0.37)
+    with using("compiled"):
+        sweeps.write_([Weight(w, p, grid)])
+        expected = p.clone().addcmul_(direction, coefficient)
+        kept = direction.clone()
+        (same,) = sweeps.perturb_([Weight(w, p, grid)], [direction], [coefficient])
+        assert bool(same)
+        torch.testing.assert_close(p, expected, rtol=2e-7, atol=1e-7)  # addcmul rounds once
+        assert torch.equal(direction, kept)
+        assert p._version > version
+        assert sweeps.perturb_([Weight(w, p, grid)], [direction], [coefficient]) == [False], "p is not Q(w) now"
+        assert sweeps.perturb_([Weight(w, p, None)], [direction], [coefficient]) == [None]
+        assert sweeps.perturb_([Weight(w, p, grid)], [direction.t()], [coefficient]) == [None]
+
+
+def test_weights_that_fit_are_swept_and_the_others_are_left_alone():
+    (w, grid, grad, p), (other, _, _, _) = verbs(1), verbs(1)
+    held = torch.zeros_like(p)
+    weights = [Weight(other.t(), held, grid), Weight(w, p, grid), Weight(other, held, None)]
+    with using("compiled"):
+        assert sweeps.write_(weights) == [False, True, False]
+        found = sweeps.pull_back_(weights, [grad.t(), grad, grad.clone()])
+    assert [each is not None for each in found] == [False, True, False]
+    assert torch.equal(p, w)
+    assert not held.any()
+
+
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("entry", "expected"), [(0.123, False), (float("nan"), True)])
 def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expected):
     w, grid, grad, p = verbs(rows)
     with using("compiled"):
-        kernels.write_(w, grid, p)
+        sweeps.write_([Weight(w, p, grid)])
         p[3, 7] = entry
-        assert bool(kernels.holds(w, grid, p)) is expected
-        assert bool(kernels.scale_gradient(w, grid, grad, p)[1]) is expected
-        assert bool(kernels.pull_back_(w, grid, grad, p)[1]) is expected
+        assert bool(sweeps.holds([Weight(w, p, grid)])[0]) is expected
+        assert bool(sweeps.scale_gradients([Weight(w, p, grid)], [grad])[0][1]) is expected
+        assert bool(sweeps.pull_back_([Weight(w, p, grid)], [grad])[0][1]) is expected
 
 
 def test_a_write_counts_as_one_for_autograd():
     w, grid, _, p = verbs(1)
     version = p._version
     with using("compiled"):
-        kernels.write_(w, grid, p)
+        sweeps.write_([Weight(w, p, grid)])
     assert p._version > version
 
 
@@ -350,8 +381,9 @@ def test_a_weight_of_another_size_is_an_error_and_writes_no_memory(rows):
         assert model[0].weight.shape == (4, 4)
         model[0].weight.data = before
         grid = optimizer.latents_of.slots[0].quantizer.grid(before)
-        assert not kernels.write_(before, grid, torch.zeros(32))
-        assert kernels.holds(before, grid, torch.zeros(32)) is None
+        weights = [Weight(before, torch.zeros(32), grid)]
+        assert sweeps.write_(weights) == [False]
+        assert sweeps.holds(weights) == [None]
 
 
 def test_limits_are_fp32_whatever_the_default_dtype():

@@ -76,7 +76,7 @@ class Passes:
         """
         self._refuse_inside_block("first_pass")
         self._refuse_second_shift()
-        self._check_weights()
+        self._check_guard()
         self._note_random_start()
         perturbed, self._scales_turn = self._perturbed, False
         if self.blocks != ("first_pass",):  # in a step without perturbation gradients add up as in any loop
@@ -126,7 +126,7 @@ class Passes:
                 self.latents_of.open_block("perturbed")
                 gather = perturbation.gather_known if known else perturbation.gather
                 ascents = gather(self.latents_of, self.base.state)
-                perturbation.apply(ascents, self._rho_of(), self._ascent_sign(), self.steps)
+                perturbation.apply(self.latents_of, ascents, self._rho_of(), self._ascent_sign(), self.steps)
                 del ascents  # else the first pass's gradients would live through this one: a copy of all the weights
                 if self._measure:
                     self._measured, self._measure = perturbation_figures(self.latents_of), False
@@ -156,7 +156,7 @@ class Passes:
             )
         if passes == 1:
             if not self._ascent_ready:
-                self._check_weights()
+                self._check_guard()
                 self._note_random_start()
         elif not (self._ascent_ready and self._has_gradients()):
             raise RuntimeError(
@@ -205,14 +205,11 @@ class Passes:
     def _check_alternates(self, verb: str) -> None:
         raise RuntimeError(f"{type(self).__name__} steps weights and scales together: {verb}() belongs to SQuAT.")
 
-    def _check_weights(self) -> None:
-        """Refuse to start where somebody else wrote the weights; a write through ``.data`` shows at the update."""
-        self._check_guard()
-        if self.perturbation is not None:
-            self.latents_of.compare()
-
     def _check_guard(self) -> None:
-        """Let all processes of the training look at their weights, and raise together."""
+        """Refuse to start where somebody else wrote the weights; a write through ``.data`` shows at the update.
+
+        All processes of the training look, and raise together.
+        """
         self._meet()
         self.latents_of.check(lambda flag: self.ranks.any(flag, self.latents_of))
 

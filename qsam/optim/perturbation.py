@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.latent import Latents, perturb_
+from qsam.latent import Latents, Target, add_
 from qsam.optim.directions import DIRECTIONS, Ascent
 from qsam.optim.ranks import SCOPES, owned_copy
 from qsam.shards import local, whole
@@ -137,12 +137,20 @@ class Perturbation:
         return self.gather(latents, base_state, known)
 
     @torch.no_grad()
-    def apply(self, ascents: Sequence[Ascent], rho_of: Callable[[nn.Parameter], float], sign: float, step: int) -> None:
-        """Add ``e`` to every target.
+    def apply(
+        self,
+        latents: Latents,
+        ascents: Sequence[Ascent],
+        rho_of: Callable[[nn.Parameter], float],
+        sign: float,
+        step: int,
+    ) -> None:
+        """Add ``e`` to every target; the latents note whether each p held Q(w).
 
         A zero or non-finite norm gives e = 0: the step is then the unperturbed one.
 
         Args:
+            latents: The model's latents.
             ascents: From :meth:`gather`.
             rho_of: The radius of each parameter's group.
             sign: 1, or -1 where the base maximizes.
@@ -164,11 +172,12 @@ class Perturbation:
             inverse * rho_of(a.parameter) * (1.0 if u is None else u) for a, u in zip(ascents, units, strict=True)
         ]
         if self.inside:
+            latents.compare(latents.slots)
             self._shift(ascents, directions, coefficients)
             return
-        targets = [(a.parameter, d, c) for a, d, c in zip(ascents, directions, coefficients, strict=True)]
-        perturb_(targets)
-        if not self._warned_16_bit and any(t.dtype in (torch.float16, torch.bfloat16) for t, _, _ in targets):
+        targets = [Target(a.slot, a.parameter, d, c) for a, d, c in zip(ascents, directions, coefficients, strict=True)]
+        latents.perturb_(targets)
+        if not self._warned_16_bit and any(t.parameter.dtype in (torch.float16, torch.bfloat16) for t in targets):
             self._warn_16_bit(ascents, targets)
 
     def _directions(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
@@ -193,7 +202,7 @@ class Perturbation:
         """Write ``p <- Q(w + e)`` and keep e, which the pull-back needs; float parameters take e directly."""
         for a, d, c in zip(ascents, directions, coefficients, strict=True):
             if a.slot is None:
-                perturb_([(a.parameter, d, c)])
+                add_(a.parameter, d, c)
             else:
                 a.slot.shift = d.to(a.slot.latent.dtype) * c.to(a.slot.latent.dtype)
                 a.parameter.copy_(a.slot.fake_quantize(a.slot.latent + a.slot.shift))
@@ -212,12 +221,12 @@ class Perturbation:
             stacklevel=4,
         )
 
-    def _warn_16_bit(self, ascents: Sequence[Ascent], targets: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+    def _warn_16_bit(self, ascents: Sequence[Ascent], targets: Sequence[Target]) -> None:
         """Say once how much of e survives the rounding of 16-bit parameters."""
         self._warned_16_bit = True
         asked, got = 0.0, 0.0
         before = {id(p): values for p, values in self._float_copies}
-        for a, (target, d, c) in zip(ascents, targets, strict=True):
+        for a, (_, target, d, c) in zip(ascents, targets, strict=True):
             old = a.slot.quantized() if a.slot is not None else before[id(a.parameter)]
             asked += float(whole(d.float() * c.float()).square().sum())
             got += float(whole(target.float() - old.float()).square().sum())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -75,47 +75,56 @@ class Update(Passes):
         self._passes_made = 0
         self.ranks.verify(self.latents_of)
 
-    def _pull_back(self, pull: Callable[[Slot, Tensor], dict[str, Tensor]]) -> dict[int, Tensor]:
+    def _pull_back(self, pull: Callable[[Sequence[Slot]], Iterable[dict[str, Tensor]]]) -> dict[int, Tensor]:
         """Return the scales' gradients by the id of the scale.
 
         Args:
-            pull: Takes a weight and its gradient, and returns the gradients of the quantizer's parameters by name.
+            pull: Takes weights that have gradients, and returns for each the gradients of its quantizer's parameters by
+                name.
         """
         grads: dict[int, Tensor] = {}
         owned = {id(p) for p in self._parameters()}
-        for slot in self.latents_of.slots:
-            p = slot.parameter
-            if p.grad is None:
-                continue
-            if id(p) not in owned:
+        slots = [slot for slot in self.latents_of.slots if slot.parameter.grad is not None]
+        for slot in slots:
+            if id(slot.parameter) not in owned:
                 raise RuntimeError(
                     f"the quantized weight {slot.path!r} has a gradient, but its Parameter is in no group: it was "
-                    "unfrozen "
-                    "(call add_param_group), or replaced (build the optimizer afterwards)."
+                    "unfrozen (call add_param_group), or replaced (build the optimizer afterwards)."
                 )
-            for name, gradient in pull(slot, p.grad).items():
+        for slot, found in zip(slots, pull(slots), strict=True):
+            for name, gradient in found.items():
                 grads[id(getattr(slot.quantizer, name))] = gradient
         for scale in self.scale_slots:
             if scale.parameter.grad is not None:
                 grads[id(scale.parameter)] = scale.parameter.grad
         return grads
 
-    def _consume(self, slot: Slot, grad: Tensor) -> dict[str, Tensor]:
-        """Put dw on the latent, in the memory of ``grad`` if it fits."""
-        if self.ste == "identity":
-            ds = self.latents_of.scale_gradients(slot, grad)
-            slot.latent.grad = grad.to(slot.latent.dtype)
-        else:
-            slot.latent.grad, ds = self.latents_of.pull_back_(slot, grad)
-        slot.parameter.grad = None
-        return ds
+    def _consume(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
+        """Put dw on each latent, in the memory of p's gradient if it fits."""
+        if self.ste == "clipped":
+            for slot, (dw, ds) in zip(slots, self.latents_of.pull_back_(slots), strict=True):
+                slot.latent.grad, slot.parameter.grad = dw, None
+                yield ds
+            return
+        for slot, ds in zip(slots, self.latents_of.scale_gradients(slots), strict=True):
+            self._take_as_it_is(slot)
+            yield ds
 
-    def _differentiate(self, slot: Slot, grad: Tensor) -> dict[str, Tensor]:
-        """Put dw on the latent, and leave p as it is."""
-        dw, ds = self.latents_of.pull_back(slot, grad)
-        slot.latent.grad = dw if self.ste == "clipped" else grad.to(dw.dtype)
-        slot.parameter.grad = None
-        return ds
+    def _differentiate(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
+        """Put dw on each latent, and leave p as it is."""
+        for slot in slots:
+            assert slot.parameter.grad is not None
+            dw, ds = self.latents_of.pull_back(slot, slot.parameter.grad)
+            if self.ste == "clipped":
+                slot.latent.grad, slot.parameter.grad = dw, None
+            else:
+                self._take_as_it_is(slot)
+            yield ds
+
+    def _take_as_it_is(self, slot: Slot) -> None:
+        """Put p's gradient on the latent: dw of the identity's straight-through estimator."""
+        assert slot.parameter.grad is not None
+        slot.latent.grad, slot.parameter.grad = slot.parameter.grad.to(slot.latent.dtype), None
 
     def _step_base(self, closure: Closure | None = None) -> Any:
         """Step the base optimizer on the latents; after an exception they are what they were before."""
