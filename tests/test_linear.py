@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import qsam
-from qsam import linear
+from qsam import kernels, linear
 from qsam.backend import using
 from qsam.functional import fake_quantize
 from tests.optim.methods import QUANTIZING
@@ -120,6 +120,25 @@ def test_a_weight_off_its_grid_is_multiplied_as_it_is(products, granularity):
     x = drawn(130, 128)
     assert torch.equal(module(x), as_before(module, x))
     assert not products
+
+
+@needs_instructions
+@pytest.mark.parametrize(("case", "in_perturbed"), [(3, 0), (2, 1)])
+def test_a_perturbed_weight_is_not_looked_at_unless_it_was_quantized_after(case, in_perturbed, products, monkeypatch):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Linear(128, 96))
+    qsam.quantize_(module, rules=[("*", {"bits": 4, "activation_bits": 8})])
+    qsam.calibrate(module, [drawn(130, 128)])
+    optimizer = qsam.SAQ(module, torch.optim.SGD, lr=0.01, rho=0.1, case=case)
+    looks = []
+    exact_codes = kernels.exact_codes
+    monkeypatch.setattr(kernels, "exact_codes", lambda *a: looks.append(a) or exact_codes(*a))
+    for block, expected in ((optimizer.first_pass, 1), (optimizer.perturbed, in_perturbed)):
+        looks.clear()
+        products.clear()
+        with block():
+            module(drawn(130, 128)).square().sum().backward()
+        assert (len(looks), len(products)) == (expected, expected)
 
 
 @needs_instructions

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam.inputs import frozen
+from qsam.linear import off_grid
 from qsam.optim.diagnostics import perturbation_figures
 from qsam.optim.perturbation import Perturbation
 from qsam.optim.ranks import Ranks, owned_copy
@@ -121,6 +122,7 @@ class Passes:
             with (
                 contextlib.nullcontext() if alone else self._later_pass(self._random_starts[-1]),
                 frozen(),
+                contextlib.nullcontext() if perturbation.inside else off_grid(),
                 self.latents_of.noise("perturbed"),
             ):
                 self.latents_of.open_block("perturbed")
