@@ -7,6 +7,7 @@ operations each one's bytes are counted, and its bandwidth is compared with a co
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -26,8 +27,10 @@ WEIGHT = (3072, 768)
 ACTIVATION = (32, 64, 384)
 QUICK = (260, 256)
 BYTES = {"write": 8, "pull back": 20, "scale gradient": 12, "perturb": 16, "norm": 4}
-"""Per fp32 weight. write: w, p. compare: w, p. pull back: w, grad, p, and writes grad and p. scale gradient: w, grad,
-p. perturb: p, d, and writes p. norm: d."""
+"""Per fp32 weight. write: w, p. pull back: w, grad, p, and writes grad and p. scale gradient: w, grad, p. perturb: w,
+p, d, and writes p. norm: d."""
+PRODUCTS = ((512, 384, 1536), (512, 1536, 384), (2048, 384, 1536), (2048, 1536, 384))
+"""Tokens, features and outputs of Linear layers."""
 
 
 def measure(quick: bool = False) -> Json:
@@ -42,6 +45,7 @@ def measure(quick: bool = False) -> Json:
         "settings": {"rounds": rounds, "reference": "three copies", "bytes_per_weight": BYTES},
         "fake_quantize": [fake_quantization(*size, rounds) for size in sizes],
         "verbs": verbs(QUICK if quick else WEIGHT, rounds),
+        "products": [product(*shape, rounds) for shape in (((130, 32, 48),) if quick else PRODUCTS)],
         "compile_seconds": None if quick else compile_times(),
     }
 
@@ -100,6 +104,25 @@ def _passes(x: Tensor, grad: Tensor, quantizer: LSQ) -> Iterator[Variant]:
         yield Variant(f"qsam, {backend}", run, lambda backend=backend: qsam.set_backend(backend))  # type: ignore[misc]
     for name, way in ways.items():
         yield Variant(name, both(way, s))
+
+
+def product(tokens: int, features: int, outputs: int, rounds: int) -> Json:
+    """Time ``X W^T`` of codes, 8 bits by 4: in fp32, as integers, and in bf16, which holds them exactly.
+
+    A backward multiplies codes by a gradient, which takes three terms in bf16, and so a sum three times as long.
+    """
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randint(-128, 128, (tokens, features), generator=generator).to(torch.int8)
+    w = torch.randint(-8, 8, (outputs, features), generator=generator).to(torch.int8)
+    ways: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = {
+        "fp32": (torch.mm, x.float(), w.float()),
+        "int8": (torch._int_mm, x, w),
+        "bf16": (torch.mm, x.bfloat16(), w.bfloat16()),
+        "bf16, three terms": (torch.mm, x.bfloat16().repeat(1, 3), w.bfloat16().repeat(1, 3)),
+    }
+    variants = [Variant(name, functools.partial(mm, a, b.t())) for name, (mm, a, b) in ways.items()]
+    times = interleaved(variants, rounds, warmup=3)
+    return {"case": f"{tokens}x{features} by {features}x{outputs}", "variants": compared(times, "fp32")}
 
 
 # --- the optimizer's operations on one weight -------------------------------------------------------------------------

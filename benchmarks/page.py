@@ -110,6 +110,12 @@ def kernel_tables(result: Json) -> Iterator[str]:
         (f"one operation on one {verbs['case']}", "bytes a weight", "ms", "share of a copy's bandwidth", "eager, ms"),
         *(_verb(result, name) for name in verbs["compiled"]),
     )
+    yield ""
+    products = result["products"]
+    yield from table(
+        ("one product, against fp32", *(case["case"] for case in products)),
+        *((way, *(between(case["variants"][way]["ratio"]) for case in products)) for way in products[0]["variants"]),
+    )
     if result["compile_seconds"] is not None:
         yield ""
         yield from _compile_table(result["compile_seconds"])

@@ -19,7 +19,8 @@ from qsam.registry import nearest
 BACKENDS = ("auto", "eager", "compiled")
 
 SMALLEST = 2**16
-"""Entries from which ``"auto"`` compiles: a small model gains little and need not wait for a compiler."""
+"""Entries from which ``"auto"`` compiles, of one input, or of all weights of a model together: a small model gains
+little and need not wait for a compiler."""
 
 
 @dataclasses.dataclass
@@ -38,8 +39,8 @@ def set_backend(backend: str) -> None:
 
     Args:
         backend: ``"eager"``: one torch operation after the other. ``"compiled"``: fused by torch's compiler, an error
-            where that fails. ``"auto"`` (the beginning): fused for tensors of 65,536 entries or more, eager for smaller
-            ones and where compiling fails, which is said once.
+            where that fails. ``"auto"`` (the beginning): fused for inputs of 65,536 entries or more and for models with
+            as many quantized weights, eager for smaller ones and where compiling fails, which is said once.
 
     On a CPU a Linear layer is fused with the quantization of its input. Where the processor has instructions for int8
     (VNNI), the input 128 rows or more, and the weight is on its grid, it multiplies integers. That is rounded less

@@ -269,9 +269,15 @@ def _flat(t: Tensor) -> Tensor:
     return t.detach().view(-1) if t.is_contiguous() else t.detach().permute(0, 2, 3, 1).view(-1)
 
 
-def fuses(x: Tensor, grid: Grid) -> bool:
-    """Whether ``x`` is worth a kernel, fits the grid, and is plain: a kernel sees memory, and nobody sees a kernel."""
-    if not backend.wants(x.numel()) or x.numel() <= grid.rows or backend.is_watched():
+def fuses(x: Tensor, grid: Grid, entries: int | None = None) -> bool:
+    """Whether ``x`` is worth a kernel, fits the grid, and is plain: a kernel sees memory, and nobody sees a kernel.
+
+    Args:
+        x: What is to be quantized.
+        grid: Of Q.
+        entries: How many entries the same kernel will see in a row; by default, those of ``x``.
+    """
+    if not backend.wants(entries or x.numel()) or x.numel() <= grid.rows or backend.is_watched():
         return False
     if grid.rows > 1 and (x.shape[0] != grid.scale.shape[0] or x.numel() % grid.rows):
         return False  # the formula says what is wrong
@@ -289,10 +295,10 @@ def _is_channels_last(x: Tensor, grid: Grid) -> bool:
     return grid.rows == 1 and x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last)
 
 
-def fit(grid: Grid, *tensors: Tensor) -> bool:
-    """Whether these are contiguous tensors of one wide dtype, and worth a kernel."""
+def fit(grid: Grid, *tensors: Tensor, entries: int | None = None) -> bool:
+    """Whether these are contiguous tensors of one wide dtype, and worth a kernel; see :func:`fuses`."""
     first = tensors[0]
-    if not fuses(first, grid) or first.dtype != wide_dtype(first.dtype):
+    if not fuses(first, grid, entries) or first.dtype != wide_dtype(first.dtype):
         return False
     return all(t.dtype == first.dtype and is_alike(t, first) for t in tensors)
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -24,20 +23,15 @@ from qsam import shards, sweeps
 from qsam.attach import coverage_of, quantize_, refuse_overflow
 from qsam.coverage import Coverage, owner_of, set_owner
 from qsam.functional import wide_dtype
-from qsam.inputs import NAME as INPUT_NAME
+from qsam.guard import Guard
 from qsam.inputs import is_sharded
 from qsam.policy import unwrap_model
-from qsam.quantizers import Identity, Noise, Quantizer
-from qsam.slots import Slot, is_on_grid, noise_streams, refuse_moved, same_values, slot_of
+from qsam.quantizers import Noise, Quantizer
+from qsam.slots import Slot, noise_streams, same_values, slot_of
 
 _log = logging.getLogger("qsam")
 _BLOCK = "_qsam_block"
 """Attribute of the root module: the name of the open block in which p is not Q(w)."""
-
-_OVERFLOW = (
-    "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
-    "infinity there: keep the parameters in fp32 under autocast, lower `scale_lr`, or start from the last checkpoint."
-)
 
 
 class Target(NamedTuple):
@@ -66,10 +60,9 @@ class Latents:
 
     Attributes:
         sharded: Whether ``fully_shard`` was called on the model, so that each process holds a part of it.
+        guard: Sees what others do to the weights.
         noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
         shifted: Whether p was left at Q(w) + e: the guard has looked before, and the update will write it.
-        fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
-            bring others than those that the model had at construction.
 
     Raises:
         RuntimeError: another optimizer owns this model's weights.
@@ -80,16 +73,12 @@ class Latents:
         self.root = unwrap_model(model)
         self.coverage = coverage
         self.slots: list[Slot] = []
-        self._seen: list[tuple[Any, ...]] = []
-        self._suspects: list[tuple[str, Tensor | bool]] = []
         self.sharded = False
         self.noisy = False
         self.shifted = False
-        self.fresh = True
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
-        self._attached: list[tuple[nn.Module, str, Quantizer]] = []
-        self._overflows: list[tuple[str, Tensor]] = []
+        self.guard = Guard(coverage)
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
                 "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
@@ -98,7 +87,6 @@ class Latents:
         if coverage is None:
             self.settle()
             return
-        self._attached = _places(coverage)
         slots = [slot_of(row.name, row.module, row.attr) for row in coverage.quantized]
         for slot in slots:
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
@@ -173,7 +161,7 @@ class Latents:
                 slot.parameter.copy_(slot.quantized())
             slot.parked = False
         self.shifted = False
-        self._seen = [slot.fingerprint() for slot in self.slots]
+        self.guard.remember(self.slots)
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
         if vars(self.root).pop(_BLOCK, None) is not None:
@@ -188,7 +176,7 @@ class Latents:
             self.write()
         else:
             self.shifted = True
-            self._seen = [slot.fingerprint() for slot in self.slots]
+            self.guard.remember(self.slots)
 
     def end_shift(self) -> None:
         """Write p where it was left shifted and no update has come."""
@@ -207,7 +195,7 @@ class Latents:
         """Set ``w <- p`` from what the model holds now, and write Q(w)."""
         for slot in self.slots:
             slot.latent.copy_(slot.parameter)
-        self._suspects.clear()
+        self.guard.forgive()
         self.write()
 
     @torch.no_grad()
@@ -242,7 +230,7 @@ class Latents:
             return
         self.check()
         for slot in self.slots:
-            self._note_value(slot, slot.quantized())
+            self.guard.note_value(slot, slot.quantized())
         self.noisy = True
         try:
             with self._drawing():
@@ -269,65 +257,26 @@ class Latents:
             noise.advance()
 
     def check(self, agree: Callable[[bool], bool] | None = None) -> None:
-        """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`.
-
-        A changed fingerprint with equal values is no alarm (DDP broadcasts at construction).
+        """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`; see :class:`Guard`.
 
         Args:
             agree: Tells whether a flag is set in any process; None where the others may not be asking.
-
-        Raises:
-            RuntimeError: the model's weights are not the Q(w) that were left there, its quantizers are others, or it is
-                on another device.
-            ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
-        self.check_attached()
-        refuse_moved(self.slots)
-        overflown = [path for path, flag in self._overflows if bool(flag)]
-        self._overflows.clear()
-        if overflown:
-            raise ValueError(_OVERFLOW.format(overflown[0]))
-        if self.fresh:
-            self.fresh = False
-            self._say_if_on_grid()
-        late = [path for path, flag in self._suspects if bool(flag)]
-        self._suspects.clear()
-        changed = [slot for slot, seen in zip(self.slots, self._seen, strict=True) if slot.fingerprint() != seen]
-        if self.sharded:  # to compare takes all processes, and so does what comes next
-            agree = self._any_process
-            changed = self.slots if agree(bool(changed)) else []
-        foreign = list(dict.fromkeys([s.path for s in changed if not same_values(s.parameter, s.quantized())] + late))
-        if bool(foreign) if agree is None else agree(bool(foreign)):
-            _refuse_foreign(foreign)
-        self._seen = [slot.fingerprint() for slot in self.slots] if changed else self._seen
+        self.guard.check(self.slots, agree, self._any_process if self.sharded else None)
 
     def _any_process(self, flag: bool) -> bool:
         return shards.any_process(flag, self.root.parameters())
 
-    def check_attached(self) -> None:
-        """Refuse to go on if the model no longer has the quantizers that this optimizer was built with.
-
-        Raises:
-            RuntimeError: they were taken off, or replaced.
-        """
-        for module, name, quantizer in self._attached:
-            if getattr(module, name, None) is not quantizer:
-                raise RuntimeError(
-                    "the quantizers that this optimizer was built on have been taken off its model (dequantize_): it "
-                    "can no longer be used. Build a new one; to keep its full-precision weights, call "
-                    "qsam.dequantize_(model, optimizer), with the optimizer."
-                )
-
     @torch.no_grad()
     def compare(self, slots: Sequence[Slot]) -> None:
         """Note whether each p holds Q(w), before it is perturbed: after that the pull-back cannot compare it."""
-        if self.noisy:
-            return  # noise() has looked, and p holds what it drew
+        if self.noisy or self.shifted:
+            return  # the guard has looked, and p holds a draw, or what was added to
         for slot, same in zip(slots, sweeps.holds(self._weights(slots)), strict=True):
             if same is None:
-                self._note_value(slot, slot.quantized())
+                self.guard.note_value(slot, slot.quantized())
             else:
-                self._note_verdict(slot, same)
+                self.guard.note(slot, same)
 
     @torch.no_grad()
     def perturb_(self, targets: Sequence[Target]) -> None:
@@ -339,7 +288,7 @@ class Latents:
         done = set()
         for slot, same in zip(slots, verdicts, strict=True):
             if same is not None:
-                self._note_verdict(slot, same)
+                self.guard.note(slot, same)
                 done.add(id(slot))
         self.compare([slot for slot in self.slots if id(slot) not in done])
         for target in targets:
@@ -366,7 +315,8 @@ class Latents:
         (grad,) = _gradients([slot])
         if fused is None:
             return self.pull_back(slot, grad)
-        self._note_verdict(slot, fused[1])
+        if not self.shifted:
+            self.guard.note(slot, fused[1])
         return grad, {"scale": fused[0]}
 
     def _weights(self, slots: Iterable[Slot]) -> list[sweeps.Weight]:
@@ -400,42 +350,13 @@ class Latents:
             )
         point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
         out, dw, ds = shards.pull_back(slot.quantizer, point, grad, self._with_graph)
-        if compare and slot.shift is None:
-            self._note_value(slot, slot.quantized() if self.noisy else out)
+        if compare and slot.shift is None and not self.shifted:
+            self.guard.note_value(slot, slot.quantized() if self.noisy else out)
         return dw, ds
 
     def _with_graph(self, run: Callable[[], Tensor]) -> Tensor:
         with torch.enable_grad(), self._drawing() if self.noisy else contextlib.nullcontext():
             return run()
-
-    def _note_value(self, slot: Slot, out: Tensor) -> None:
-        """Compare p with the Q(w) just computed; the verdict is read at the next check, without a device sync now.
-
-        It catches writes through ``.data``, which leave no trace in the fingerprint.
-        """
-        if self.shifted:
-            return
-        p, out = shards.local(slot.parameter), shards.local(out)
-        if p.dtype == torch.float16:
-            self._overflows.append((slot.path, (torch.isinf(p) & torch.isfinite(out)).any()))
-        if p.device.type == "cpu" and torch.equal(out.to(p.dtype), p):
-            return  # the usual case in one sweep; elsewhere to read the verdict now would wait for the device
-        self._note_verdict(slot, ((out.to(p.dtype) == p) | torch.isnan(p)).all())
-
-    def _note_verdict(self, slot: Slot, same: Tensor | bool) -> None:
-        if not self.shifted and same is not True:
-            self._suspects.append((slot.path, True if same is False else ~same))
-
-    def _say_if_on_grid(self) -> None:
-        rows = [slot for slot in self.slots if not isinstance(slot.quantizer, Identity)]
-        found = [is_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
-        if found and all(found):
-            warnings.warn(
-                "the model's weights are on the quantization grid already: training starts from rounded weights. The "
-                "full-precision weights live in the optimizer only: load its state_dict to go on from them.",
-                UserWarning,
-                stacklevel=5,
-            )
 
 
 def open_block(root: nn.Module) -> str | None:
@@ -484,21 +405,6 @@ def add_(target: Tensor, direction: Tensor, coefficient: Tensor) -> None:
 def _gradients(slots: Sequence[Slot]) -> list[Tensor]:
     """Return the gradients of these p, of which each has one."""
     return [grad for slot in slots if (grad := slot.parameter.grad) is not None]
-
-
-def _refuse_foreign(paths: list[str]) -> None:
-    where = repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "of another rank"
-    raise RuntimeError(
-        f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
-        "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
-    )
-
-
-def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:
-    """Return every quantizer with the module and the name where it is attached."""
-    weights = ((row.module, f"{row.attr}_quantizer", row.quantizer) for row in coverage.weights)
-    inputs = ((row.module, INPUT_NAME, row.quantizer) for row in coverage.inputs)
-    return [(module, name, quantizer) for module, name, quantizer in (*weights, *inputs) if quantizer is not None]
 
 
 def _allow_state_dict(root: nn.Module) -> None:

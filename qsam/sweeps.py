@@ -41,9 +41,10 @@ Verdict = Tensor | bool
 
 def write_(weights: Sequence[Weight]) -> list[bool]:
     """Write ``p <- Q(w; s)``; return for which weights that was done."""
+    entries = _entries(weights)
     calls = [
         kernels.bound(formulas.write, grid, (w, p))
-        if grid is not None and kernels.fit(grid, w) and kernels.is_alike(p, w)
+        if grid is not None and kernels.fit(grid, w, entries=entries) and kernels.is_alike(p, w)
         else None
         for w, p, grid in weights
     ]
@@ -106,12 +107,18 @@ def _sweep(
 ) -> list[Any]:
     """Run a kernel on w and these rows of each weight; return what it returns, None where it was not run."""
     calls: list[Callable[[], Any] | None] = []
+    entries = _entries(weights)
     for i, ((w, _, grid), tensors) in enumerate(zip(weights, rows, strict=True)):
         call = None
-        if grid is not None and kernels.fit(grid, w, *tensors):
+        if grid is not None and kernels.fit(grid, w, *tensors, entries=entries):
             call = kernels.bound(kernel, grid, (w, *tensors), others[i] if others else ())
         calls.append(call)
     return _run(calls)
+
+
+def _entries(weights: Sequence[Weight]) -> int:
+    """Return how many entries the weights with a grid have together: a model of many small ones is worth compiling."""
+    return sum(weight.w.numel() for weight in weights if weight.grid is not None)
 
 
 def _run(calls: Sequence[Callable[[], Any] | None]) -> list[Any]:

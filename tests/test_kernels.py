@@ -234,6 +234,14 @@ def test_weights_that_fit_are_swept_and_the_others_are_left_alone():
     assert not held.any()
 
 
+def test_the_weights_of_a_model_are_counted_together():
+    w = values((SMALLEST // 2,))
+    grid = Grid(torch.full((1,), 0.1), -8, 7, 0.01, 1)
+    one, none = Weight(w, torch.empty_like(w), grid), Weight(w, torch.empty_like(w), None)
+    for weights, expected in (([one], [False]), ([one, none], [False, False]), ([one, one], [True, True])):
+        assert sweeps.write_(weights) == expected
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize(("entry", "expected"), [(0.123, False), (float("nan"), True)])
 def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expected):

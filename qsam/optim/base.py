@@ -241,7 +241,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
             cosine of e and Q(w) - w, and ``flipped_share``*, the share of codes that e would flip. What has not been
             measured is left out.
         """
-        self.latents_of.check_attached()
+        self.latents_of.guard.check_attached()
         found = {name: float(value) for name, value in self._losses.items()}
         if len(found) == 2:
             found["rise"] = found["loss_perturbed"] - found["loss"]

@@ -293,7 +293,7 @@ class Passes:
             raise RuntimeError(
                 f"{verb}() was called on a wrapper of the optimizer: use qsam.unwrap(optimizer).{verb}()."
             )
-        self.latents_of.check_attached()
+        self.latents_of.guard.check_attached()
         if self._block is not None:
             raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")
 
