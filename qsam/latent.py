@@ -214,23 +214,21 @@ class Latents:
         torch.clear_autocast_cache()  # what is cached is Q(w), and p will not be
 
     @contextlib.contextmanager
-    def noise(self, block: str) -> Iterator[None]:
+    def noise(self, block: str, look: Callable[[], None]) -> Iterator[None]:
         """Within this context noise quantizers draw: p holds the noisy Q(w), and outside the exact one again.
 
         Gradients taken inside are pulled back with the same draw. Without noise quantizers nothing happens.
 
         Args:
             block: What is running, for messages.
-
-        Raises:
-            RuntimeError: somebody else wrote p, which is about to be overwritten.
+            look: Lets all processes of the training :meth:`check`, and raise together: p is about to be overwritten.
         """
         if not self.noises:
             yield
             return
-        self.check()
         for slot in self.slots:
             self.guard.note_value(slot, slot.quantized())
+        look()
         self.noisy = True
         try:
             with self._drawing():

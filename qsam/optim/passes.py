@@ -84,7 +84,7 @@ class Passes:
             self._set_aside()
         self._block, self._ascent_ready = "first_pass", False
         try:
-            with self.ranks.first_pass(), self.latents_of.noise("first_pass"):
+            with self.ranks.first_pass(), self.latents_of.noise("first_pass", self._look):
                 yield
             self._ascent_ready = self._has_gradients()
         except BaseException:
@@ -123,7 +123,7 @@ class Passes:
                 contextlib.nullcontext() if alone else self._later_pass(self._random_starts[-1]),
                 frozen(),
                 contextlib.nullcontext() if perturbation.inside else off_grid(),
-                self.latents_of.noise("perturbed"),
+                self.latents_of.noise("perturbed", self._look),
             ):
                 self.latents_of.open_block("perturbed")
                 gather = perturbation.gather_known if known else perturbation.gather
@@ -185,7 +185,7 @@ class Passes:
         try:
             # Without a start the batch is its own: this is the first pass that sees it.
             with contextlib.nullcontext() if start is None else self._later_pass(start):
-                with self.latents_of.noise("scale_phase"):
+                with self.latents_of.noise("scale_phase", self._look):
                     yield
         except BaseException:
             self._clear_gradients()
@@ -213,14 +213,15 @@ class Passes:
         All processes of the training look, and raise together.
         """
         self._meet()
+        self._look()
+
+    def _look(self) -> None:
         self.latents_of.check(lambda flag: self.ranks.any(flag, self.latents_of))
 
     @contextlib.contextmanager
     def _plain_pass(self) -> Iterator[None]:
         """The pass of a step without perturbation, with noise where there is some."""
-        if self.latents_of.noises:  # it overwrites p; all processes must look before
-            self._check_guard()
-        with self.latents_of.noise("step"):
+        with self.latents_of.noise("step", self._look):
             yield
 
     def _meet(self) -> None:

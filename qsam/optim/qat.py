@@ -96,7 +96,7 @@ class QAT(QuantizedOptimizer):
             with pointed_at_model(self.base, latents):
                 latents.write()
                 self._clear_gradients()
-                with torch.enable_grad(), latents.noise("step"):
+                with torch.enable_grad(), latents.noise("step", self._look):
                     loss = closure()
                 scale_grads = self._pull_back(self._differentiate)
             self._clip()
