@@ -211,6 +211,7 @@ def test_a_link_is_not_followed(cache):
     assert kernel_cache.load(entry(cache).stem) is None
 
 
+@pytest.mark.long
 def test_where_nothing_can_be_kept_the_kernels_run_all_the_same(cache, monkeypatch, caplog):
     def full(*_: object) -> None:
         raise OSError("the disk is full")
@@ -247,6 +248,7 @@ def test_the_key_holds_kernel_dtypes_dimensions_and_processor(monkeypatch):
     assert len(names) == 6
 
 
+@pytest.mark.long
 def test_kernels_are_kept_where_torch_keeps_its_own(monkeypatch):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     code = "from torch._inductor.runtime.cache_dir_utils import cache_dir; print(cache_dir())"
@@ -315,6 +317,7 @@ def test_the_library_is_named_by_its_content(cache):
         assert file.stem == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.long
 def test_a_library_that_cannot_be_loaded_where_it_is_kept_is_loaded_where_it_was_built(cache, monkeypatch, caplog):
     entry(cache).unlink()
     tried = []
@@ -331,6 +334,7 @@ def test_a_library_that_cannot_be_loaded_where_it_is_kept_is_loaded_where_it_was
     assert len({library.parent for library in tried}) == 2
 
 
+@pytest.mark.long
 def test_a_library_that_cannot_be_loaded_at_all_is_a_failure_of_the_compiler(cache, monkeypatch):
     entry(cache).unlink()
 

@@ -105,6 +105,7 @@ def test_micro_batches_take_their_own_passes(method, tmp_path):
     assert_same(everything(optimizer, model), everything(expected, twin))
 
 
+@pytest.mark.long
 def test_the_scales_step_before_the_scheduler_moves_their_rate(tmp_path):
     ends = []
     for by_trainer in (True, False):
@@ -119,6 +120,7 @@ def test_the_scales_step_before_the_scheduler_moves_their_rate(tmp_path):
     assert_same(*ends)
 
 
+@pytest.mark.long
 def test_bf16_autocast_is_that_of_a_loop(tmp_path):
     model = BERT.quantized()
     optimizer = qsam.SQuAT(model, AdamW, lr=1e-3)
@@ -172,6 +174,7 @@ def without_scales(base, model):
     return base
 
 
+@pytest.mark.long
 def test_the_log_is_of_the_first_pass_and_says_what_the_perturbation_added(tmp_path):
     model = BERT.quantized()
     run = trainer(tmp_path, model, qsam.SQuAT(model, AdamW, lr=1e-3, rho=0.5))
@@ -244,7 +247,7 @@ def test_a_checkpoint_of_the_model_alone_is_not_overwritten_by_older_latents(tmp
     assert all(torch.equal(p, end[name]) for name, p in other.named_parameters())
 
 
-@pytest.mark.parametrize("only_model", [False, True])
+@pytest.mark.parametrize("only_model", long_but([False], [False, True]))
 def test_the_optimizer_follows_the_best_model(only_model, tmp_path):
     """The rate makes the second checkpoint worse than the first; training goes on from the best without an alarm."""
     model = BERT.quantized()
@@ -270,6 +273,7 @@ def test_the_optimizer_follows_the_best_model(only_model, tmp_path):
         steps_by_hand(optimizer, model, BERT, [[2]])
 
 
+@pytest.mark.long
 def test_a_saved_model_is_rebuilt_from_its_folder(tmp_path):
     from transformers import BertForSequenceClassification
 

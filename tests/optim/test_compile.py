@@ -55,6 +55,7 @@ def test_no_method_recompiles_from_step_to_step(method):
     assert counter.frame_count == 1
 
 
+@pytest.mark.long
 def test_a_transformer_compiles_once_with_a_scheduler_of_rho():
     method = SQUATS[0]
     counter = CompileCounterWithBackend("eager")
@@ -102,6 +103,7 @@ def test_inductor_takes_the_steps_of_eager(method):
         assert_on_grid(optimizer)
 
 
+@pytest.mark.long
 def test_dropping_the_graphs_changes_no_step():
     ends = []
     for reset in (True, False):

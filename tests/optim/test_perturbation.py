@@ -13,6 +13,7 @@ from tests.optim.methods import (
     closure_of,
     everything,
     latents,
+    long_but,
     scales_of,
     train,
 )
@@ -222,7 +223,7 @@ def test_the_losses_of_the_passes_are_reported(method):
 
 
 @each_method
-@pytest.mark.parametrize("block", ["first_pass", "perturbed", "latents"])
+@pytest.mark.parametrize("block", long_but(["perturbed"], ["first_pass", "perturbed", "latents"]))
 def test_reading_the_diagnostics_changes_nothing(method, block):
     """Wherever it is called: no false alarm of the guard either."""
     ends = []

@@ -90,6 +90,7 @@ def test_two_processes_go_on_to_the_same_bits(method: Method, base: Any, two: Pr
     two(load, tmp_path, method, "fsdp", base, True)
 
 
+@pytest.mark.long
 def test_shards_go_on_as_one_process(two: Processes, one: Processes, tmp_path: Path) -> None:
     two(save, tmp_path, KINDS[-1], "fsdp", AdamW)
     one(load, tmp_path, KINDS[-1], "none", AdamW, False)

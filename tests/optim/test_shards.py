@@ -142,6 +142,7 @@ def test_every_option_is_that_of_one_process(options: dict[str, Any], two: Proce
     two(equals_one_process, SAQ, "shard", {**SGD_OPTIONS, "momentum": 0.5, **options}, {})
 
 
+@pytest.mark.long
 def test_adams_moments_are_sharded_too(two: Processes) -> None:
     two(equals_one_process, SQUAT, "optimizer", ADAM, {}, 3)
 
