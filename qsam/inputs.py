@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeGuard
@@ -32,9 +33,15 @@ _TOTAL_ENTRIES = 2**20
 
 @dataclasses.dataclass
 class _Calibration:
-    """Whether inputs may be calibrated now: not during perturbed passes."""
+    """Whether inputs may be calibrated now: not during perturbed passes, which threads may run at the same time."""
 
-    allowed: bool = True
+    forbidden: int = 0
+    lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
+
+    def forbid(self, count: int) -> None:
+        """Count a pass that begins (1) or ends (-1)."""
+        with self.lock:
+            self.forbidden += count
 
 
 _CALIBRATION = _Calibration()
@@ -79,11 +86,11 @@ def shown(path: str) -> str:
 @contextlib.contextmanager
 def frozen() -> Iterator[None]:
     """Within this context no input is calibrated: its statistics would be those of a perturbed model."""
-    before, _CALIBRATION.allowed = _CALIBRATION.allowed, False
+    _CALIBRATION.forbid(1)
     try:
         yield
     finally:
-        _CALIBRATION.allowed = before
+        _CALIBRATION.forbid(-1)
 
 
 @contextlib.contextmanager
@@ -166,7 +173,7 @@ def _quantized(module: nn.Module, x: Tensor) -> Tensor:
     if not quantizer.calibrated:
         if not x.numel():
             return x
-        if not (module.training and _CALIBRATION.allowed):
+        if not module.training or _CALIBRATION.forbidden:
             _warn_uncalibrated(quantizer)
             return x
         _observe_first_batch(quantizer, x)

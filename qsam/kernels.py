@@ -70,7 +70,7 @@ def mask_(x: Tensor, grid: Grid, grad: Tensor) -> Tensor:
 
 
 def _masked_into(x: Tensor, grid: Grid, grad: Tensor, out: Tensor) -> Tensor:
-    return scaled(_run(formulas.backward, grid, x, grad, out), grid).to(grid.scale.dtype)
+    return scaled(_run(formulas.backward, grid, x, grad, out), grid)
 
 
 def codes(x: Tensor, grid: Grid) -> Tensor | None:
@@ -144,7 +144,8 @@ class _Fused(torch.autograd.Function):
 
 def scaled(ds: Tensor, grid: Grid) -> Tensor:
     """Return what a kernel has summed up, as the gradient of the grid's scale."""
-    return (ds if grid.rows == 1 == grid.scale.dim() else ds.view(grid.scale.shape)).mul_(grid.grad_scale)
+    ds = ds if grid.rows == 1 == grid.scale.dim() else ds.view(grid.scale.shape)
+    return ds.mul_(grid.grad_scale).to(grid.scale.dtype)
 
 
 def alias(t: Tensor) -> Tensor:

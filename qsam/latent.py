@@ -66,7 +66,7 @@ class Latents:
 
     Raises:
         RuntimeError: another optimizer owns this model's weights.
-        ValueError: an fp16 Parameter that cannot hold its quantized values.
+        ValueError: an fp16 Parameter that cannot hold its quantized values; two quantized weights that are tied.
     """
 
     def __init__(self, model: nn.Module, owner: Any, coverage: Coverage | None) -> None:
@@ -78,6 +78,7 @@ class Latents:
         self.shifted = False
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
+        self._off_grid: list[Quantizer] = []
         self.guard = Guard(coverage)
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
@@ -88,6 +89,7 @@ class Latents:
             self.settle()
             return
         slots = [slot_of(row.name, row.module, row.attr) for row in coverage.quantized]
+        _refuse_tied(slots)
         for slot in slots:
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
         self.slots = slots
@@ -161,6 +163,7 @@ class Latents:
                 slot.parameter.copy_(slot.quantized())
             slot.parked = False
         self.shifted = False
+        self._mark_off_grid(())
         self.guard.remember(self.slots)
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
@@ -292,6 +295,15 @@ class Latents:
         for target in targets:
             if target.slot is None or id(target.slot) not in done:
                 add_(target.parameter, target.direction, target.coefficient)
+        self._mark_off_grid([slot.quantizer for slot in slots])
+
+    def _mark_off_grid(self, quantizers: Sequence[Quantizer]) -> None:
+        """Mark the quantizers of weights that were perturbed, and no others."""
+        for quantizer in self._off_grid:
+            quantizer.off_grid = False
+        for quantizer in quantizers:
+            quantizer.off_grid = True
+        self._off_grid = list(quantizers)
 
     def pull_back_(self, slots: Sequence[Slot]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
         """Do what :meth:`pull_back` does to the gradients of these p, in one sweep where a kernel can.
@@ -403,6 +415,18 @@ def add_(target: Tensor, direction: Tensor, coefficient: Tensor) -> None:
 def _gradients(slots: Sequence[Slot]) -> list[Tensor]:
     """Return the gradients of these p, of which each has one."""
     return [grad for slot in slots if (grad := slot.parameter.grad) is not None]
+
+
+def _refuse_tied(slots: Sequence[Slot]) -> None:
+    """Refuse two weights that are one Parameter: it cannot hold two Q(w)."""
+    first: dict[int, str] = {}
+    for slot in slots:
+        other = first.setdefault(id(slot.parameter), slot.path)
+        if other != slot.path:
+            raise ValueError(
+                f"{other!r} and {slot.path!r} are one Parameter, tied after quantize_, and have a quantizer each: call "
+                "qsam.dequantize_(model), tie them, and quantize_ again."
+            )
 
 
 def _allow_state_dict(root: nn.Module) -> None:

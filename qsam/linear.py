@@ -16,11 +16,10 @@ Nothing of this shows: the input's hook gives a :class:`Pending` only to a layer
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -40,26 +39,6 @@ SMALLEST = 128
 
 COLUMNS = range(16, 2**16 + 1)
 """Columns of a weight: torch's product of integers is wrong for one; up to 2^16 no sum of products leaves int32."""
-
-
-@dataclasses.dataclass
-class _Weights:
-    """Whether weights may be on their grids."""
-
-    on_grid: bool = True
-
-
-_WEIGHTS = _Weights()
-
-
-@contextlib.contextmanager
-def off_grid() -> Iterator[None]:
-    """Within this context weights are off their grids, and no layer has to find that out."""
-    before, _WEIGHTS.on_grid = _WEIGHTS.on_grid, False
-    try:
-        yield
-    finally:
-        _WEIGHTS.on_grid = before
 
 
 def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Pending | None:
@@ -205,7 +184,7 @@ def _of_integers(  # noqa: PLR0917
     x: Tensor, grid: kernels.Grid, weight: Tensor, bias: Tensor | None, weights: Quantizer | None, out: Tensor
 ) -> bool:
     """Write y; return False where an operand is not on its grid, or this processor has no use for integers."""
-    if weights is None or not _WEIGHTS.on_grid or not _has_instructions():
+    if weights is None or weights.off_grid or not _has_instructions():
         return False
     of_weight = weights.grid(weight)
     if of_weight is None or of_weight.quant_max >= formulas.OFFSET or of_weight.rows not in {1, len(weight)}:

@@ -483,6 +483,19 @@ class TestFirstForward:
         model(x)
         assert all(q.calibrated for q in quantizers(model))
 
+    def test_perturbed_passes_that_overlap_leave_no_trace(self, model, x):
+        """Those of two models, in two threads: one begins in the other, and ends after it."""
+        qsam.quantize_(model)
+        first, second = frozen(), frozen()
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        with pytest.warns(UserWarning, match="passes through in float"):
+            model(x)
+        second.__exit__(None, None, None)
+        model(x)
+        assert all(q.calibrated for q in quantizers(model))
+
     def test_an_optimizer_calibrates_in_its_first_pass(self, model, x):
         optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.1, rho=0.5)
         with optimizer.first_pass():

@@ -234,6 +234,28 @@ def test_weights_that_fit_are_swept_and_the_others_are_left_alone():
     assert not held.any()
 
 
+@pytest.mark.filterwarnings("ignore:16-bit parameters round the perturbation away")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_other_dtypes_train_with_kernels(dtype):
+    ends = []
+    for backend in ("compiled", "eager"):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.Tanh(), torch.nn.Linear(32, 4)).to(dtype)
+        qsam.quantize_(model, activations=None)
+        optimizer = qsam.SAQ(model, torch.optim.SGD, lr=0.1)
+        x = values((8, 16), dtype)
+
+        def closure(optimizer=optimizer, model=model, x=x):
+            optimizer.zero_grad()
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        with using(backend):
+            ends.append([optimizer.step(closure).item() for _ in range(3)])
+    assert ends[0] == pytest.approx(ends[1], rel=1e-6 if dtype == torch.float64 else 2e-2)
+
+
 def test_the_weights_of_a_model_are_counted_together():
     w = values((SMALLEST // 2,))
     grid = Grid(torch.full((1,), 0.1), -8, 7, 0.01, 1)

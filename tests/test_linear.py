@@ -142,6 +142,24 @@ def test_a_perturbed_weight_is_not_looked_at_unless_it_was_quantized_after(case,
 
 
 @needs_instructions
+def test_a_layer_that_is_not_perturbed_multiplies_integers_in_a_perturbed_pass(products):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(96, 96), nn.Linear(96, 96))
+    qsam.quantize_(model, rules=[("*", {"bits": 4, "activation_bits": 8})])
+    qsam.calibrate(model, [drawn(130, 96)])
+    optimizer = qsam.SAQ(model, torch.optim.SGD, lr=0.01, perturb=lambda name, p: name == "1.weight")
+    for block, expected in ((optimizer.first_pass, 2), (optimizer.perturbed, 1)):
+        products.clear()
+        with block():
+            model(drawn(130, 96)).square().sum().backward()
+        assert len(products) == expected
+    optimizer.step()
+    products.clear()
+    model(drawn(130, 96))
+    assert len(products) == 2
+
+
+@needs_instructions
 def test_what_others_write_into_the_weight_is_seen_at_once(products):
     module = layer(128, 96)
     x = drawn(130, 128)

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam.inputs import frozen
-from qsam.linear import off_grid
 from qsam.optim.diagnostics import perturbation_figures
 from qsam.optim.perturbation import Perturbation
 from qsam.optim.ranks import Ranks, owned_copy
@@ -122,7 +121,6 @@ class Passes:
             with (
                 contextlib.nullcontext() if alone else self._later_pass(self._random_starts[-1]),
                 frozen(),
-                contextlib.nullcontext() if perturbation.inside else off_grid(),
                 self.latents_of.noise("perturbed", self._look),
             ):
                 self.latents_of.open_block("perturbed")
@@ -221,8 +219,12 @@ class Passes:
     @contextlib.contextmanager
     def _plain_pass(self) -> Iterator[None]:
         """The pass of a step without perturbation, with noise where there is some."""
-        with self.latents_of.noise("step", self._look):
-            yield
+        try:
+            with self.latents_of.noise("step", self._look):
+                yield
+        except BaseException:
+            self._clear_gradients()
+            raise
 
     def _meet(self) -> None:
         """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""

@@ -103,8 +103,7 @@ class QAT(QuantizedOptimizer):
             return loss
 
         try:
-            loss = self._step_base(evaluate)
-            self._step_scales(scale_grads)
+            loss = self._step_base(evaluate, after=lambda: self._step_scales(scale_grads))
         finally:
             self._clean_up()
         self._note_loss("loss", loss)

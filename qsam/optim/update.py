@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,10 +40,11 @@ class Update(Passes):
             if weights and self.perturbation is not None and self.perturbation.direction.learns:
                 self.perturbation.direction.learn(self.perturbation.gather(latents, self.base.state))
             scale_grads = self._pull_back(self._consume if weights else latents.scale_gradients)
+            step_scales = functools.partial(self._step_scales, scale_grads) if scales else None
             if weights:
-                self._step_base()
-            if scales:
-                self._step_scales(scale_grads)
+                self._step_base(after=step_scales)
+            elif step_scales is not None:
+                step_scales()
         finally:
             self._clean_up()
         if weights:
@@ -85,6 +87,7 @@ class Update(Passes):
         grads: dict[int, Tensor] = {}
         owned = {id(p) for p in self._parameters()}
         slots = [slot for slot in self.latents_of.slots if slot.parameter.grad is not None]
+        self.latents_of.compare([slot for slot in self.latents_of.slots if slot.parameter.grad is None])
         for slot in slots:
             if id(slot.parameter) not in owned:
                 raise RuntimeError(
@@ -126,14 +129,22 @@ class Update(Passes):
         assert slot.parameter.grad is not None
         slot.latent.grad, slot.parameter.grad = slot.parameter.grad.to(slot.latent.dtype), None
 
-    def _step_base(self, closure: Closure | None = None) -> Any:
-        """Step the base optimizer on the latents; after an exception they are what they were before."""
+    def _step_base(self, closure: Closure | None = None, after: Callable[[], None] | None = None) -> Any:
+        """Step the base optimizer on the latents; after an exception they are what they were before.
+
+        Args:
+            closure: For a base that calls it.
+            after: What belongs to the same step: where it fails, the latents go back too.
+        """
         copies = [self._backup(slot, in_place=closure is None) for slot in self.latents_of.slots]
         with pointed_at_latents(self.base, self.latents_of):
             if closure is None:
                 self._clip()
             try:
-                return self.base.step() if closure is None else self.base.step(closure)
+                found = self.base.step() if closure is None else self.base.step(closure)
+                if after is not None:
+                    after()
+                return found
             except BaseException:
                 for slot, copy in zip(self.latents_of.slots, copies, strict=True):
                     slot.latent.copy_(copy)

@@ -45,6 +45,9 @@ class Quantizer(nn.Module):
     calibrated: bool = False
     """Whether the parameters have been set from data. A plain Python flag: a tensor would break compiled graphs."""
 
+    off_grid: bool = False
+    """Whether the optimizer has perturbed its weight, so that nobody need find out that it is not on the grid."""
+
     samples: list[Tensor] | None = None
     """What calibration has collected so far; None outside calibration."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qsam
+from qsam.backend import using
 from qsam.optim import DIRECTIONS, Direction, register_direction
 from qsam.optim.directions.asam import ETA
 from qsam.optim.directions.friendly import LAMBDA
@@ -143,15 +144,18 @@ def test_random_draws_anew_each_step_and_the_same_in_a_rerun() -> None:
     assert not torch.allclose(draws[0], draws[1])
 
 
-def test_previous_is_the_gradient_of_the_last_step_in_one_pass() -> None:
-    model, optimizer = build(direction="previous")
-    loss_of(model).backward()
-    h = [slot.parameter.grad.clone() for slot in optimizer.latents_of.slots]
-    optimizer.step()
-    with optimizer.perturbed():
-        e = [slot.parameter.detach() - slot.quantized() for slot in optimizer.latents_of.slots]
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_previous_is_the_gradient_of_the_last_step_in_one_pass(backend: str) -> None:
+    """Not what the pull-back made of it: at 2 bits the clip mask stops a part."""
+    with using(backend):
+        model, optimizer = build(direction="previous", bits=2)
         loss_of(model).backward()
-    optimizer.step()
+        h = [slot.parameter.grad.clone() for slot in optimizer.latents_of.slots]
+        optimizer.step()
+        with optimizer.perturbed():
+            e = [slot.parameter.detach() - slot.quantized() for slot in optimizer.latents_of.slots]
+            loss_of(model).backward()
+        optimizer.step()
     close(e, [RHO * x / flat(h).norm() for x in h])
 
 

@@ -221,3 +221,16 @@ def test_a_plain_model_is_quantized_and_its_coverage_logged(method, caplog):
         assert optimizer.coverage is None
         assert not caplog.text
     train(optimizer, model, MLP, 1)
+
+
+def test_weights_that_were_tied_after_they_were_quantized_are_refused():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    qsam.quantize_(model)
+    model[1].weight = model[0].weight
+    with pytest.raises(
+        ValueError, match=r"'0\.weight' and '1\.weight' are one Parameter, tied after quantize_.*dequantize_"
+    ):
+        qsam.QAT(model, SGD, lr=0.1)
+    coverage = qsam.dequantize_(model)
+    assert coverage is None
+    qsam.QAT(model, SGD, lr=0.1)

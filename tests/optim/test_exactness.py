@@ -9,6 +9,7 @@ from tests.optim.methods import (
     ALTERNATING,
     METHODS,
     PERTURBING,
+    QUANTIZING,
     assert_on_grid,
     assert_same,
     buffers_of,
@@ -240,6 +241,22 @@ def test_after_an_exception_in_the_scale_optimizer_the_model_holds_q_of_w(method
     optimizer = method(model, scale_lr=0.01, scale_optimizer=FailingSGD)
     with pytest.raises(Boom):
         train(optimizer, model, MLP, 2)
+    assert_on_grid(optimizer)
+
+
+@pytest.mark.parametrize("method", [m for m in QUANTIZING if not m.alternates], ids=str)
+def test_an_exception_in_the_scale_optimizer_takes_the_step_of_the_weights_back(method):
+    class FailingSGD(SGD):
+        def step(self, closure=None):
+            raise Boom
+
+    model = method.model(MLP)
+    optimizer = method(model, scale_lr=0.01, scale_optimizer=FailingSGD)
+    before = [slot.latent.detach().clone() for slot in optimizer.latents_of.slots]
+    with pytest.raises(Boom):
+        train(optimizer, model, MLP, 1)
+    assert all(torch.equal(slot.latent, w) for slot, w in zip(optimizer.latents_of.slots, before, strict=True))
+    assert optimizer.steps == 0
     assert_on_grid(optimizer)
 
 

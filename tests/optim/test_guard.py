@@ -141,6 +141,20 @@ def test_a_write_through_data_is_seen_within_two_steps(method):
 
 
 @each_method
+@pytest.mark.parametrize("options", [{}, {"every": 2}], ids=["", "every"])
+def test_a_weight_without_gradient_is_looked_at_too(method, options):
+    if options and not method.perturbs:
+        pytest.skip("not an option of this method")
+    model = MLP.quantized()
+    model[2].weight.requires_grad_(False)
+    optimizer = method(model, **options)
+    train(optimizer, model, MLP, 2)
+    model[2].weight.data.mul_(1.1)
+    with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' was written"):
+        train(optimizer, model, MLP, 4, start=2)
+
+
+@each_method
 @pytest.mark.parametrize(
     "write", [w for w in WRITES if w not in (assign, new_parameter, scale)], ids=lambda write: write.__name__
 )

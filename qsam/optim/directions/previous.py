@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from qsam.optim.directions.base import Ascent, Direction, global_norm, register_direction
-from qsam.optim.ranks import owned_copy
 
 
 @register_direction("previous")
@@ -29,5 +28,5 @@ class Previous(Direction):
         return bool(self.memory)
 
     def learn(self, ascents: Sequence[Ascent]) -> None:
-        """Keep the gradients, by reference: their Parameters let go of them after the step."""
-        self.memory = {ascent.name: owned_copy(ascent.gradient) for ascent in ascents}
+        """Keep the gradients: copies, for they are pulled back in place."""
+        self.memory = {ascent.name: ascent.gradient.clone() for ascent in ascents}
