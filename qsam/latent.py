@@ -270,7 +270,7 @@ class Latents:
 
     @torch.no_grad()
     def compare(self, slots: Sequence[Slot]) -> None:
-        """Note whether each p holds Q(w), before it is perturbed: after that the pull-back cannot compare it."""
+        """Note whether each p holds Q(w): where it is about to be perturbed, or has no gradient to be pulled back."""
         if self.noisy or self.shifted:
             return  # the guard has looked, and p holds a draw, or what was added to
         for slot, same in zip(slots, sweeps.holds(self._weights(slots)), strict=True):

@@ -228,7 +228,7 @@ def test_after_an_exception_in_the_base_the_latents_are_rolled_back(method):
 @fault(
     "an exception in the scales' optimizer",
     happens="the exception, as it is",
-    kept="the model holds Q(w) at the scales that were reached",
+    kept="the model holds Q(w) at the scales that were reached; where weights and scales step together, the weights are rolled back",
 )
 @pytest.mark.parametrize("method", ALTERNATING, ids=str)
 def test_after_an_exception_in_the_scale_optimizer_the_model_holds_q_of_w(method):
