@@ -155,7 +155,8 @@ def step_table(result: Json) -> Iterator[str]:
         )
         for name, facts in result["methods"].items()
     ]
-    yield from table(("method", "passes", *(f"{case['case']} tokens" for case in cases)), *rows)
+    heads = [f"{case['case']} tokens, {case['rounds']} rounds" for case in cases]
+    yield from table(("method", "passes", *heads), *rows)
 
 
 def _step_cell(figures: Json) -> str:
