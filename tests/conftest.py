@@ -1,10 +1,12 @@
 """One thread for tensors of some hundred entries, and Hypothesis without chance: CI sees what we see."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+torch.set_num_threads(int(os.environ.get("QSAM_TEST_THREADS", "1")))
 
 settings.register_profile(
     "qsam",
