@@ -13,14 +13,13 @@ from torch.optim import Optimizer
 
 from qsam.optim import state as packing
 from qsam.optim.groups import pointed_at_latents
-from qsam.optim.passes import Passes
 from qsam.slots import input_signs, set_input_signs
 
 if TYPE_CHECKING:
     from qsam.slots import ScaleSlot
 
 
-class Checkpoint(Passes):
+class Checkpoint:
     """The state of base, scales and latents as one optimizer's."""
 
     scale_base: Optimizer | None

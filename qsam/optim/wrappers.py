@@ -1,10 +1,10 @@
-"""The optimizer inside the wrappers that training frameworks put round it."""
+"""The optimizer inside the wrappers that training frameworks put around it."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from qsam.optim.base import QuantizedOptimizer
+from qsam.optim.optimizer import QuantizedOptimizer
 
 _INSIDE = ("_optimizer", "optimizer")
 """Where Lightning and Accelerate keep what they wrap."""
@@ -14,7 +14,7 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
     """Return the qsam optimizer inside Accelerate's or Lightning's wrappers, or the optimizer itself.
 
     The wrappers pass ``step`` and ``state_dict`` on; the blocks, ``latents()`` and ``diagnostics()`` are called on what
-    this returns. Wrappers round wrappers are followed.
+    this returns. Wrappers around wrappers are followed.
 
     Args:
         optimizer: A qsam optimizer, an ``AcceleratedOptimizer``, a ``LightningOptimizer``, or any object that keeps
@@ -39,7 +39,7 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
         found = [vars(inner)[name] for name in _INSIDE if name in getattr(inner, "__dict__", {})]
         if not found or any(found[0] is known for known in seen):
             raise TypeError(
-                f"`optimizer` must be a qsam optimizer or a wrapper round one, got {type(optimizer).__name__}: "
+                f"`optimizer` must be a qsam optimizer or a wrapper around one, got {type(optimizer).__name__}: "
                 "build it as in `optimizer = qsam.SQuAT(model, AdamW)`."
             )
         inner = found[0]

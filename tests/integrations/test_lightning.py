@@ -192,7 +192,7 @@ def test_an_optimizer_that_is_not_ours_is_refused_before_training(tmp_path):
             return SGD(self.model.parameters(), lr=0.1)
 
     module = Wrong(SQUAT)
-    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper round one, got SGD"):
+    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper around one, got SGD"):
         fit(tmp_path, module)
     assert not module.seen
 
