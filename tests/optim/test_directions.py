@@ -13,6 +13,7 @@ import qsam
 from qsam import Direction, register_direction
 from qsam.backend import using
 from qsam.optim import DIRECTIONS
+from qsam.optim.directions import Asam, Friendly
 
 INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
