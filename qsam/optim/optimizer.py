@@ -30,7 +30,7 @@ from qsam.latent import Latents, coverage_for
 from qsam.optim import state as packing
 from qsam.optim.checkpoint import Checkpoint
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
-from qsam.optim.directions import Direction
+from qsam.optim.directions import Ascent, Direction
 from qsam.optim.groups import Base, build_base, needs_closure, pointed_at_latents
 from qsam.optim.perturbation import Perturbation, SamOptions, Selection, checked_rho
 from qsam.optim.ranks import DataParallel, Ranks, owned_copy
@@ -443,8 +443,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 latents.noise("perturbed", self._check_for_foreign_writes),
             ):
                 latents.open_block("perturbed")
-                gather = perturbation.gather if passes == 2 else perturbation.gather_known
-                ascents = gather(latents, self.base.state)
+                ascents = self._ascents(passes)
                 perturbation.apply(latents, ascents, self._rho_of(), self._maximizes(), self.steps)
                 del ascents  # else the first pass's gradients would live through this one: a copy of all the weights
                 if self._measure:
@@ -458,6 +457,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             perturbation.restore_floats()
             latents.leave_shifted()
         self._gradients_of = "perturbed"
+
+    def _ascents(self, passes: int) -> list[Ascent]:
+        assert self.perturbation is not None
+        if passes == 2:
+            return self.perturbation.gather(self.latents_of, self.base.state)
+        return self.perturbation.gather_known(self.latents_of, self.base.state, self.steps)
 
     def _check_perturbed_may_come(self, passes: int, first: bool) -> None:
         if passes == 0:

@@ -156,9 +156,9 @@ class Perturbation:
             ascents.append(Ascent(name, p, gradient, slot, base_state.get(key, {})))
         return ascents
 
-    def gather_known(self, latents: Latents, base_state: Mapping[Tensor, Any]) -> list[Ascent]:
-        """Return the tensors to perturb in a step of one pass, with the kept e or the direction's memory."""
-        known = self.kept or self.direction.memory
+    def gather_known(self, latents: Latents, base_state: Mapping[Tensor, Any], step: int) -> list[Ascent]:
+        """Return the tensors to perturb in a step of one pass, with the direction's memory or the last d to reuse."""
+        known = self.direction.memory if self.due(step) else self.kept
         if not known:  # the direction reads the base's state, and no gradient
             known = {name: p.detach() for name, p in own_parameters(latents.root) if p.requires_grad}
         return self.gather(latents, base_state, known)
@@ -186,10 +186,11 @@ class Perturbation:
         if not ascents and not self._warned_empty:
             self._warn_empty()
         units = [_unit(a) if self.options.normalize_weights else None for a in ascents]
-        ascents = [
-            a if u is None else dataclasses.replace(a, gradient=a.gradient * u)
-            for a, u in zip(ascents, units, strict=True)
-        ]
+        if self.due(step):  # the kept directions are in units of each tensor's deviation already
+            ascents = [
+                a if u is None else dataclasses.replace(a, gradient=a.gradient * u)
+                for a, u in zip(ascents, units, strict=True)
+            ]
         directions, self.norm = self._directions(ascents, step)
         directions = _finite(directions, self.norm, in_place=not self.direction.looks_ahead)
         self._float_copies = [(a.parameter, a.parameter.detach().clone()) for a in ascents if a.slot is None]
@@ -215,7 +216,8 @@ class Perturbation:
             return [ascent.gradient for ascent in ascents], self.kept_norm
         directions, norm = self.direction(ascents, step)
         if self.options.reuse is not None and self.options.every > 1:
-            self.kept = {a.name: owned_copy(d) for a, d in zip(ascents, directions, strict=True)}
+            own = torch.clone if self.direction.looks_ahead else owned_copy  # the base goes on to move its moments
+            self.kept = {a.name: own(d) for a, d in zip(ascents, directions, strict=True)}
             self.kept_norm = norm
         return directions, norm
 
