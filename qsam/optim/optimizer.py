@@ -16,7 +16,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -32,19 +31,25 @@ from qsam.optim.checkpoint import Checkpoint
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
 from qsam.optim.groups import Base, build_base, needs_closure, pointed_at_latents
-from qsam.optim.perturbation import Perturbation, SamOptions, Selection, checked_rho
+from qsam.optim.options import (
+    PERTURBATION_KEYWORDS,
+    SamOptions,
+    Selection,
+    check_options,
+    checked_modules,
+    checked_rho,
+)
+from qsam.optim.perturbation import Perturbation
 from qsam.optim.ranks import DataParallel, Ranks, owned_copy
 from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, modules_of, same_random_numbers
+from qsam.optim.wrappers import ScaleFacade
 from qsam.registry import Registry
 from qsam.shards import any_process, in_process_group, local
 from qsam.slots import ScaleSlot, Slot, scale_tensors
 
 Closure = Callable[[], Any]
 PASSES = ("first_pass", "perturbed", "scale_phase")
-PERTURBATION_KEYWORDS = (
-    "rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope",
-)  # fmt: skip
 _READS_REQUIRES_GRAD = ("CompiledFunction", "CheckpointFunction")
 """Parts of the names of graph nodes that look at ``requires_grad``: ``torch.compile`` would compile once more, and a
 reentrant checkpoint without an input that requires a gradient returns none."""
@@ -133,8 +138,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 normalize_weights=normalize_weights, scope=perturbation_scope, masked=self.masked, inside=self.inside,
             )  # fmt: skip
             self.perturbation = Perturbation(options)
-        self.modules = _checked_modules(modules)
-        _check_options(model, ste, rng, max_grad_norm)
+        self.modules = checked_modules(modules)
+        check_options(model, ste, rng, max_grad_norm)
         self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
         self.skip_unused_gradients = skip_unused_gradients
         self._may_skip: bool | None = False if _is_compiled(model) else None  # None until a whole pass has been seen
@@ -444,7 +449,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             ):
                 latents.open_block("perturbed")
                 ascents = self._ascents(passes)
-                perturbation.apply(latents, ascents, self._rho_of(), self._maximizes(), self.steps)
+                perturbation.apply(latents, ascents, self._rho_of(), self._ascent_sign(), self.steps)
                 del ascents  # else the first pass's gradients would live through this one: a copy of all the weights
                 if self._measure:
                     self._measured, self._measure = perturbation_figures(latents), False
@@ -585,8 +590,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
         latents, perturbation = self.latents_of, self.perturbation
         self._check_weights()
-        if weights and self.steps == 0 and latents.coverage is not None:
-            self._warn_of_unseen_inputs(unseen_inputs(latents.coverage))
+        if weights and self.steps == 0 and (text := unseen_inputs(latents.coverage)):
+            self._warn_once(text)
         try:
             if weights and perturbation is not None and perturbation.direction.learns:
                 perturbation.direction.learn(perturbation.gather(latents, self.base.state))
@@ -688,7 +693,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             mine["lr"], mine["params"] = seen["lr"], seen["params"]
         for scale in self.scale_slots:
             gradient = grads.get(id(scale.parameter))
-            scale.parameter.grad = -gradient if self._maximizes() and gradient is not None else gradient
+            scale.parameter.grad = -gradient if gradient is not None and self._ascent_sign() < 0 else gradient
         self.scale_base.step()
         for scale in self.scale_slots:
             scale.parameter.grad = None
@@ -795,8 +800,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         radii = {id(p): float(group.get("qsam_rho", 0.0)) for group in self.param_groups for p in group["params"]}
         return lambda p: radii.get(id(p), float(self.param_groups[0]["qsam_rho"]))
 
-    def _maximizes(self) -> bool:
-        return bool(self.param_groups[0].get("maximize", False))
+    def _ascent_sign(self) -> float:
+        return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
 
     def _refuse_to_lose_micro_batches(self, verb: str) -> None:
         """Refuse to go on if a first pass has set gradients aside and no perturbed pass has put them back."""
@@ -849,15 +854,6 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._said.add(text)
             warnings.warn(text, UserWarning, stacklevel=4)
 
-    def _warn_of_unseen_inputs(self, unseen: list[str]) -> None:
-        if unseen:
-            layers = ", ".join(unseen[:5]) + (", ..." if len(unseen) > 5 else "")
-            self._warn_once(
-                f"the first step used the weight of {layers} without calling the layer (or with a PackedSequence): its "
-                "input stays float, and DistributedDataParallel would wait for its scale. Give quantize_ a rule "
-                "for it, with {'activations': None}."
-            )
-
     def _note_loss(self, name: str, loss: Any) -> None:
         if isinstance(loss, Tensor) and loss.numel() == 1:
             self._losses[name] = loss.detach()
@@ -865,54 +861,11 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._losses[name] = float(loss)
 
 
-class ScaleFacade(Optimizer):
-    """``optimizer.scales``: what ``GradScaler`` needs to unscale and step the scales by themselves.
-
-    Its one group holds everything that has a gradient in the scales' pass; its ``step`` is ``step_scales``.
-    """
-
-    def __init__(self, owner: QuantizedOptimizer) -> None:
-        self.owner = owner
-        self.__setstate__({"defaults": {}, "state": defaultdict(dict)})
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """All tensors that have gradients.
-
-        Raises:
-            RuntimeError: between the passes of ``perturbation_scope="rank"``.
-        """
-        if self.owner.ranks.scope == "rank" and self.owner._held == "first_pass":
-            raise RuntimeError(
-                "a GradScaler would judge each rank's own first pass, and ranks could part ways: with "
-                "perturbation_scope='rank' and schedule='fused' use bf16 autocast, or another schedule."
-            )
-        return [{"params": [p for p in self.owner._parameters() if p.requires_grad], "lr": 0.0}]
-
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Step the scales."""
-        self.owner.step_scales()
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Keep the owner."""
-        return {"owner": self.owner, "defaults": {}, "state": self.state}
-
-
 def _description(latents: Latents) -> dict[str, str]:
     found = {s.path: f"{type(s.quantizer).__name__}({s.quantizer.extra_repr()})" for s in latents.slots}
     for row in latents.coverage.inputs if latents.coverage is not None else ():
         if row.quantizer is not None:  # its sign is not part of its identity: the first batch decides it
             found[f"{row.name}.input".lstrip(".")] = f"{type(row.quantizer).__name__}(bits={row.quantizer.bits})"
-    return found
-
-
-def _checked_modules(modules: Any) -> list[nn.Module]:
-    found = (
-        [modules] if isinstance(modules, nn.Module) else list(modules) if isinstance(modules, Iterable) else [modules]
-    )
-    for module in found:
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"`modules` must be torch.nn.Modules, got {type(module).__name__}.")
     return found
 
 
@@ -938,21 +891,6 @@ def _has_plain_graph(loss: Any) -> bool:
         seen |= below
         left += below
     return True
-
-
-def _check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) -> None:
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"`model` must be a torch.nn.Module, got {type(model).__name__}: the model comes first, then the optimizer."
-        )
-    if ste not in ("clipped", "identity"):
-        raise ValueError(f"`ste` must be 'clipped' or 'identity', got {ste!r}.")
-    if rng not in ("shared", "independent"):
-        raise ValueError(f"`rng` must be 'shared' or 'independent', got {rng!r}.")
-    if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float)):
-        raise TypeError(f"`max_grad_norm` must be None or a number > 0, got {max_grad_norm!r}.")
-    if max_grad_norm is not None and not max_grad_norm > 0:
-        raise ValueError(f"`max_grad_norm` must be > 0, got {max_grad_norm}.")
 
 
 OPTIMIZERS: Registry[QuantizedOptimizer] = Registry("optimizer")

@@ -5,7 +5,6 @@ e = rho * d / norm,    one norm over everything that is perturbed, in fp32
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 import warnings
@@ -16,78 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from qsam.latent import Latents, Target, add_
-from qsam.optim.directions import DIRECTIONS, Ascent, Direction
-from qsam.optim.ranks import SCOPES, owned_copy
+from qsam.optim.directions import Ascent
+from qsam.optim.options import SamOptions
+from qsam.optim.ranks import owned_copy
 from qsam.shards import local, whole
 from qsam.slots import Slot, own_parameters
-
-Selection = str | Callable[[str, nn.Parameter], bool]
-
-
-@dataclasses.dataclass(frozen=True)
-class SamOptions:
-    """The options of a perturbation, checked.
-
-    Attributes:
-        rho: The L2 norm of e over everything that is perturbed, in units of the weights. Finite, >= 0.
-        direction: The name of a registered direction, or an instance of :class:`~qsam.Direction` with its own settings.
-        perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
-            predicate ``(name, parameter) -> bool`` over the trainable parameters. Scales are never perturbed.
-        every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
-        start: The first step that may be perturbed, counted from 0. An integer >= 0.
-        reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass; or None.
-        normalize_weights: Take e in units of each tensor's standard deviation, as if its weights had unit variance.
-        scope: ``"global"``, one e for all processes; ``"rank"``, one per process.
-        masked: Take ``M * g_Q`` instead of g_Q: the gradient as the quantizer's clip mask lets it through.
-        inside: Add e to w and quantize the sum, ``p <- Q(w + e)``, instead of ``p <- Q(w) + e``.
-
-    Raises:
-        TypeError: An option has the wrong type.
-        ValueError: An option has a value outside its range.
-    """
-
-    rho: float = 0.1
-    direction: str | Direction = "sam"
-    perturb: Selection = "quantized"
-    every: int = 1
-    start: int = 0
-    reuse: str | None = None
-    normalize_weights: bool = False
-    scope: str = "global"
-    masked: bool = False
-    inside: bool = False
-
-    def __post_init__(self) -> None:
-        """Refuse every value that has no meaning."""
-        checked_rho(self.rho)
-        for name, value, least in (("every", self.every, 1), ("start", self.start, 0)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
-            if value < least:
-                raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
-        if not callable(self.perturb) and self.perturb not in ("quantized", "all"):
-            raise ValueError(
-                f"`perturb` must be 'quantized', 'all' or a predicate (name, parameter), got {self.perturb!r}."
-            )
-        if self.reuse not in (None, "perturbation"):
-            raise ValueError(f"`reuse` must be None or 'perturbation', got {self.reuse!r}.")
-        if self.scope not in SCOPES:
-            raise ValueError(f"`perturbation_scope` must be 'global' or 'rank', got {self.scope!r}.")
-        remembers = self.reuse is not None or self.new_direction().averages
-        if self.scope == "rank" and remembers:
-            option = f"reuse={self.reuse!r}" if self.reuse is not None else f"direction={self.direction!r}"
-            raise ValueError(
-                f"{option} remembers first passes, which differ between ranks with perturbation_scope='rank', and a "
-                "checkpoint holds the memory of one: use 'global'."
-            )
-
-    def new_direction(self) -> Direction:
-        """Return a direction without memory; an instance given by the user is copied, settings included."""
-        if not isinstance(self.direction, Direction):
-            return DIRECTIONS.get(self.direction)()
-        direction = copy.deepcopy(self.direction)
-        direction.memory = {}
-        return direction
 
 
 class Perturbation:
@@ -169,7 +101,7 @@ class Perturbation:
         latents: Latents,
         ascents: Sequence[Ascent],
         rho_of: Callable[[nn.Parameter], float],
-        maximize: bool,
+        sign: float,
         step: int,
     ) -> None:
         """Add ``e`` to every target; the latents note whether each p held Q(w).
@@ -180,7 +112,7 @@ class Perturbation:
             latents: The model's latents.
             ascents: From :meth:`gather`.
             rho_of: The radius of each parameter's group.
-            maximize: Whether the base maximizes, so that the adversary goes downhill.
+            sign: 1, or -1 if the base maximizes, so that the adversary goes downhill.
             step: The number of the step.
         """
         if not ascents and not self._warned_empty:
@@ -195,7 +127,7 @@ class Perturbation:
         directions = _finite(directions, self.norm, in_place=not self.direction.looks_ahead)
         self._float_copies = [(a.parameter, a.parameter.detach().clone()) for a in ascents if a.slot is None]
         usable = torch.isfinite(self.norm) & (self.norm > 0)
-        sign = -1.0 if self.direction.looks_ahead or maximize else 1.0
+        sign = -1.0 if self.direction.looks_ahead else sign
         inverse = torch.where(usable, self.norm, math.inf).reciprocal() * sign
         coefficients = [
             inverse * rho_of(a.parameter) * (1.0 if u is None else u) for a, u in zip(ascents, units, strict=True)
@@ -269,20 +201,6 @@ class Perturbation:
             UserWarning,
             stacklevel=2,
         )
-
-
-def checked_rho(rho: Any) -> float:
-    """Return ``rho`` as a float.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is negative or not finite.
-    """
-    if isinstance(rho, bool) or not isinstance(rho, int | float):
-        raise TypeError(f"`rho` must be a number >= 0, got {rho!r}.")
-    if not 0 <= rho < math.inf:
-        raise ValueError(f"`rho` must be finite and >= 0, got {rho}.")
-    return float(rho)
 
 
 def _unit(ascent: Ascent) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from qsam.optim.groups import Base, needs_closure, pointed_at_model
-from qsam.optim.optimizer import PERTURBATION_KEYWORDS, Closure, QuantizedOptimizer, register_optimizer
+from qsam.optim.optimizer import Closure, QuantizedOptimizer, register_optimizer
+from qsam.optim.options import PERTURBATION_KEYWORDS
 from qsam.slots import Slot
 
 
