@@ -12,7 +12,7 @@ from qsam.backend import set_backend
 from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
-from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
+from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 
 __version__ = "0.1.0"
@@ -22,6 +22,7 @@ __all__ = [
     "SAM",
     "SAQ",
     "Coverage",
+    "Direction",
     "JointSAM",
     "Quantizer",
     "SQuAT",
@@ -33,6 +34,7 @@ __all__ = [
     "presets",
     "quantize_",
     "reestimate_batchnorm",
+    "register_direction",
     "register_quantizer",
     "set_backend",
     "sharpness",

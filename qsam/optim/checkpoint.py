@@ -13,16 +13,27 @@ from torch.optim import Optimizer
 
 from qsam.optim import state as packing
 from qsam.optim.groups import pointed_at_latents
-from qsam.optim.passes import Passes
 from qsam.slots import input_signs, set_input_signs
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from qsam.latent import Latents
+    from qsam.optim.perturbation import Perturbation
     from qsam.slots import ScaleSlot
 
 
-class Checkpoint(Passes):
+class Checkpoint:
     """The state of base, scales and latents as one optimizer's."""
 
+    base: Optimizer
+    latents_of: Latents
+    param_groups: list[dict[str, Any]]
+    perturbation: Perturbation | None
+    steps: Any
+    _parameters: Callable[[], Iterator[torch.nn.Parameter]]
+    _refuse_inside_block: Callable[[str], None]
+    _start_passes: Callable[[], None]
     scale_base: Optimizer | None
     scale_slots: list[ScaleSlot]
     _state_created: bool

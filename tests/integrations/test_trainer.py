@@ -307,7 +307,7 @@ def test_training_again_goes_on(tmp_path):
 
 def test_what_the_trainer_cannot_drive_is_refused_before_training(tmp_path):
     model = BERT.quantized()
-    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper round one, got AdamW"):
+    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper around one, got AdamW"):
         trainer(tmp_path, model).train()
     optimizer = qsam.SQuAT(model, AdamW, lr=1e-3, schedule="fused")
     with pytest.raises(

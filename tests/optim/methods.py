@@ -14,7 +14,6 @@ from torch.optim import AdamW
 from qsam import Quantizer
 from qsam.optim import OPTIMIZERS, QuantizedOptimizer
 from qsam.optim.squat import SCHEDULES
-from qsam.optim.two_pass import TwoPass
 from tests.models import Batch, Task
 
 
@@ -46,7 +45,7 @@ class Method:
 
     @property
     def perturbs(self) -> bool:
-        return issubclass(self.cls, TwoPass)
+        return self.cls.perturbs
 
     @property
     def alternates(self) -> bool:

@@ -195,7 +195,7 @@ def test_unwrap_refuses_what_holds_no_optimizer_of_ours():
     turning.optimizer = turning
     for other, name in ((plain, "SGD"), (turning, "Turning"), (None, "NoneType"), ("adam", "str")):
         with pytest.raises(
-            TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper round one, got {name}"
+            TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper around one, got {name}"
         ):
             qsam.unwrap(other)
 

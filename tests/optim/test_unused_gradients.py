@@ -1,4 +1,4 @@
-"""Gradients that a pass has no use for: left out in step(closure), and nobody can tell."""
+"""Gradients that a pass has no use for are left out in step(closure), and nobody can tell."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
 import qsam
-from qsam.optim.two_pass import TwoPass
+from qsam.optim import QuantizedOptimizer
 
 ROWS = 6
 
@@ -64,11 +64,11 @@ class Training:
         return latents | dict(self.model.named_parameters())
 
 
-def saq(model: nn.Module, **options: Any) -> TwoPass:
+def saq(model: nn.Module, **options: Any) -> QuantizedOptimizer:
     return qsam.SAQ(model, SGD, lr=0.1, rho=0.05, **options)
 
 
-def squat(schedule: str) -> Callable[..., TwoPass]:
+def squat(schedule: str) -> Callable[..., QuantizedOptimizer]:
     return lambda model, **options: qsam.SQuAT(model, SGD, lr=0.1, rho=0.05, schedule=schedule, **options)
 
 
@@ -103,13 +103,13 @@ def test_a_pass_computes_the_gradients_that_it_is_for_once_the_closure_is_known(
     "make", [saq, squat("same_batch"), squat("next_batch"), squat("fused")], ids=["saq", "same", "next", "fused"]
 )
 def test_leaving_them_out_changes_no_bit(make: Callable[..., Any]) -> None:
-    sparing, wasteful = Training(make), Training(make)
-    wasteful.optimizer.spares_gradients = False
+    thrifty, wasteful = Training(make), Training(make)
+    wasteful.optimizer.skip_unused_gradients = False
     for _ in range(6):
-        sparing.step()
+        thrifty.step()
         assert all(names == ALL for names in wasteful.step())
     expected = wasteful.everything()
-    assert all(torch.equal(value, expected[name]) for name, value in sparing.everything().items())
+    assert all(torch.equal(value, expected[name]) for name, value in thrifty.everything().items())
 
 
 def test_a_perturbation_of_nothing_that_has_a_gradient_leaves_the_backward_something_to_do() -> None:
@@ -157,38 +157,60 @@ def test_a_closure_that_returns_a_number_is_not_known() -> None:
         assert all(names == ALL for names in training.step())
 
 
-def test_a_closure_that_differentiates_by_itself_is_called_again_with_everything_and_the_same_random_numbers() -> None:
-    drawn = []
+def own_gradient(model: nn.Module, ids: Tensor) -> None:
+    (gradient,) = torch.autograd.grad(model(ids).sum(), [model.get_parameter("embedding.weight")])
+    assert gradient.abs().sum() > 0
 
+
+def test_a_closure_that_misses_a_gradient_is_told_the_cure_and_then_has_them_all() -> None:
     def run(model: nn.Module, ids: Tensor) -> Tensor:
         loss = training._loss(model, ids)
-        drawn.append(torch.rand(()).item())
         if training.optimizer.steps >= 2:
-            (gradient,) = torch.autograd.grad(model(ids).sum(), [model.get_parameter("embedding.weight")])
-            assert gradient.abs().sum() > 0
+            own_gradient(model, ids)
         return loss
 
     training = Training(saq, run)
-    for step in range(4):
+    training.step(), training.step()
+    with pytest.raises(RuntimeError, match="does not require grad") as caught:
         training.step()
-        if step == 1:
-            assert training.optimizer._sparing.allowed
-    assert not training.optimizer._sparing.allowed
-    assert len(training.passes) == 2
-    assert len(drawn) == 4 * 2 + 1  # one failed
-    assert drawn[4] == drawn[5] == drawn[6]
+    assert "skip_unused_gradients=False" in caught.value.__notes__[0]
+    assert training.step() == [ALL, ALL]
 
 
-def test_an_error_of_the_closure_is_raised_and_nothing_stays_frozen() -> None:
+def test_the_cure_works() -> None:
     def run(model: nn.Module, ids: Tensor) -> Tensor:
-        if training.optimizer.steps == 2:
-            raise KeyError("a batch is missing")
+        loss = training._loss(model, ids)
+        own_gradient(model, ids)
+        return loss
+
+    training = Training(lambda model: saq(model, skip_unused_gradients=False), run)
+    for _ in range(3):
+        assert training.step() == [ALL, ALL]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [KeyError("mine"), RuntimeError("mine"), torch.OutOfMemoryError("mine"), KeyboardInterrupt("mine")],
+    ids=repr,
+)
+@pytest.mark.parametrize("call", [0, 1])
+def test_an_error_of_the_closure_is_raised_and_nothing_stays_frozen(error: BaseException, call: int) -> None:
+    """Whatever its type, in whatever pass: the closure is not called again."""
+
+    def run(model: nn.Module, ids: Tensor) -> Tensor:
+        if training.optimizer.steps == 2 and len(training.passes) == call:
+            calls.append(1)
+            raise error
         return training._loss(model, ids)
 
+    calls: list[int] = []
     training = Training(saq, run)
     training.step(), training.step()
-    with pytest.raises(KeyError, match="a batch is missing"):
+    before = {name: t.clone() for name, t in training.everything().items()}
+    with pytest.raises(type(error), match="mine"):
         training.step()
+    assert len(calls) == 1
+    assert all(torch.equal(t, before[name]) for name, t in training.everything().items())
     assert all(p.requires_grad for name, p in training.model.named_parameters() if "weight_quantizer" not in name)
 
 
