@@ -17,13 +17,12 @@ from torch.optim import Optimizer
 
 from qsam.coverage import FORMAT
 from qsam.latent import Latents, coverage_for
-from qsam.optim import state as packing
-from qsam.optim.checkpoint import Checkpoint
+from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
 from qsam.optim.diagnostics import noise_figures
 from qsam.optim.groups import Base, build_base, needs_closure
 from qsam.optim.perturbation import Perturbation, checked_rho
 from qsam.optim.ranks import DataParallel, Ranks
-from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
+from qsam.optim.scale_optimizer import ScaleRate, build_scale_optimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.optim.update import Closure, Update
 from qsam.registry import Registry
@@ -44,7 +43,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         max_grad_norm: Clip the pulled-back gradients of everything the base steps to this global norm.
         ddp: The DistributedDataParallel model, None or False; see :mod:`qsam.optim.ranks`.
         params: Parameters or groups for the base class; all trainable ones by default.
-        scale_lr: The scales' rate; see :mod:`qsam.optim.scale_rates`.
+        scale_lr: The scales' rate; see :mod:`qsam.optim.scale_optimizer`.
         scale_optimizer: The scales' optimizer class.
         arguments: The base's own keywords.
     """
@@ -167,8 +166,8 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         """Step with the gradients of the passes that were made."""
         if (
             not self._passes_made
-            and packing.all_lr_zero(self.param_groups)
-            and self._all_agree(packing.no_gradient_but_zeros(self.param_groups))
+            and all_lr_zero(self.param_groups)
+            and self._all_agree(no_gradient_but_zeros(self.param_groups))
         ):
             return self._create_state()
         if not self._has_gradients():
@@ -229,6 +228,7 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         self._refuse_inside_block("sync_latents")
         self.latents_of.settle(self.base)
         self.latents_of.take_present_weights()
+        balance_present_weights(self)
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from qsam.optim.base import QuantizedOptimizer, register_optimizer
 from qsam.optim.groups import Base, needs_closure, pointed_at_model
 from qsam.optim.ranks import DataParallel
-from qsam.optim.scale_rates import ScaleRate
+from qsam.optim.scale_optimizer import ScaleRate
 from qsam.optim.update import Closure
 
 _SAM_ONLY = {"rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope"}
@@ -34,7 +34,7 @@ class QAT(QuantizedOptimizer):
         ddp: False where the processes of a group each train a model of their own. None: they train copies of this one.
         params: Parameters or groups for a base class; all trainable ones by default.
         scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
-            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
+            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_optimizer`.
         scale_optimizer: The scales' optimizer class.
         arguments: The base's own keywords.
 

@@ -12,7 +12,7 @@ from qsam.optim.base import QuantizedOptimizer
 from qsam.optim.groups import Base
 from qsam.optim.perturbation import Perturbation, Selection, checked_rho
 from qsam.optim.ranks import DataParallel
-from qsam.optim.scale_rates import ScaleRate
+from qsam.optim.scale_optimizer import ScaleRate
 from qsam.optim.snapshot import RandomState
 from qsam.optim.sparing import Sparing
 from qsam.optim.update import Closure
@@ -42,7 +42,7 @@ class TwoPass(QuantizedOptimizer):
             each train a model of their own. None: they train copies of this one.
         params: Parameters or groups for a base class; all trainable ones by default.
         scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
-            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
+            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_optimizer`.
         scale_optimizer: The scales' optimizer class.
         arguments: The base's own keywords. One that is named like a keyword here is given through an instance.
 

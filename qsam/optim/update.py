@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from qsam.optim.diagnostics import unseen_inputs
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.passes import Passes
+from qsam.optim.scale_optimizer import follow_base_
 
 if TYPE_CHECKING:
     from qsam.slots import ScaleSlot, Slot
@@ -165,10 +166,10 @@ class Update(Passes):
         return slot.latent.detach().clone()
 
     def _step_scales(self, grads: Mapping[int, Tensor]) -> None:
-        """Step the scales' optimizer with these gradients, at the rates of the public groups."""
+        """Step the scales' optimizer with these gradients, at the rates that balance them or that stand in the public groups."""
         if self.scale_base is None:
             return
-        self._sync_scale_groups()
+        follow_base_(self.scale_base, self.param_groups, self.base, self.latents_of.slots, self.steps)
         for scale in self.scale_slots:
             scale.parameter.grad = grads.get(id(scale.parameter))
         sign = -1.0 if self._maximizes() else 1.0
@@ -190,13 +191,6 @@ class Update(Passes):
         for slot in self.latents_of.slots:
             slot.latent.grad = None
         self._state_created = True
-
-    def _sync_scale_groups(self) -> None:
-        """Give the scale optimizer the rates that schedulers wrote into the public groups; nothing else is theirs."""
-        assert self.scale_base is not None
-        public = [group for group in self.param_groups if "qsam_scales" in group]
-        for mine, seen in zip(self.scale_base.param_groups, public, strict=True):
-            mine["lr"], mine["params"] = seen["lr"], seen["params"]
 
     def _maximizes(self) -> bool:
         return bool(self.base.param_groups[0].get("maximize", False))

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import SGD, Adam, AdamW, RMSprop
 
 from qsam.optim import QAT
-from qsam.optim.scale_rates import MAX_RELATIVE_STEP, BalancedSGD
+from qsam.optim.scale_optimizer import MAX_RELATIVE_STEP, BalancedSGD
 from tests.models import BERT, CONV, MLP
 from tests.optim.methods import QUANTIZING, scales_of, train
 
