@@ -7,6 +7,7 @@ Q(w). A method says in its own file how passes and updates follow each other.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -19,7 +20,7 @@ from qsam.coverage import FORMAT
 from qsam.latent import Latents, coverage_for
 from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
 from qsam.optim.diagnostics import noise_figures
-from qsam.optim.groups import Base, build_base, needs_closure
+from qsam.optim.groups import Base, build_base, needs_closure, without_scales
 from qsam.optim.perturbation import Perturbation, checked_rho
 from qsam.optim.ranks import DataParallel, Ranks
 from qsam.optim.scale_optimizer import ScaleRate, build_scale_optimizer
@@ -230,6 +231,23 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
         self.latents_of.take_present_weights()
         balance_present_weights(self)
 
+    def release(self) -> None:
+        """Hand the model over to the next optimizer, with its scales and full-precision weights.
+
+        The model keeps its quantizers and goes on holding Q(w). The next qsam optimizer built on it takes the latents
+        of every weight that still holds Q of them then, and the present weight elsewhere. Until then the latents stay in
+        memory with the model. A base optimizer given as an instance keeps its state and may be given to the next one.
+        This optimizer can no longer be used. (One that nothing refers to any more needs no release: the next takes
+        over at once, but the latents are gone with it.)
+
+        Raises:
+            RuntimeError: called inside a block.
+        """
+        self._refuse_inside_block("release")
+        self.latents_of.settle(self.base)
+        self._clear_gradients()
+        self.latents_of.hand_over()
+
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
 
@@ -253,8 +271,12 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
     # --- a torch Optimizer --------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`."""
-        group = dict(param_group)
+        """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Scales among its parameters are left to the scale optimizer, as at construction, and a warning says so.
+        """
+        self.latents_of.guard.check_attached()
+        group = without_scales(param_group, self.latents_of)
         group["qsam_rho"] = self._radius(group, self.param_groups[0]["qsam_rho"])
         self.base.add_param_group(group)
         self.param_groups.append(self.base.param_groups[-1])
@@ -305,8 +327,18 @@ class ScaleFacade(Optimizer):
     """
 
     def __init__(self, owner: QuantizedOptimizer) -> None:
-        self.owner = owner
-        self.__setstate__({"defaults": {}, "state": defaultdict(dict)})
+        self.__setstate__({"owner": owner, "defaults": {}, "state": defaultdict(dict)})
+
+    @property
+    def owner(self) -> QuantizedOptimizer:
+        """The optimizer. The reference is weak, so that an optimizer that is thrown away is freed at once.
+
+        Raises:
+            RuntimeError: it has been thrown away.
+        """
+        if (owner := self._owner()) is None:
+            raise RuntimeError("the optimizer of these scales is gone: keep it, and use its `optimizer.scales`.")
+        return owner
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -329,6 +361,11 @@ class ScaleFacade(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Keep the owner."""
         return {"owner": self.owner, "defaults": {}, "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Refer to the owner weakly again."""
+        self._owner = weakref.ref(state["owner"])
+        super().__setstate__({key: value for key, value in state.items() if key != "owner"})
 
 
 def _check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) -> None:

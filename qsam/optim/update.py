@@ -166,7 +166,7 @@ class Update(Passes):
         return slot.latent.detach().clone()
 
     def _step_scales(self, grads: Mapping[int, Tensor]) -> None:
-        """Step the scales' optimizer with these gradients, at the rates that balance them or that stand in the public groups."""
+        """Step the scales' optimizer with these gradients, at their present rates."""
         if self.scale_base is None:
             return
         follow_base_(self.scale_base, self.param_groups, self.base, self.latents_of.slots, self.steps)
