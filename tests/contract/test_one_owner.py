@@ -210,7 +210,9 @@ def test_what_was_left_goes_to_one_optimizer_only():
         train(third, model, MLP, 1)
 
 
-HANDED_OVER = r"this optimizer has handed its model over \(release\): it can no longer be used\. Go on with the optimizer"
+HANDED_OVER = (
+    r"this optimizer has handed its model over \(release\): it can no longer be used\. Go on with the optimizer"
+)
 
 
 @each_method
