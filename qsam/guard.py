@@ -98,8 +98,8 @@ class Guard:
         """
         if self.released:
             raise RuntimeError(
-                "this optimizer has handed its model over (release): it can no longer be used. Go on with the optimizer "
-                "that was built on the model since, or build one."
+                "this optimizer has handed its model over (release): it can no longer be used. Go on with the "
+                "optimizer that was built on the model since, or build one."
             )
         for module, name, quantizer in self._attached:
             if getattr(module, name, None) is not quantizer:

@@ -82,8 +82,9 @@ class Latents:
         self.guard = Guard(coverage)
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
-                "another qsam optimizer owns the weights of this model: call its release() first, which hands the model "
-                "over with its scales and latents, or qsam.dequantize_(model, optimizer), which takes the quantizers off."
+                "another qsam optimizer owns the weights of this model: call its release() first, which hands the "
+                "model over with its scales and latents, or qsam.dequantize_(model, optimizer), which takes the "
+                "quantizers off."
             )
         shards.refuse_unknown(self.root)
         if coverage is None:

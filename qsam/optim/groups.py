@@ -137,7 +137,8 @@ def without_scales(param_group: dict[str, Any], latents: Latents) -> dict[str, A
     """Return a group to be added, without the scales among its parameters, and say how many were left out.
 
     Args:
-        param_group: As torch takes it: ``"params"`` is a Parameter, or an iterable of them or of pairs (name, Parameter).
+        param_group: As torch takes it: ``"params"`` is a Parameter, or an iterable of Parameters or of pairs
+            (name, Parameter).
         latents: The model's latents.
     """
     group = dict(param_group)

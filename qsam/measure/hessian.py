@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from qsam.probe import Probe, Subject, checked_count, checked_number, probing
+from qsam.measure.probe import Probe, Subject, checked_count, checked_number, probing
 
 
 @dataclasses.dataclass(frozen=True)
