@@ -236,8 +236,8 @@ class QuantizedOptimizer(Update, Checkpoint, Optimizer):
 
         The model keeps its quantizers and goes on holding Q(w). The next qsam optimizer built on it takes the latents
         of every weight that still holds Q of them then, and the present weight elsewhere; until then the latents stay
-        in memory with the model. A base optimizer given as an instance keeps its state and may be given to the next one.
-        This optimizer can no longer be used.
+        in memory with the model. A base optimizer given as an instance keeps its state and may be given to the next
+        one. This optimizer can no longer be used.
 
         An optimizer that nothing refers to any more needs no release: the next one takes over at once, but the latents
         are gone with it.

@@ -1,7 +1,6 @@
 """Contract 1: the groups, whatever the base is: class, instance or factory."""
 
 import functools
-import gc
 import warnings
 
 import pytest
@@ -386,7 +385,6 @@ def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
     train(optimizer, model, MLP, 1)
     saved = optimizer.state_dict()
     del optimizer
-    gc.collect()
     optimizer = method(model)
     with pytest.warns(
         UserWarning,
@@ -395,7 +393,6 @@ def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
         train(optimizer, model, MLP, 1)
     train(optimizer, model, MLP, 1)
     del optimizer
-    gc.collect()
     resumed = method(model)
     resumed.load_state_dict(saved)  # it brings the full-precision weights: there is nothing to say
     train(resumed, model, MLP, 1)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.distributed import checkpoint
 from torch.optim import SGD, Adam, AdamW, RMSprop
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, LinearLR, OneCycleLR
 from torch.optim.swa_utils import SWALR
@@ -326,6 +327,25 @@ def test_a_file_from_before_the_balance_was_kept_goes_on_at_its_own_rates(base):
         assert rates(resumed) == pytest.approx(rates(optimizer), rel=1e-6)
     found, expected = latents(resumed, other), latents(optimizer, model)
     assert all(torch.allclose(found[name], expected[name], rtol=1e-4, atol=1e-6) for name in found)
+
+
+def test_a_distributed_checkpoint_from_before_loads_with_a_planner_that_allows_missing_entries(tmp_path):
+    """Its latents and moments come, and what it lacks stays as it was made here."""
+    model, other = MLP.quantized(), MLP.quantized()
+    optimizer, resumed = QAT(model, AdamW, lr=1e-3), QAT(other, AdamW, lr=1e-3)
+    train(optimizer, model, MLP, 3)
+    train(resumed, other, MLP, 1)
+    balance = resumed.param_groups[1]["qsam_balance"]
+    checkpoint.save(as_written_before(optimizer.state_dict(), normalized=True), checkpoint_id=tmp_path, no_dist=True)
+    state = resumed.state_dict()
+    with pytest.raises(Exception, match="Missing key in checkpoint state_dict"):
+        checkpoint.load(state, checkpoint_id=tmp_path, no_dist=True)
+    planner = checkpoint.DefaultLoadPlanner(allow_partial_load=True)
+    checkpoint.load(state, checkpoint_id=tmp_path, planner=planner, no_dist=True)
+    resumed.load_state_dict(state)
+    assert_same(latents(resumed, other), latents(optimizer, model))
+    assert (resumed.steps, resumed.param_groups[1]["qsam_balance"]) == (3, balance)
+    train(resumed, other, MLP, 2)
 
 
 @pytest.mark.parametrize("older", [False, True])
