@@ -2,9 +2,9 @@
 
 v <- H v / ||H v||,   H the Hessian of L with respect to Q(w);   the eigenvalue is v.Hv
 
-The products are taken here and not by curvlinops, which wants the model, the loss and the data apart where a closure
-holds all three, and which takes Jacobians by ``jvp`` under ``vmap``: version 3.0.1 fails on a BatchNorm in training mode
-and on quantized inputs.
+The products are taken here and not by curvlinops, which wants the model, the loss and the data apart, where a closure
+holds all three. It differentiates by ``jvp`` under ``vmap``: version 3.0.1 fails on a BatchNorm in training mode and on
+quantized inputs.
 """
 
 from __future__ import annotations

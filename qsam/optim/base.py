@@ -338,7 +338,8 @@ class ScaleFacade(Optimizer):
         Raises:
             RuntimeError: it has been thrown away.
         """
-        if (owner := self._owner()) is None:
+        owner: QuantizedOptimizer | None = self._owner()
+        if owner is None:
             raise RuntimeError("the optimizer of these scales is gone: keep it, and use its `optimizer.scales`.")
         return owner
 

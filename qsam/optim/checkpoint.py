@@ -129,7 +129,11 @@ def _tensors(o: Checkpoint) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]
     paths = {id(p): path for path, p in o.latents_of.root.named_parameters()}
 
     def copy(targets: Mapping[int, Tensor]) -> Callable[[Pairs], None]:
-        return lambda pairs: [targets[id(p)].copy_(value) for p, value in pairs] and None
+        def put(pairs: Pairs) -> None:
+            for p, value in pairs:
+                targets[id(p)].copy_(value)
+
+        return put
 
     def read(memory: dict[str, Tensor]) -> Callable[[], Mapping[int, Tensor]]:
         return lambda: {i: memory[path] for i, path in paths.items() if path in memory}

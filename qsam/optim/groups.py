@@ -145,8 +145,9 @@ def without_scales(param_group: dict[str, Any], latents: Latents) -> dict[str, A
     if isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
         scales = {id(p) for p in quantizer_parameters(latents.root)}
         given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
-        group["params"] = [p for p in given if id(p[1] if isinstance(p, tuple) else p) not in scales]
-        _say_moved(len(given) - len(group["params"]), stacklevel=4)
+        kept = [p for p in given if id(p[1] if isinstance(p, tuple) else p) not in scales]
+        group["params"] = kept
+        _say_moved(len(given) - len(kept), stacklevel=4)
     return group
 
 

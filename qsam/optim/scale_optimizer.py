@@ -188,7 +188,7 @@ def build_scale_optimizer(
     else:
         for group in groups:
             group["lr"] = rates[group["qsam_scales"] == "inputs"]
-        optimizer = scale_optimizer(groups)
+        optimizer = scale_optimizer(groups)  # type: ignore[call-arg]
     for group in optimizer.param_groups:
         group["qsam_scale_class"] = type(optimizer).__name__
         # AdamW and its like decay by default; a decayed scale would shrink its grid.
