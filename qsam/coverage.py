@@ -161,6 +161,10 @@ _OWNERS: weakref.WeakKeyDictionary[Coverage, weakref.ref[Any]] = weakref.WeakKey
 """Which optimizer owns the latents of a coverage's weights. A copied or unpickled coverage has none of its own."""
 
 
+_LEFT: weakref.WeakKeyDictionary[Coverage, dict[str, nn.Parameter]] = weakref.WeakKeyDictionary()
+"""The latents that an optimizer has left for the next one, by the path of the weight."""
+
+
 def owner_of(coverage: Coverage) -> Any | None:
     """Return the living optimizer that owns the latents of these weights, or None."""
     reference = _OWNERS.get(coverage)
@@ -168,11 +172,23 @@ def owner_of(coverage: Coverage) -> Any | None:
 
 
 def set_owner(coverage: Coverage, owner: Any | None) -> None:
-    """Note, by a weak reference, which optimizer owns the latents of these weights."""
+    """Note, by a weak reference, which optimizer owns the latents of these weights; what was left for it is dropped."""
+    _LEFT.pop(coverage, None)
     if owner is None:
         _OWNERS.pop(coverage, None)
     else:
         _OWNERS[coverage] = weakref.ref(owner)
+
+
+def leave_latents(coverage: Coverage, latents: dict[str, nn.Parameter]) -> None:
+    """Let nobody own these weights, and keep their latents, by path, for the next optimizer."""
+    set_owner(coverage, None)
+    _LEFT[coverage] = latents
+
+
+def left_latents(coverage: Coverage) -> Mapping[str, nn.Parameter]:
+    """Return the latents that :func:`leave_latents` keeps, by path."""
+    return _LEFT.get(coverage, {})
 
 
 def quantizer_name(quantizer: Quantizer) -> str:

@@ -34,10 +34,12 @@ class Guard:
     Attributes:
         fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
             bring others than those that the model had at construction.
+        released: Whether the optimizer has handed the model over.
     """
 
     def __init__(self, coverage: Coverage | None) -> None:
         self.fresh = True
+        self.released = False
         self._attached = [] if coverage is None else _places(coverage)
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[tuple[str, Tensor | bool]] = []
@@ -92,8 +94,13 @@ class Guard:
         """Refuse to go on if the model no longer has the quantizers that this optimizer was built with.
 
         Raises:
-            RuntimeError: they were taken off, or replaced.
+            RuntimeError: they were taken off or replaced, or the optimizer has handed the model over.
         """
+        if self.released:
+            raise RuntimeError(
+                "this optimizer has handed its model over (release): it can no longer be used. Go on with the "
+                "optimizer that was built on the model since, or build one."
+            )
         for module, name, quantizer in self._attached:
             if getattr(module, name, None) is not quantizer:
                 raise RuntimeError(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from qsam import shards, sweeps
 from qsam.attach import coverage_of, quantize_, refuse_overflow
-from qsam.coverage import Coverage, owner_of, set_owner
+from qsam.coverage import Coverage, leave_latents, left_latents, owner_of, set_owner
 from qsam.functional import wide_dtype
 from qsam.guard import Guard
 from qsam.inputs import is_sharded
@@ -82,7 +82,9 @@ class Latents:
         self.guard = Guard(coverage)
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
-                "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
+                "another qsam optimizer owns the weights of this model: call its release() first, which hands the "
+                "model over with its scales and latents, or qsam.dequantize_(model, optimizer), which takes the "
+                "quantizers off."
             )
         shards.refuse_unknown(self.root)
         if coverage is None:
@@ -92,6 +94,7 @@ class Latents:
         _refuse_tied(slots)
         for slot in slots:
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
+        _take_left(slots, left_latents(coverage))
         self.slots = slots
         self._input_noises = list(noise_streams(coverage.inputs))
         self.noises = [*noise_streams(coverage.quantized), *self._input_noises]
@@ -143,7 +146,7 @@ class Latents:
 
     def claim(self, owner: Any) -> None:
         """Note ``owner`` as the one optimizer of these weights."""
-        if self.coverage is not None:
+        if self.coverage is not None and not self.guard.released:
             set_owner(self.coverage, owner)
 
     def release(self) -> None:
@@ -152,6 +155,13 @@ class Latents:
         if self.coverage is not None:
             set_owner(self.coverage, None)
         self.slots, self.noises, self._input_noises = [], [], []
+
+    def hand_over(self) -> None:
+        """Give up ownership and leave the latents for the next optimizer; p goes on holding Q(w)."""
+        if self.coverage is not None:
+            leave_latents(self.coverage, {slot.path: slot.latent for slot in self.slots})
+        self.slots, self.noises, self._input_noises = [], [], []
+        self.guard.released = True
 
     @torch.no_grad()
     def write(self) -> None:
@@ -415,6 +425,20 @@ def add_(target: Tensor, direction: Tensor, coefficient: Tensor) -> None:
 def _gradients(slots: Sequence[Slot]) -> list[Tensor]:
     """Return the gradients of these p, of which each has one."""
     return [grad for slot in slots if (grad := slot.parameter.grad) is not None]
+
+
+@torch.no_grad()
+def _take_left(slots: Sequence[Slot], left: Mapping[str, nn.Parameter]) -> None:
+    """Take the latents that the last optimizer left, for each weight that still holds Q of them."""
+    for slot in slots:
+        latent = left.get(slot.path)
+        if latent is None or latent.device != slot.latent.device or latent.shape != slot.latent.shape:
+            continue
+        if shards.is_sharded(slot.parameter) and not shards.is_sharded(latent):
+            latent = nn.Parameter(shards.own_part(latent.detach(), slot.parameter))
+        present, slot.latent = slot.latent, latent
+        if not same_values(slot.parameter, slot.quantized()):
+            slot.latent = present
 
 
 def _refuse_tied(slots: Sequence[Slot]) -> None:

@@ -26,11 +26,10 @@ from torch.optim import SGD, Optimizer
 from qsam.coverage import FORMAT
 from qsam.inputs import frozen
 from qsam.latent import Latents, coverage_for
-from qsam.optim import state as packing
-from qsam.optim.checkpoint import Checkpoint
+from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
-from qsam.optim.groups import Base, build_base, needs_closure, pointed_at_latents
+from qsam.optim.groups import Base, build_base, needs_closure, pointed_at_latents, without_scales
 from qsam.optim.options import (
     PERTURBATION_KEYWORDS,
     SamOptions,
@@ -41,7 +40,7 @@ from qsam.optim.options import (
 )
 from qsam.optim.perturbation import Perturbation
 from qsam.optim.ranks import DataParallel, Ranks, owned_copy
-from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
+from qsam.optim.scale_optimizer import ScaleRate, build_scale_optimizer, follow_base_
 from qsam.optim.snapshot import RandomState, buffers_kept, modules_of, same_random_numbers
 from qsam.optim.wrappers import ScaleFacade
 from qsam.registry import Registry
@@ -85,7 +84,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             train a model of their own. None: they train copies of this one.
         params: Parameters or groups for a base class; all trainable ones by default.
         scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at which
-            a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
+            a scale keeps pace with the weights; see :mod:`qsam.optim.scale_optimizer`.
         scale_optimizer: The scales' optimizer class.
         arguments: The base's own keywords. One that is named like a keyword here is given through an instance.
 
@@ -316,8 +315,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     @torch.no_grad()
     def _step_by_hand(self) -> None:
         """Step with the gradients of the passes that were made as blocks."""
-        if not self._gradients_of and packing.all_lr_zero(self.param_groups):
-            zeros = packing.no_gradient_but_zeros(self.param_groups)
+        if not self._gradients_of and all_lr_zero(self.param_groups):
+            zeros = no_gradient_but_zeros(self.param_groups)
             if not any_process(not zeros, self._parameters()):
                 return self._create_state()
         if not self._has_gradients():
@@ -685,12 +684,10 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         return slot.latent.detach().clone()
 
     def _step_scales(self, grads: Mapping[int, Tensor]) -> None:
-        """Step the scales' optimizer with these gradients, at the rates that schedulers wrote into our groups."""
+        """Step the scales' optimizer with these gradients, at their present rates."""
         if self.scale_base is None:
             return
-        public = [group for group in self.param_groups if "qsam_scales" in group]
-        for mine, seen in zip(self.scale_base.param_groups, public, strict=True):
-            mine["lr"], mine["params"] = seen["lr"], seen["params"]
+        follow_base_(self.scale_base, self.param_groups, self.base, self.latents_of.slots, self.steps)
         for scale in self.scale_slots:
             gradient = grads.get(id(scale.parameter))
             scale.parameter.grad = -gradient if gradient is not None and self._ascent_sign() < 0 else gradient
@@ -734,6 +731,26 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self._refuse_inside_block("sync_latents")
         self.latents_of.settle(self.base)
         self.latents_of.take_present_weights()
+        balance_present_weights(self)
+
+    def release(self) -> None:
+        """Hand the model over to the next optimizer, with its scales and full-precision weights.
+
+        The model keeps its quantizers and goes on holding Q(w). The next qsam optimizer that is built on it takes the
+        latents of every weight that still holds Q of them, and the present weight elsewhere; until then the latents
+        stay in memory with the model. A base optimizer that was given as an instance keeps its state and may be given
+        to the next one. This optimizer can no longer be used.
+
+        An optimizer that nothing refers to any more needs no release: the next one takes over at once, but the latents
+        are gone with it.
+
+        Raises:
+            RuntimeError: It was called inside a block.
+        """
+        self._refuse_inside_block("release")
+        self.latents_of.settle(self.base)
+        self._drop_gradients()
+        self.latents_of.hand_over()
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
@@ -758,8 +775,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     # --- a torch Optimizer --------------------------------------------------------------------------------------
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`."""
-        group = dict(param_group)
+        """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`.
+
+        Scales among its parameters are left to the scale optimizer, as at construction, and a warning says so.
+        """
+        self.latents_of.guard.check_attached()
+        group = without_scales(param_group, self.latents_of)
         group["qsam_rho"] = self._take_rho(group, self.param_groups[0]["qsam_rho"])
         self.base.add_param_group(group)
         self.param_groups.append(self.base.param_groups[-1])

@@ -89,7 +89,7 @@ class Ranks:
             groups: Its parameter groups; balanced rates of scales come from the weights, which may have differed.
 
         Raises:
-            RuntimeError: on all ranks, if they are at different steps, or a scheduler has noted different rates.
+            RuntimeError: on all ranks, if they are at different steps.
         """
         group = self.group
         if group is None or group is self._met or latents.sharded:
@@ -186,17 +186,12 @@ def _share_signs(latents: Latents, group: distributed.ProcessGroup, device: torc
 
 
 def _share_rates(groups: Sequence[dict[str, Any]], group: distributed.ProcessGroup, device: torch.device) -> None:
-    rates = torch.tensor([float(g["lr"]) for g in groups], dtype=torch.float64, device=device)
-    if not groups or _equal(rates, group):
-        return
-    if any("initial_lr" in g for g in groups):
-        raise RuntimeError(
-            "the ranks' weights differed when the scales' rates were taken from them, and a scheduler has noted the "
-            "rates: build the optimizer after DistributedDataParallel, seed the ranks alike, or give `scale_lr`."
-        )
-    _broadcast(rates, group)
-    for g, rate in zip(groups, rates.tolist(), strict=True):
-        g["lr"] = rate
+    """Give all ranks rank 0's balance of the scales' rates: it was taken from weights that may have differed."""
+    balanced = [g for g in groups if "qsam_balance" in g]
+    numbers = torch.tensor([[g["qsam_balance"], g["lr"]] for g in balanced], dtype=torch.float64, device=device)
+    _broadcast(numbers, group)
+    for g, (balance, lr) in zip(balanced, numbers.tolist(), strict=True):
+        g.update(qsam_balance=balance, lr=lr)
 
 
 @torch.no_grad()

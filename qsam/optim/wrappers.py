@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import defaultdict
 from typing import TYPE_CHECKING, Any
 
@@ -65,8 +66,18 @@ class ScaleFacade(Optimizer):
     """
 
     def __init__(self, owner: QuantizedOptimizer) -> None:
-        self.owner = owner
-        self.__setstate__({"defaults": {}, "state": defaultdict(dict)})
+        self.__setstate__({"owner": owner, "defaults": {}, "state": defaultdict(dict)})
+
+    @property
+    def owner(self) -> QuantizedOptimizer:
+        """The optimizer. The reference is weak, so that an optimizer that is thrown away is freed at once.
+
+        Raises:
+            RuntimeError: It has been thrown away.
+        """
+        if (owner := self._owner()) is None:
+            raise RuntimeError("the optimizer of these scales is gone: keep it, and use its `optimizer.scales`.")
+        return owner
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
@@ -89,3 +100,8 @@ class ScaleFacade(Optimizer):
     def __getstate__(self) -> dict[str, Any]:
         """Keep the owner."""
         return {"owner": self.owner, "defaults": {}, "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Refer to the owner weakly again."""
+        self._owner = weakref.ref(state["owner"])
+        super().__setstate__({key: value for key, value in state.items() if key != "owner"})

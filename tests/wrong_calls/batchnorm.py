@@ -29,7 +29,7 @@ def _():
 
 @wrong(
     ValueError,
-    "every BatchNorm is in eval mode inside a model in training mode, thus frozen: call model.eval() before "
+    "every BatchNorm is in eval mode inside a model in training mode, and so frozen: call model.eval() before "
     "reestimate_batchnorm to set them all the same.",
 )
 def _():

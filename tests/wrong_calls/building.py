@@ -230,7 +230,8 @@ def _(model):
 
 @wrong(
     RuntimeError,
-    "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first.",
+    "another qsam optimizer owns the weights of this model: call its release() first, which hands the model over with "
+    "its scales and latents, or qsam.dequantize_(model, optimizer), which takes the quantizers off.",
 )
 def _(optimizer, quantized):
     qsam.QAT(quantized, SGD, lr=0.1)

@@ -19,9 +19,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from qsam.hessian import TopEigenvalue, hessian_top_eigenvalue
+from qsam.measure.hessian import TopEigenvalue, hessian_top_eigenvalue
+from qsam.measure.probe import Closure, Probe, Subject, checked_count, checked_number, probing
 from qsam.optim import QuantizedOptimizer
-from qsam.probe import Closure, Probe, Subject, checked_count, checked_number, probing
 from qsam.registry import nearest
 
 __all__ = ["LossSlice", "Sharpness", "TopEigenvalue", "hessian_top_eigenvalue", "loss_slice", "sharpness"]

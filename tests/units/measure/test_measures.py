@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import qsam
-from qsam.probe import probing
+from qsam.measure.probe import probing
 from tests.models import BERT, CONV, EVERYWHERE, MLP
 from tests.optim.methods import (
     METHODS,
@@ -415,20 +415,43 @@ def test_attention_has_a_second_derivative():
     assert torch.equal(loss, BERT.loss(model, BERT.batch(0)))
 
 
-@pytest.mark.parametrize(("activations", "derivatives"), [(None, True), ("lsq", False)])
-def test_differences_of_gradients_are_no_derivatives_where_inputs_are_quantized(activations, derivatives):
-    """Why second derivatives are taken: ||H u|| <= the largest |eigenvalue|, but differences see the stairs."""
-    optimizer, model = trained(QUANTIZING[0], CONV, steps=30, activations=activations)
-    model.eval()
-    closure = closure_of(optimizer, model, CONV, CONV.batch(40))
-    top = qsam.hessian_top_eigenvalue(optimizer, lambda: CONV.loss(model, CONV.batch(40))).value
-    found = []
-    for seed in range(6):  # not every direction crosses a step within this distance
-        with probing(optimizer, closure, "difference", 2, False) as probe:
-            u = torch.randn(probe.zeros().shape, generator=torch.Generator().manual_seed(seed))
-            u *= 1e-4 / u.norm()
-            found.append(float((probe.gradient(u)[1] - probe.gradient(-u)[1]).norm()) / 2e-4)
-    assert max(found) <= top if derivatives else max(found) > 5 * top
+@pytest.mark.parametrize("quantized", [False, True])
+def test_differences_of_gradients_are_no_derivatives_where_inputs_are_quantized(quantized):
+    """Why second derivatives are taken: at the edge of a stair a difference quotient grows as 1 / distance.
+
+    L = (w2 * Q(w1))^2 / 2 with the step .5 of Q: w1 = .75 lies halfway between the levels .5 and 1. All numbers are
+    sums of a few powers of two, so that they are exact on any processor.
+    """
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+    with torch.no_grad():
+        model[0].weight.fill_(0.75)
+        model[1].weight.fill_(1.0)
+    x = torch.ones(1, 1)
+    if quantized:
+        qsam.quantize_(model, weights=None, rules=[("1.*", {}), ("1", {}), ("*", None)])
+        qsam.calibrate(model, [x])
+        model[1].input_quantizer.scale.data.fill_(0.5)
+
+    def loss_fn():
+        return model(x).square().sum() / 2
+
+    def closure():
+        model.zero_grad()
+        loss = loss_fn()
+        loss.backward()
+        return loss
+
+    top = qsam.hessian_top_eigenvalue(model, loss_fn, tolerance=1e-6).value
+    assert 0 < top < 10
+    for distance in (2.0**-6, 2.0**-10, 2.0**-14):
+        with probing(model, closure, "difference", 2, False) as probe:
+            d = probe.zeros()
+            d[0] = distance
+            difference = float((probe.gradient(d)[1] - probe.gradient(-d)[1]).norm())
+        if quantized:  # dL/dw1 = Q, dL/dw2 = Q^2: from (.5, .25) to (1, 1)
+            assert math.isclose(difference, math.hypot(0.5, 0.75), rel_tol=4 * torch.finfo(torch.float32).eps)
+        else:
+            assert difference / (2 * distance) <= top
 
 
 # --- slices -------------------------------------------------------------------------------------------------------
