@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("qsam.testing")  # before it is imported: a broken law then shows what it compared
+
 torch.set_num_threads(1)
 
 settings.register_profile(

@@ -12,7 +12,7 @@ from torch.optim import LBFGS, SGD
 import qsam
 from qsam.functional import lsq_grad_scale
 from qsam.quantizers import QUANTIZERS, DiffQ, Noise
-from qsam.testing.case import owners
+from qsam.testing.inputs import owners
 from tests.models import CONV, EVERYWHERE, MLP
 from tests.optim.methods import (
     QUANTIZING,

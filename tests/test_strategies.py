@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from qsam.functional import integer_limits
 from qsam.quantizers import QUANTIZERS
-from qsam.testing.case import owners
+from qsam.testing.inputs import owners
 from tests.strategies import (
     DTYPES,
     Setting,
