@@ -80,9 +80,10 @@ class Case:
 
 
 def is_uniform(q: Quantizer) -> bool:
-    """Whether ``q`` shows a symmetric uniform grid: a tensor ``scale``, ``codes`` of its own and no ``zero_point``."""
+    """Whether ``q`` shows a symmetric uniform grid: a tensor ``scale``, codes or a step size, and no ``zero_point``."""
     own_codes = getattr(type(q), "codes", None) is not getattr(Quantizer, "codes", None)
-    return isinstance(getattr(q, "scale", None), Tensor) and own_codes and not hasattr(q, "zero_point")
+    own_grid = own_codes or (hasattr(q, "codes") and type(q).step_size is not Quantizer.step_size)
+    return isinstance(getattr(q, "scale", None), Tensor) and own_grid and not hasattr(q, "zero_point")
 
 
 def holds_scale(q: Quantizer) -> bool:

@@ -257,7 +257,7 @@ class Grid(NamedTuple):
 def grid_of(q: Quantizer, x: Tensor) -> Grid:
     """Return the grid of ``q`` at ``x``."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s = scale_of(q).to(wide).abs().flatten()[owners(q, x)]
+    s = scale_of(q).to(wide).abs().clamp_min(_TINY).flatten()[owners(q, x)]
     return Grid(x.to(wide) / s, s, q.quant_min, q.quant_max)
 
 
@@ -278,11 +278,12 @@ def limits_fit_in_the_bits(case: Case) -> None:
 
 @law(is_uniform, *SHORT, "zeros", "subnormal", "huge")
 def one_positive_fp32_scale_a_row(case: Case) -> None:
-    """`scale` must be fp32, positive and not 0-dimensional, with one entry per row: tensor, channel or group."""
+    """`scale` must be fp32, not 0-dimensional, of one entry per row, and positive unless the row is all zeros."""
     rows, scale = row_count(case.quantizer, case.x), scale_of(case.quantizer)
     assert scale.dim() and scale.numel() == rows, f"Got shape {tuple(scale.shape)} for {rows} rows."
     assert scale.dtype == torch.float32, f"Got {scale.dtype}."
-    hold(scale > 0, got=scale)
+    filled = torch.zeros(rows).index_add(0, owners(case.quantizer, case.x).flatten(), case.x.flatten().bool().float())
+    hold((scale.flatten() > 0) | ((scale.flatten() == 0) & (filled == 0)), got=scale.flatten())
 
 
 @law(is_uniform)
