@@ -109,9 +109,11 @@ def run(
         try:
             output, _ = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # pytest and the processes that its tests started
-            process.communicate()
             return {"outcome": "caught", "by": "timeout", "seconds": round(timeout)}
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # pytest and the processes that its tests started
+                process.communicate()
     if process.returncode not in OUTCOMES:
         raise RuntimeError(f"pytest ended with code {process.returncode}:\n{output}")
     failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
