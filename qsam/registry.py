@@ -35,8 +35,7 @@ class Registry(Generic[T]):
     ) -> None:
         self.kind = kind
         self._check = check
-        self._group = entry_points
-        self._loaded = entry_points is None
+        self._entry_points = entry_points
         self._classes: dict[str, type[T]] = {}
         self._broken: list[tuple[str, Exception]] = []
 
@@ -97,10 +96,10 @@ class Registry(Generic[T]):
 
     def _load_entry_points(self) -> None:
         """Import the entry points, once. One that fails is remembered, so that it does not hide the others."""
-        if self._loaded:
+        if self._entry_points is None:
             return
-        self._loaded = True
-        for point in importlib.metadata.entry_points(group=self._group):
+        group, self._entry_points = self._entry_points, None
+        for point in importlib.metadata.entry_points(group=group):
             try:
                 loaded = point.load()
                 # A module registers its classes when it is imported; any other class gets the name of its point.
@@ -110,7 +109,7 @@ class Registry(Generic[T]):
                 package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
                 sentence = (
                     f"the {self.kind} {point.name!r} of the package {package} cannot be loaded: its entry point "
-                    f"{point.value!r} in the group {self._group!r} raised {type(error).__name__} ({error}). Upgrade "
+                    f"{point.value!r} in the group {group!r} raised {type(error).__name__} ({error}). Upgrade "
                     "that package, or uninstall it."
                 )
                 self._broken.append((sentence, error))
