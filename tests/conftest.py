@@ -6,6 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+pytest.register_assert_rewrite("qsam.testing")  # before it is imported: a broken law then shows what it compared
+
 torch.set_num_threads(int(os.environ.get("QSAM_TEST_THREADS", "1")))
 
 settings.register_profile(

@@ -23,7 +23,7 @@ MODULES = {
     "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue", "tests.recipes.test_runs"),
     "Files that are torn, foreign or newer": ("tests.recipes.test_checkpoint_files", "tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.test_spec_files"),
     "Exceptions and bad numbers in a step": ("tests.optim.test_exactness", "tests.optim.test_bad_numbers", "tests.test_batchnorm"),
-    "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.contract.test_one_owner", "tests.test_registry"),
+    "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.contract.test_one_owner", "tests.units.test_registry"),
 }  # fmt: skip
 
 INTRO = """# What goes wrong, what happens then, and what is kept

@@ -10,7 +10,7 @@ from qsam.functional import integer_limits
 from qsam.quantizers import LSQ, FixedStep, Identity, PerChannel, Quantizer
 from qsam.scales import INIT_RULES, initial_scale
 from qsam.testing import LAWS
-from qsam.testing.case import owners
+from qsam.testing.inputs import owners
 from tests.strategies import cases, settings_of_the_registry
 
 SETTINGS = settings_of_the_registry()

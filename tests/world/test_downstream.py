@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
-PACKAGE = Path(__file__).parent / "downstream"
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "tests" / "downstream"
 
 PROGRAM = """
 import json, sys, torch, qsam, qsam.testing

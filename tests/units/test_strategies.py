@@ -1,3 +1,5 @@
+"""The strategies draw what they say, and reach the awkward values."""
+
 import math
 
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import strategies as st
 
 from qsam.functional import integer_limits
 from qsam.quantizers import QUANTIZERS
-from qsam.testing.case import owners
+from qsam.quantizers.base import GRANULARITIES
+from qsam.testing.inputs import owners
 from tests.strategies import (
     DTYPES,
     Setting,
@@ -26,7 +29,7 @@ from tests.strategies import (
 
 ONLY_FIND = settings(phases=[Phase.generate], max_examples=2000)
 SETTINGS = settings_of_the_registry()
-LSQ_SETTINGS = [setting for setting in SETTINGS if setting.name == "lsq"]
+ANY_CASE = st.sampled_from([setting for setting in SETTINGS if setting.name == "lsq"]).flatmap(cases)
 
 
 def test_fill_repeats_its_values_in_order():
@@ -104,35 +107,37 @@ def test_settings_leave_out_what_a_quantizer_refuses():
     assert Setting("per_channel", "per_tensor", True) not in SETTINGS
 
 
-@pytest.mark.parametrize("setting", LSQ_SETTINGS, ids=str)
-@given(data=st.data())
-def test_cases_can_be_built(setting, data):
-    case = data.draw(cases(setting))
+@given(ANY_CASE)
+def test_cases_can_be_built(case):
     assert case.x.isfinite().all()
     assert case.build()(case.x).shape == case.x.shape
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("setting", LSQ_SETTINGS, ids=str)
-def test_cases_reach_every_dtype(setting, dtype):
-    assert find(cases(setting), lambda case: case.x.dtype == dtype, settings=ONLY_FIND).x.dtype == dtype
+def units_of(case):
+    """Return x in units of its scale, and the limits."""
+    q = case.build()
+    return case.x.double() / q.scale.detach().double().flatten()[owners(q, case.x)], q.quant_min, q.quant_max
 
 
-@pytest.mark.parametrize("setting", LSQ_SETTINGS, ids=str)
-def test_cases_reach_an_exact_tie_inside_the_limits(setting):
-    def has_tie(case):
-        q = case.build()
-        v = case.x.double() / q.scale.detach().double().flatten()[owners(q, case.x)]
-        return bool(((v.frac().abs() == 0.5) & (v > q.quant_min) & (v < q.quant_max)).any())
-
-    assert has_tie(find(cases(setting), has_tie, settings=ONLY_FIND))
+def has_a_tie_inside(case):
+    v, low, high = units_of(case)
+    return bool(((v.frac().abs() == 0.5) & (v > low) & (v < high)).any())
 
 
-@pytest.mark.parametrize("setting", LSQ_SETTINGS, ids=str)
-def test_cases_reach_a_clipped_entry_that_rounds_to_the_limit(setting):
-    def has_one(case):
-        q = case.build()
-        v = case.x.double() / q.scale.detach().double().flatten()[owners(q, case.x)]
-        return bool(((v > q.quant_max) & (v < q.quant_max + 0.5)).any())
+def has_a_clipped_entry_that_rounds_to_the_limit(case):
+    v, _, high = units_of(case)
+    return bool(((v > high) & (v < high + 0.5)).any())
 
-    assert has_one(find(cases(setting), has_one, settings=ONLY_FIND))
+
+WANTED = {
+    **{str(dtype): lambda case, dtype=dtype: case.x.dtype == dtype for dtype in DTYPES},
+    **{name: lambda case, name=name: case.config["granularity"] == name for name in GRANULARITIES},
+    "activation": lambda case: case.config["axis"] is None,
+    "tie": has_a_tie_inside,
+    "clipped": has_a_clipped_entry_that_rounds_to_the_limit,
+}
+
+
+@pytest.mark.parametrize("wanted", WANTED.values(), ids=WANTED)
+def test_cases_reach(wanted):
+    assert wanted(find(ANY_CASE, wanted, settings=ONLY_FIND))

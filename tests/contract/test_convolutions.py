@@ -44,8 +44,11 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize(("build", "dimensions", "count"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+@pytest.mark.parametrize(
+    ("build", "dimensions", "count", "granularity"),
+    [(*row, "per_channel") for row in CONVOLUTIONS.values()] + [(*CONVOLUTIONS["depthwise"], "per_tensor")],
+    ids=[*CONVOLUTIONS, "one scale"],
+)
 def test_integers_are_convolved_and_scales_applied_to_the_output_channels(build, dimensions, count, granularity):
     """What a kernel of integers computes: that each output channel has one scale is what the axis is chosen for."""
     layer, x = build(), torch.randn(2, 6, *[5] * dimensions)
@@ -144,11 +147,26 @@ class TestResidualBlock:
         assert not all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
 
 
-@pytest.mark.parametrize("init", ["mse", "lsq", "absmax", "percentile"])
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
-@pytest.mark.parametrize("dead", [[0], [0, 2], [0, 1, 2, 3]], ids=str)
+def dense():
+    return nn.Conv2d(3, 4, 3)
+
+
+def depthwise():
+    return nn.Conv2d(4, 4, 3, groups=4)
+
+
 @pytest.mark.parametrize(
-    "build", [lambda: nn.Conv2d(3, 4, 3), lambda: nn.Conv2d(4, 4, 3, groups=4)], ids=["dense", "depthwise"]
+    ("build", "dead", "granularity", "init"),
+    [  # every pair of two options, but for some of `dead` and `init`
+        (dense, [0], "per_tensor", "mse"),
+        (depthwise, [0, 1, 2, 3], "per_channel", "mse"),
+        (dense, [0, 2], "per_channel", "lsq"),
+        (depthwise, [0, 1, 2, 3], "per_tensor", "lsq"),
+        (dense, [0, 1, 2, 3], "per_tensor", "absmax"),
+        (depthwise, [0], "per_channel", "absmax"),
+        (dense, [0, 1, 2, 3], "per_channel", "percentile"),
+        (depthwise, [0, 2], "per_tensor", "percentile"),
+    ],
 )
 def test_channels_of_zeros_stay_zeros_and_break_nothing(build, dead, granularity, init):
     layer = build()
