@@ -1,6 +1,6 @@
 """Compare the finished runs of a folder: a table for the terminal and a picture.
 
-    python -m recipes.report runs/glue --task stsb
+    python -m recipes.compare runs/glue --task stsb
 
 Runs whose configurations differ in nothing but the seed are one row. Compute is always printed beside the quality: a
 pass is one forward and backward over a batch, and methods take one to three of them a step.
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from recipes.runs import RESULTS, Json, read_json, replacing
-
+Json = dict[str, Any]
+RESULTS = "results.json"
 ONE_SEED = "one seed: a demonstration, not evidence"
 NOT_IN_LABELS = {"sharpness", "seed", "method", "bits", "activation_bits", "task", "recipe", "data", "evaluated_on"}
 
@@ -73,7 +73,7 @@ def report(folder: Path, task: str) -> list[Path]:
 
 def read_results(folder: Path, task: str) -> list[Json]:
     """Return the results of all finished runs of a task, in the order of their folders' names."""
-    found = [read_json(path) for path in sorted(folder.glob(f"*/{RESULTS}"))]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob(f"*/{RESULTS}"))]
     return [result for result in found if result["config"]["task"] == task]
 
 
@@ -161,18 +161,18 @@ def draw(groups: Sequence[Group], title: str, path: Path) -> None:
     final.grid(axis="x", alpha=0.3)
     course.set(xlabel="forward-backward passes", ylabel=f"{name}, percent")
     course.grid(alpha=0.3)
-    with replacing(path) as handle:
-        figure.savefig(handle, format="png", dpi=120)
+    figure.savefig(path.with_suffix(".partial"), format="png", dpi=120)
+    path.with_suffix(".partial").replace(path)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    parser = argparse.ArgumentParser(prog="report", description="Compare the finished runs of a folder.")
+    parser = argparse.ArgumentParser(prog="compare", description="Compare the finished runs of a folder.")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--task", required=True)
     options = parser.parse_args(arguments)
     if not report(options.folder, options.task):
-        print(f"report: {options.folder} holds no finished run of {options.task}.", file=sys.stderr)
+        print(f"compare: {options.folder} holds no finished run of {options.task}.", file=sys.stderr)
         return 2
     return 0
 
