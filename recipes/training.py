@@ -659,7 +659,7 @@ def trainer_arguments(run: Run, experiment: Experiment, max_steps: int | None) -
     """Return the Trainer's settings: the cosine schedule, no clipping, an evaluation after each epoch."""
     config, rows = run.config, len(experiment.train)
     steps = max_steps or (steps_of(config, rows) if "epochs" in config else 1)
-    warmup = round(experiment.warmup_epochs * math.ceil(rows / config["batch_size"]))
+    warmup = min(steps // 4, round(experiment.warmup_epochs * math.ceil(rows / config["batch_size"])))
     return TrainingArguments(
         output_dir=str(run.folder), seed=config["seed"], max_steps=steps, warmup_steps=0 if max_steps else warmup,
         per_device_train_batch_size=config["batch_size"] // processes(), per_device_eval_batch_size=64,

@@ -18,7 +18,6 @@ CHAPTERS = {
     "BatchNorm": "tests.wrong_calls.batchnorm",
     "Measuring": "tests.wrong_calls.measuring",
     "Quantizers of your own": "tests.wrong_calls.quantizers",
-    "The recipe's command line": "tests.wrong_calls.recipe",
 }
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "errors.md"
 

@@ -1,0 +1,102 @@
+"""A run that is killed at any moment goes on to the same bits; several processes train one model."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.recipes.tiny_glue import comparable, results, weights, words
+from tests.reliability import fault
+
+ROOT = Path(__file__).resolve().parents[2]
+PYTHONPATH = os.pathsep.join([str(ROOT), *sys.path])
+ENVIRONMENT = {**os.environ, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "QSAM_TIMEOUT": "60"}
+MORE = ["--method", "squat", "--schedule", "next_batch", "--rho", "0.05", "--save-every", 3]
+NAMES = ("cola-fp32-seed0", "cola-squat-w2a8-seed0")
+
+
+def start(arguments: list[str], *launcher: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, "-m", "recipes.bert_glue", *arguments]
+    return subprocess.Popen(
+        command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    printed, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, printed
+    return printed
+
+
+def files(folder: Path) -> set[tuple[str, int]]:
+    return {(str(path), path.stat().st_mtime_ns) for path in folder.glob("*/**/*") if path.exists()}
+
+
+def assert_same(one: Path, other: Path) -> None:
+    for name in NAMES:
+        assert comparable(results(one, name)) == comparable(results(other, name))
+        assert weights(one, name) == weights(other, name)
+        scales = [out / name / "model" / "qsam.safetensors" for out in (one, other)]
+        assert [path.is_file() for path in scales] == [name != NAMES[0]] * 2
+        assert name == NAMES[0] or scales[0].read_bytes() == scales[1].read_bytes()
+
+
+def kill_after_some_writing(process: subprocess.Popen[str], out: Path, chance: random.Random) -> None:
+    """Kill a run just after its n-th change on the disk: within a checkpoint, between two, or while it finishes."""
+    seen, writes = files(out), chance.randint(1, 25)
+    while process.poll() is None and writes:
+        now = files(out)
+        writes -= now != seen
+        seen = now
+        time.sleep(0.0005)
+    time.sleep(chance.uniform(0, 0.02))
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+
+
+@fault(
+    "`SIGKILL` at a random moment of training, of evaluating and of writing",
+    happens="the same command goes on from the last complete checkpoint; one that is torn is told and removed",
+    kept="every bit: weights, scales, losses and metrics are those of a run that was never stopped",
+)
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(2))
+def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(
+    seed: int, glue: Path, tiny: Path, tmp_path: Path
+) -> None:
+    chance = random.Random(seed)
+    arguments, apart = (words(glue, tiny, tmp_path / out, *MORE, steps=14) for out in ("killed", "apart"))
+    finish(start(apart))
+    kills = 0
+    while kills < 3:
+        process = start(arguments)
+        kill_after_some_writing(process, tmp_path / "killed", chance)
+        kills += process.returncode == -signal.SIGKILL
+        assert process.returncode == -signal.SIGKILL, "it ended before it was killed: draw smaller numbers"
+    finish(start(arguments))
+    assert_same(tmp_path / "killed", tmp_path / "apart")
+
+
+@pytest.mark.long
+def test_two_processes_train_one_model_and_go_on_to_the_same_bits(glue: Path, tiny: Path, tmp_path: Path) -> None:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    arguments, apart = (words(glue, tiny, tmp_path / out, *MORE, steps=8) for out in ("killed", "apart"))
+    printed = finish(start(apart, *launcher))
+    assert printed.count("cola-squat-w2a8-seed0: finished") == 1  # one process speaks
+    process = start(arguments, *launcher)
+    whole = tmp_path / "killed" / NAMES[1] / "checkpoint-3" / "whole.json"
+    while process.poll() is None and not whole.is_file():
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    finish(start(arguments, *launcher))
+    assert_same(tmp_path / "killed", tmp_path / "apart")
+    assert results(tmp_path / "apart", NAMES[1])["config"]["processes"] == 2
+    alone = start(arguments)
+    assert "processes is 2 there and 1 here" in alone.communicate(timeout=300)[0]
+    assert alone.returncode == 2

@@ -1,0 +1,58 @@
+"""Methods as a command line writes them."""
+
+import pytest
+import torch
+from torch import nn
+
+from recipes.methods import parse_method
+
+SHARED = {"bits": 2, "activation_bits": 8, "rho": 0.1, "schedule": "fused", "scale_lr": [0.5, 0.25]}
+
+
+@pytest.mark.parametrize(
+    ("text", "own"),
+    [
+        ("fp32", set()),
+        ("rtn", {"bits", "activation_bits"}),
+        ("lsq", {"bits", "activation_bits", "scale_lr"}),
+        ("sam", {"rho", "scale_lr"}),
+        ("saq", {"bits", "activation_bits", "rho", "scale_lr"}),
+        ("squat", {"bits", "activation_bits", "rho", "schedule", "scale_lr"}),
+    ],
+)
+def test_a_method_takes_the_shared_settings_that_it_has(text: str, own: set[str]) -> None:
+    found = parse_method(text).configured(SHARED)
+    assert set(found) - {"scale_lr"} == own - {"scale_lr"}
+    assert text == "sam" or ("scale_lr" in found) == ("scale_lr" in own)
+
+
+def test_own_settings_go_before_the_shared_ones_and_reach_the_optimizer() -> None:
+    method = parse_method("squat2x:rho=.02,schedule=next_batch,period=3,granularity=per_channel")
+    config = method.configured(SHARED)
+    assert (method.factor, config["rho"], config["schedule"], config["period"]) == (2.0, 0.02, "next_batch", 3)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    method.quantize_(model, config, rules=[("*", {})])
+    assert model[0].weight_quantizer.scale.shape == (8, 1)  # one scale per channel
+    optimizer = method.optimizer(model, torch.optim.Adam, config, lr=1e-3)
+    assert (optimizer.schedule, optimizer.period) == ("next_batch", 3)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("sqat", "the methods are fp32, rtn, lsq, "),
+        ("lsq0x", "qat cannot have 0 times the steps"),
+        ("rtn2x", "rtn cannot have 2 times the steps"),
+        ("squat:rho", "after the colon comes setting=value, got 'rho'"),
+        ("squat:radius=1", "squat has no setting 'radius'"),
+        ("squat:ddp=1", "squat has no setting 'ddp'"),
+        ("sam:bits=4", "sam has no setting 'bits'"),
+        ("fp32:rho=1", "fp32 has no setting 'rho'"),
+        ("qat:rho=1", "qat has no setting 'rho'"),
+        ("squat:schedule=never", "`schedule` must be one of "),
+        ("qat:weights=lsqq", "lsqq"),
+    ],
+)
+def test_a_method_that_makes_no_sense_is_refused_with_its_text(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"`--method {text}`: .*{message}"):
+        parse_method(text).configured(SHARED)
