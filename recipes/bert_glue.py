@@ -40,7 +40,6 @@ import qsam
 from recipes import offline
 from recipes.training import (
     PART_ROWS,
-    Experiment,
     Json,
     Options,
     Range,
@@ -276,10 +275,10 @@ def hub_rows(name: str) -> dict[str, Rows]:
 # --- the model --------------------------------------------------------------------------------------------------------
 
 
-class BertOnGlue(Experiment):
+class BertOnGlue:
     """A BERT with a head for the task; SQuAT's quantizers; Adam."""
 
-    rules = qsam.presets.squat_bert
+    rules, warmup_epochs, workers = qsam.presets.squat_bert, 0.0, 0
 
     def __init__(self, options: GlueOptions) -> None:
         self.task = TASKS[options.task]
@@ -370,6 +369,9 @@ class BertOnGlue(Experiment):
             warnings.simplefilter("ignore")  # scipy and scikit-learn warn of constant answers
             found = {name: float(np.nan_to_num(of(labels, p))) for name, of in self.task.metrics.items() if len(p) > 1}
         return found or dict.fromkeys(self.task.metrics, 0.0)
+
+    def after_training_(self, model: nn.Module, config: Json, batches: Any) -> None:
+        """Do nothing: a BERT has no running statistics."""
 
 
 def by_length(rows: list[Json]) -> list[Json]:

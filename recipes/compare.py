@@ -2,8 +2,8 @@
 
     python -m recipes.compare runs/glue --task stsb
 
-Runs whose configurations differ in nothing but the seed are one row. Compute is always printed beside the quality: a
-pass is one forward and backward over a batch, and methods take one to three of them a step.
+Runs whose settings differ in nothing but the seed are one row. Compute is always printed beside quality: a pass is one
+forward and backward over a batch, and methods take one to three of them per step.
 """
 
 from __future__ import annotations
@@ -25,49 +25,33 @@ NOT_IN_LABELS = {"sharpness", "seed", "method", "bits", "activation_bits", "task
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but the seed.
-
-    Attributes:
-        label: method and bits, and the settings that tell the group from others with the same.
-        results: what each of them found.
-    """
+    """Runs that differ in nothing but the seed: their results, and method, bits and what tells them from others."""
 
     label: str
     results: list[Json]
 
     def values(self, *path: str | int) -> list[float]:
         """Return one entry of each run's results."""
-        found = []
-        for result in self.results:
-            value: Any = result
-            for key in path:
-                value = value[key]
-            found.append(float(value))
-        return found
+        found: list[Any] = self.results
+        for key in path:
+            found = [value[key] for value in found]
+        return [float(value) for value in found]
 
 
 def report(folder: Path, task: str) -> list[Path]:
-    """Print the table of a task, and draw it; one of each for every set of rows that was measured on.
-
-    Args:
-        folder: the folder that holds the runs' folders.
-        task: the task.
-
-    Returns:
-        The pictures that were written into `folder`.
-    """
+    """Print and draw the comparison of a task, one for each set of rows that was measured on; return the pictures."""
     found = read_results(folder, task)
     pictures: list[Path] = []
     for evaluated_on in dict.fromkeys(result["config"]["evaluated_on"] for result in found):
-        some = [result for result in found if result["config"]["evaluated_on"] == evaluated_on]
-        kind = "-holdout" if "holdout" in some[0]["dev"] else ""
-        number = f"-{len(pictures) + 1}" if any(path.stem == f"{task}{kind}" for path in pictures) else ""
-        groups = grouped(some)
-        title = f"{task}, measured on {evaluated_on}"
-        print("\n".join(["", title, "", *table(groups), "", *notes(groups)]), flush=True)
-        pictures.append(folder / f"{task}{kind}{number}.png")
+        groups = grouped(result for result in found if result["config"]["evaluated_on"] == evaluated_on)
+        title, stem = f"{task}, measured on {evaluated_on}", task
+        if "holdout" in groups[0].results[0]["dev"]:
+            stem += "-holdout"
+        number = sum(path.stem.startswith(stem) for path in pictures)
+        pictures.append(folder / f"{stem}{f'-{number + 1}' if number else ''}.png")
         draw(groups, title, pictures[-1])
-        print(f"picture: {pictures[-1]}", flush=True)
+        lines = ["", title, "", *table(groups), "", *notes(groups), f"picture: {pictures[-1]}"]
+        print("\n".join(lines), flush=True)
     return pictures
 
 
@@ -78,39 +62,55 @@ def read_results(folder: Path, task: str) -> list[Json]:
 
 
 def grouped(results: Iterable[Json]) -> list[Group]:
-    """Put the runs that differ in nothing but the seed together, the groups in the order of their methods' names."""
+    """Put runs that differ in the seed alone together: full precision first, then rounding, then by bits and name."""
     groups: dict[str, list[Json]] = {}
     for result in results:
         key = json.dumps({name: value for name, value in result["config"].items() if name != "seed"}, sort_keys=True)
         groups.setdefault(key, []).append(result)
-    names = {key: _name(found[0]["config"]) for key, found in groups.items()}
-    labels = {}
-    for key, found in groups.items():
-        others = [groups[other][0]["config"] for other, name in names.items() if name == names[key]]
-        labels[key] = names[key] + _what_differs(found[0]["config"], others)
-    order = sorted(groups, key=lambda key: (_rank(groups[key][0]["config"]), labels[key]))
-    return [Group(labels[key], groups[key]) for key in order]
+    named = [(_name(found[0]["config"]), _flat(found[0]["config"]), found) for found in groups.values()]
+    order = []
+    for name, flat, found in named:
+        rest = [other for other_name, other, _ in named if other_name == name]
+        differing = [key for key in flat if any(other.get(key) != flat[key] for other in rest)]
+        config = found[0]["config"]
+        rank = ({"fp32": 0, "rtn": 1}.get(config["method"], 2), config.get("bits", 0))
+        order.append((rank, name + "".join(f" {key}={flat[key]}" for key in differing), found))
+    return [Group(label, found) for _, label, found in sorted(order, key=lambda entry: entry[:2])]
+
+
+def _name(config: Mapping[str, Any]) -> str:
+    return config["method"] + (f" W{config['bits']}A{config['activation_bits']}" if "bits" in config else "")
+
+
+def _flat(config: Mapping[str, Any], prefix: str = "") -> Json:
+    flat: Json = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif key not in NOT_IN_LABELS:
+            flat[prefix + key] = value
+    return flat
 
 
 def table(groups: Sequence[Group]) -> list[str]:
     """Return the lines of the table: metrics in percent, mean and standard error over the seeds."""
     first = groups[0].results[0]
     metrics = [(key, name) for key, values in first["dev"].items() for name in values if name != "loss"]
-    several = len(first["dev"]) > 1
-    header = ["method", *(f"{name} {key}" if several else name for key, name in metrics)]
-    radii = [entry["rho"] for entry in first.get("sharpness", ())]
-    header += ["dev loss", "train loss", *(f"sharpness {rho:g}" for rho in radii)]
-    header += ["epochs", "steps", "passes", "seconds", "seeds"]
-    rows = [header]
+    radii = [entry["rho"] for entry in first["sharpness"]]
+    rows = [["method", *(f"{name} {key}" if len(first["dev"]) > 1 else name for key, name in metrics), "dev loss",
+             "train loss", *(f"sharpness {rho:g}" for rho in radii), "epochs", "steps", "passes", "seconds", "seeds"]]  # fmt: skip
     for group in groups:
         cells = [group.label, *(mean_and_error([100 * v for v in group.values("dev", *path)], 2) for path in metrics)]
         cells += [mean_and_error(group.values(name), 4) for name in ("dev_loss", "train_loss")]
         cells += [mean_and_error(group.values("sharpness", i, "value"), 4) for i in range(len(radii))]
-        cells.append(str(len(group.results[0]["epochs"])))
+        cells += [str(len(group.results[0]["epochs"]))]
         cells += [f"{statistics.mean(group.values(name)):.0f}" for name in ("steps", "passes", "seconds")]
         rows.append([*cells, str(len(group.results))])
-    widths = [max(len(row[i]) for row in rows) for i in range(len(header))]
-    lines = [_line(row, widths) for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first_cell, *numbers in rows:
+        right = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
+        lines.append("  ".join([f"{first_cell:<{widths[0]}}", *right]))
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
@@ -118,10 +118,8 @@ def notes(groups: Sequence[Group]) -> list[str]:
     """Return what a reader of the table must know."""
     lines = ["metrics in percent; a pass is one forward and backward over a batch; seconds are of the steps alone"]
     seeds = [len(group.results) for group in groups]
-    if max(seeds) > 1:
-        lines.append("mean ± standard error over the seeds")
-    if min(seeds) == 1:
-        lines.append(ONE_SEED if max(seeds) == 1 else f"rows with {ONE_SEED}")
+    lines += ["mean ± standard error over the seeds"] if max(seeds) > 1 else []
+    lines += [ONE_SEED if max(seeds) == 1 else f"rows with {ONE_SEED}"] if min(seeds) == 1 else []
     return lines
 
 
@@ -136,26 +134,28 @@ def mean_and_error(values: Sequence[float], digits: int) -> str:
     return f"{mean} ± {_standard_error(values):.{digits}f}" if len(values) > 1 else mean
 
 
-def draw(groups: Sequence[Group], title: str, path: Path) -> None:
-    """Draw the main metric of each group, and its course over the passes.
+def _standard_error(values: Sequence[float]) -> float:
+    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
 
-    Args:
-        groups: what to compare.
-        title: of the picture.
-        path: the PNG file; replaced as a whole.
-    """
+
+def draw(groups: Sequence[Group], title: str, path: Path) -> None:
+    """Draw the main metric of each group, and its course over the passes, into a PNG file."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 1.6 + 0.45 * max(5, len(groups))), layout="constrained")
     figure.suptitle(title + (f" ({ONE_SEED})" if all(len(group.results) == 1 for group in groups) else ""), fontsize=10)
     final, course = figure.subplots(1, 2)
-    name = groups[0].results[0]["metric_name"]
+    name, key = groups[0].results[0]["metric_name"], next(iter(groups[0].results[0]["dev"]))
     for row, group in enumerate(groups):
-        color = f"C{row % 10}"
-        values = [100 * value for value in group.values("metric")]
+        color, values = f"C{row % 10}", [100 * value for value in group.values("metric")]
         final.errorbar(statistics.mean(values), row, xerr=_standard_error(values), fmt="D", color=color, capsize=4)
         final.plot(values, [row] * len(values), ".", color=color, alpha=0.5)
-        _draw_course(course, group, color)
+        for result in group.results:
+            if result["config"]["method"] in {"fp32", "rtn"}:  # a level to compare with, not a course
+                course.axhline(100 * result["metric"], color=color, linestyle="--", linewidth=1)
+            else:
+                passes = [entry["passes"] for entry in result["epochs"]]
+                course.plot(passes, [100 * e["dev"][key][name] for e in result["epochs"]], ".-", color=color)
     final.set(yticks=range(len(groups)), yticklabels=[group.label for group in groups], xlabel=f"{name}, percent")
     final.invert_yaxis()
     final.grid(axis="x", alpha=0.3)
@@ -175,54 +175,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"compare: {options.folder} holds no finished run of {options.task}.", file=sys.stderr)
         return 2
     return 0
-
-
-def _draw_course(axes, group: Group, color: str) -> None:
-    for result in group.results:
-        metric, key = result["metric_name"], next(iter(result["dev"]))
-        if result["config"]["method"] in {"fp32", "rtn"}:  # a level to compare with, not a course
-            axes.axhline(100 * result["metric"], color=color, linestyle="--", linewidth=1)
-        else:
-            passes = [entry["passes"] for entry in result["epochs"]]
-            axes.plot(passes, [100 * entry["dev"][key][metric] for entry in result["epochs"]], ".-", color=color)
-
-
-def _standard_error(values: Sequence[float]) -> float:
-    return statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
-
-
-def _name(config: Mapping) -> str:
-    bits = f" W{config['bits']}A{config['activation_bits']}" if "bits" in config else ""
-    return f"{config['method']}{bits}"
-
-
-def _rank(config: Mapping) -> tuple[int, int, str]:
-    """Full precision, then rounding, then by bits and name."""
-    first = {"fp32": 0, "rtn": 1}.get(config["method"], 2)
-    return first, config.get("bits", 0), config["method"]
-
-
-def _what_differs(config: Mapping, others: Sequence[Mapping]) -> str:
-    """Name the settings in which a configuration differs from others of the same method and bits."""
-    flat, *rest = [_flat(config) for config in (config, *others)]
-    differing = [key for key in flat if any(other.get(key) != flat[key] for other in rest)]
-    return "".join(f" {key}={flat[key]}" for key in differing)
-
-
-def _flat(config: Mapping, prefix: str = "") -> Json:
-    flat: Json = {}
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif key not in NOT_IN_LABELS:
-            flat[prefix + key] = value
-    return flat
-
-
-def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
-    """Align the first cell to the left and numbers to the right."""
-    numbers = (f"{cell:>{width}}" for cell, width in zip(cells[1:], widths[1:], strict=True))
-    return "  ".join([f"{cells[0]:<{widths[0]}}", *numbers])
 
 
 if __name__ == "__main__":

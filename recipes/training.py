@@ -23,9 +23,9 @@ import subprocess
 import sys
 import time
 import zlib
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -56,6 +56,10 @@ PART_ROWS = 1_000
 CALIBRATION_BATCHES, SHARPNESS_STEPS = 8, 8
 FIT_STEPS, FIT_MARGIN = 8, 1.3
 """Steps that `--fit-minutes` times per method, after two that it does not, and what later steps may take more."""
+
+
+TIMEOUT = int(os.environ.get("QSAM_TIMEOUT", "600"))
+"""Seconds that a process waits for the others."""
 
 
 def default_precision() -> str:
@@ -147,59 +151,19 @@ RANGES: list[Range] = [
 """Which values the options take: names, test, and words for the error."""
 
 
-# --- what a recipe brings ---------------------------------------------------------------------------------------------
+Experiment = Any
+"""A recipe's part: one data set and one kind of model. It has
 
-
-class Experiment(ABC):
-    """One data set and one kind of model.
-
-    Attributes:
-        facts: The recipe's own settings that decide results; "task" and "evaluated_on" among them.
-        metric: Name of the main metric.
-        train, part, dev: Datasets: the training rows, a fixed part of them, and the rows that metrics are measured on.
-        lengths: Number of tokens of each training row, if batches are to hold rows of like length.
-        collate: Makes a batch, a dict with "labels", of rows.
-        rules: Of `qsam.quantize_`.
-        warmup_epochs: Epochs over which the rates rise.
-    """
-
-    facts: Json
-    metric: str
-    train: Any
-    part: Any
-    dev: dict[str, Any]
-    collate: Callable[[list[Any]], Json]
-    lengths: Sequence[int] | None = None
-    rules: Any = None
-    warmup_epochs = 0.0
-    workers = 0
-
-    @abstractmethod
-    def new_model(self, config: Json) -> nn.Module:
-        """Return the model that full-precision training starts from."""
-
-    @abstractmethod
-    def load_model(self, folder: Path) -> nn.Module:
-        """Return the float model that `save_model` wrote."""
-
-    @abstractmethod
-    def save_model(self, folder: Path, model: Any) -> None:
-        """Write an ordinary checkpoint, without the quantizers."""
-
-    @abstractmethod
-    def base(self, model: nn.Module, config: Json) -> tuple[type[torch.optim.Optimizer], Json]:
-        """Return the base optimizer's class and its keywords, `"params"` among them if it has groups."""
-
-    @abstractmethod
-    def loss(self, model: nn.Module, batch: Json) -> tuple[Tensor, Tensor]:
-        """Return the mean loss over the rows, and the outputs."""
-
-    @abstractmethod
-    def metrics(self, predictions: Any, labels: Any) -> dict[str, float]:
-        """Return the metrics, as fractions."""
-
-    def after_training_(self, model: nn.Module, config: Json, batches: Iterator[Json]) -> None:  # noqa: B027
-        """Do what comes between the last step and the measurements; most recipes do nothing."""
+    facts                        its own settings that decide results, "task" and "evaluated_on" among them
+    train, part, dev             datasets: training rows, a fixed part of them, and by name those that are measured on
+    collate(rows), lengths       makes a batch, a dict with "labels"; tokens per training row, or None
+    rules, warmup_epochs, workers, metric                  metric: the name of the main one
+    new_model(config), load_model(folder), save_model(folder, model)          an ordinary checkpoint, on the grid
+    base(model, config)          the base optimizer's class and its keywords, "params" among them if it has groups
+    loss(model, batch)           the mean loss over the rows, and the outputs
+    metrics(predictions, labels)
+    after_training_(model, config, batches)
+"""
 
 
 def held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
@@ -243,7 +207,7 @@ def prepare(options: Options) -> None:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        PartialState(cpu=not torch.cuda.is_available(), timeout=_timeout())
+        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT))
         if options.batch_size % processes():
             raise ValueError(f"`--batch-size` must be a multiple of {processes()} processes, got {options.batch_size}.")
 
@@ -257,12 +221,6 @@ def wait() -> None:
     """Wait until all processes are here."""
     if processes() > 1:
         torch.distributed.barrier()
-
-
-def _timeout() -> Any:
-    from datetime import timedelta
-
-    return timedelta(seconds=float(os.environ.get("QSAM_TIMEOUT", "600")))
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------
@@ -667,7 +625,7 @@ def trainer_arguments(run: Run, experiment: Experiment, max_steps: int | None) -
         eval_strategy="no" if max_steps else "epoch", save_strategy="no", save_total_limit=2, logging_strategy="no",
         report_to="none", disable_tqdm=True, label_names=["labels"], remove_unused_columns=False,
         average_tokens_across_devices=False, dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), ddp_timeout=int(_timeout().total_seconds()),
+        use_cpu=not torch.cuda.is_available(), ddp_timeout=TIMEOUT,
         dataloader_num_workers=experiment.workers,
     )  # fmt: skip
 

@@ -47,7 +47,6 @@ import qsam
 from recipes import offline
 from recipes.training import (
     PART_ROWS,
-    Experiment,
     Json,
     Options,
     Range,
@@ -462,10 +461,10 @@ def load_model(folder: Path, quantized: bool = True) -> nn.Module:
 # --- the experiment ---------------------------------------------------------------------------------------------------
 
 
-class ImageClassification(Experiment):
+class ImageClassification:
     """A network with one output per class; cross entropy; SGD or AdamW."""
 
-    metric = "top1"
+    metric, rules, lengths = "top1", None, None
 
     def __init__(self, options: VisionOptions) -> None:
         self.options = options

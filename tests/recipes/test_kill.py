@@ -55,8 +55,10 @@ def kill_after_some_writing(process: subprocess.Popen[str], out: Path, chance: r
         seen = now
         time.sleep(0.0005)
     time.sleep(chance.uniform(0, 0.02))
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    printed, _ = process.communicate()
+    assert process.returncode == -signal.SIGKILL, printed  # else it ended before it was killed: draw smaller numbers
 
 
 @fault(
@@ -72,12 +74,8 @@ def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(
     chance = random.Random(seed)
     arguments, apart = (words(glue, tiny, tmp_path / out, *MORE, steps=14) for out in ("killed", "apart"))
     finish(start(apart))
-    kills = 0
-    while kills < 3:
-        process = start(arguments)
-        kill_after_some_writing(process, tmp_path / "killed", chance)
-        kills += process.returncode == -signal.SIGKILL
-        assert process.returncode == -signal.SIGKILL, "it ended before it was killed: draw smaller numbers"
+    for _ in range(3):
+        kill_after_some_writing(start(arguments), tmp_path / "killed", chance)
     finish(start(arguments))
     assert_same(tmp_path / "killed", tmp_path / "apart")
 

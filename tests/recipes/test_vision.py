@@ -186,9 +186,8 @@ def test_folders_keep_their_classes_also_if_the_second_part_lacks_one(tmp_path: 
     found = load_pictures(options_of("--data", tmp_path))
     assert (len(found.train), found.names, found.key) == (7, ["ant", "bee", "cow"], "val")
     assert [found.dev[i][1] for i in range(2)] == [2, 2]
-    class_folders(tmp_path / "val" / "..", dog=1)
     class_folders(tmp_path / "val", dog=1)
-    with pytest.raises(ValueError, match="has the class 'dog', which .*train has not"):
+    with pytest.raises(ValueError, match=r"has the class 'dog', which .*train has not"):
         load_pictures(options_of("--data", tmp_path))
 
 
