@@ -39,12 +39,12 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Data
 import qsam
 from recipes import offline
 from recipes.training import (
-    PART_ROWS,
     Json,
     Options,
     Range,
+    chosen_rows,
     command,
-    held_out,
+    held_out_words,
     option,
     parse_options,
     prepare,
@@ -259,17 +259,14 @@ def hub_rows(name: str) -> dict[str, Rows]:
             "or use the offline default, which has stsb and movies."
         ) from error
     texts = TASKS[name].hub_texts or TASKS[name].texts
-    splits = {
-        "train": "train",
-        "validation": "dev",
-        "validation_matched": "matched",
-        "validation_mismatched": "mismatched",
-    }
-    columns = {
-        ours: [found[split][column] for column in (*texts, "label")] for split, ours in splits.items() if split in found
-    }
-    return {split: [[*row[:-1], *[None] * (2 - len(texts)), row[-1]] for row in zip(*cells, strict=True)]
-            for split, cells in columns.items()}  # fmt: skip
+    names = {"validation": "dev", "validation_matched": "matched", "validation_mismatched": "mismatched"}
+    rows = {}
+    for split in [name for name in ("train", *names) if name in found]:
+        columns = [found[split][column] for column in (*texts, "label")]
+        rows[names.get(split, split)] = [
+            [row[0], row[1] if len(texts) > 1 else None, row[-1]] for row in zip(*columns, strict=True)
+        ]
+    return rows
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -284,26 +281,19 @@ class BertOnGlue:
         self.task = TASKS[options.task]
         self.metric = next(iter(self.task.metrics))
         rows, source = load_rows(options)
-        train = rows.pop("train")
-        if options.train_rows is not None and options.train_rows < len(train):
-            source += f" Training uses a fixed random part of {options.train_rows:,} rows."
-            train = [train[row] for row in sorted(offline.fixed_order(len(train))[: options.train_rows])]
+        every = rows.pop("train")
         measured = f"the full dev set ({', '.join(f'{len(part):,} {key} rows' for key, part in rows.items())})"
-        if options.holdout is not None:
-            kept, held = held_out(len(train), options.holdout)
-            rows = {"holdout": [train[row] for row in held]}
-            train = [train[row] for row in kept]
-            measured = (
-                f"{len(held):,} training rows that are held out of training (a fixed random part), not the dev set"
-            )
+        chosen, held, part, words = chosen_rows(len(every), options)
+        train = [every[row] for row in chosen]
+        if held:
+            rows, measured = {"holdout": [every[row] for row in held]}, held_out_words(held)
         digest = hashlib.sha256(repr([train, rows]).encode()).hexdigest()[:16]
-        self.facts = {"recipe": "bert_glue", "task": options.task, "data": source, "data_sha256": digest,
+        self.facts = {"recipe": "bert_glue", "task": options.task, "data": source + words, "data_sha256": digest,
                       "evaluated_on": measured, "max_length": options.max_length}  # fmt: skip
-        voice.say(f"{source}\nMetrics are measured on {measured}.")
+        voice.say(f"{source}{words}\nMetrics are measured on {measured}.")
         self.tokenizer = self._pretrained(AutoTokenizer, options.model)
         self.max_length = min(options.max_length, self.tokenizer.model_max_length)
-        part = [train[row] for row in sorted(offline.fixed_order(len(train))[:PART_ROWS])]
-        self.train, self.part = self._encoded(train), by_length(self._encoded(part))
+        self.train, self.part = self._encoded(train), by_length(self._encoded([every[row] for row in part]))
         self.dev = {key: by_length(self._encoded(some)) for key, some in rows.items()}
         self.lengths = [len(row["input_ids"]) for row in self.train]
         self.collate = DataCollatorWithPadding(self.tokenizer)

@@ -97,8 +97,9 @@ def table(groups: Sequence[Group]) -> list[str]:
     first = groups[0].results[0]
     metrics = [(key, name) for key, values in first["dev"].items() for name in values if name != "loss"]
     radii = [entry["rho"] for entry in first["sharpness"]]
-    rows = [["method", *(f"{name} {key}" if len(first["dev"]) > 1 else name for key, name in metrics), "dev loss",
-             "train loss", *(f"sharpness {rho:g}" for rho in radii), "epochs", "steps", "passes", "seconds", "seeds"]]  # fmt: skip
+    header = ["method", *(f"{name} {key}" if len(first["dev"]) > 1 else name for key, name in metrics), "dev loss"]
+    header += ["train loss", *(f"sharpness {rho:g}" for rho in radii), "epochs", "steps", "passes", "seconds", "seeds"]
+    rows = [header]
     for group in groups:
         cells = [group.label, *(mean_and_error([100 * v for v in group.values("dev", *path)], 2) for path in metrics)]
         cells += [mean_and_error(group.values(name), 4) for name in ("dev_loss", "train_loss")]

@@ -179,6 +179,23 @@ def held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
     return sorted(order[held:]), sorted(order[:held])
 
 
+def chosen_rows(count: int, options: Options) -> tuple[list[int], list[int], list[int], str]:
+    """Return of `count` training rows those to train on, those held out, a part for the final loss, and words."""
+    rows, held, words = list(range(count)), [], ""
+    if options.train_rows is not None and options.train_rows < count:
+        rows = sorted(fixed_order(count)[: options.train_rows])
+        words = f" Training uses a fixed random part of {len(rows):,} training rows."
+    if options.holdout is not None:
+        kept, apart = held_out(len(rows), options.holdout)
+        rows, held = [rows[row] for row in kept], [rows[row] for row in apart]
+    return rows, held, [rows[row] for row in sorted(fixed_order(len(rows))[:PART_ROWS])], words
+
+
+def held_out_words(held: list[int]) -> str:
+    """Say on which rows a run with `--holdout` is measured."""
+    return f"{len(held):,} training rows that are held out of training (a fixed random part), not the dev set"
+
+
 def command(name: str, run_all: Callable[[], None]) -> int:
     """Run a recipe's command line; say what went wrong in a sentence.
 
@@ -189,7 +206,9 @@ def command(name: str, run_all: Callable[[], None]) -> int:
     transformers.utils.logging.disable_progress_bar()
     try:
         run_all()
-    except (ValueError, OSError, SafetensorError) as error:
+    except (ValueError, OSError, SafetensorError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
+            raise
         print(f"{name}: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

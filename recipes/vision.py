@@ -46,12 +46,13 @@ from torchvision import datasets, transforms
 import qsam
 from recipes import offline
 from recipes.training import (
-    PART_ROWS,
     Json,
     Options,
     Range,
+    chosen_rows,
     command,
     held_out,
+    held_out_words,
     option,
     parse_options,
     prepare,
@@ -264,15 +265,15 @@ def from_npz(path: Path) -> PictureSet:
             raise ValueError(f"{path} has no array {missing[0]!r}; it has {', '.join(file.files) or 'none'}.")
         images, labels = file["images"], file["labels"]
         names = [str(name) for name in file["names"]] if "names" in file.files else None
-    if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-        raise ValueError(
-            f"`images` of {path} must be uint8 of shape (N, height, width) or (N, height, width, 3), got "
-            f"{images.dtype} of shape {images.shape}."
-        )
-    if labels.shape != images.shape[:1] or not np.issubdtype(labels.dtype, np.integer) or labels.min(initial=0) < 0:
-        raise ValueError(
-            f"`labels` of {path} must be {len(images)} integers >= 0, got {labels.dtype} of shape {labels.shape}."
-        )
+    for array, words, fits in (
+        ("images", "uint8 of shape (N, height, width) or (N, height, width, 3)",
+         images.dtype == np.uint8 and (images.ndim == 3 or images.shape[3:] == (3,))),
+        ("labels", f"{len(images)} integers >= 0", labels.shape == images.shape[:1]
+         and np.issubdtype(labels.dtype, np.integer) and labels.min(initial=0) >= 0),
+    ):  # fmt: skip
+        if not fits:
+            is_ = images if array == "images" else labels
+            raise ValueError(f"`{array}` of {path} must be {words}, got {is_.dtype} of shape {is_.shape}.")
     if names is not None and len(names) <= labels.max():
         raise ValueError(f"{path} has labels up to {labels.max()}, but {len(names)} names.")
     return own_split(Arrays(images, labels), names, f"{path.name} (your own file)")
@@ -470,33 +471,23 @@ class ImageClassification:
         self.options = options
         self.warmup_epochs, self.workers = options.warmup_epochs, options.workers
         images = load_pictures(options)
-        self.names, rows = images.names, images.train.rows
+        self.names, every, source = images.names, images.train.rows, images.train.source
         look = self.look = look_of(options.model, min(images.train[0][0].size), options.image_size)
-        plain = transform_of(look, "none")
-        dev, key, measured = images.dev, images.key, f"the full {images.key} set ({len(images.dev):,} images)"
-        source = (
-            f"{images.source}: {len(rows):,} training images, {len(dev):,} {key} images, {len(self.names)} classes."
-        )
-        if options.train_rows is not None and options.train_rows < len(rows):
-            rows = [rows[row] for row in sorted(offline.fixed_order(len(rows))[: options.train_rows])]
-            source += f" Training uses a fixed random part of {len(rows):,} images."
-        if options.holdout is not None:
-            kept, held = held_out(len(rows), options.holdout)
-            dev, key = Pictures(images.train.source, [rows[row] for row in held]), "holdout"
-            rows = [rows[row] for row in kept]
-            measured = f"{len(held):,} training images that are held out of training (a fixed random part)"
-        part = [rows[row] for row in sorted(offline.fixed_order(len(rows))[:PART_ROWS])]
-        augment = transform_of(look, options.augment, options.auto_augment)
-        self.train = Pictures(images.train.source, rows, augment)
-        self.part = Pictures(images.train.source, part, plain)
-        self.dev = {key: Pictures(dev.source, dev.rows, plain, classes=dev.classes)}
+        plain, augment = transform_of(look, "none"), transform_of(look, options.augment, options.auto_augment)
+        key, dev, measured = images.key, images.dev, f"the full {images.key} set ({len(images.dev):,} images)"
+        said = f"{images.source}: {len(every):,} training images, {len(dev):,} {key} images, {len(self.names)} classes."
+        chosen, held, part, words = chosen_rows(len(every), options)
+        if held:
+            key, dev, measured = "holdout", Pictures(source, [every[row] for row in held]), held_out_words(held)
+        self.train = Pictures(source, [every[row] for row in chosen], augment)
+        self.part = Pictures(source, [every[row] for row in part], plain)
+        self.dev = {key: Pictures(dev.source, dev.rows, plain, dev.classes)}
         names = ("pretrained", "optimizer", "momentum", "weight_decay", "warmup_epochs", "label_smoothing", "augment",
                  "auto_augment", "reestimate_batchnorm")  # fmt: skip
-        self.facts = {"recipe": "vision", "task": f"{Path(options.data).stem}-{options.model}", "data": source,
+        self.facts = {"recipe": "vision", "task": f"{Path(options.data).stem}-{options.model}", "data": said + words,
                       "data_sha256": images.digest.hexdigest()[:16], "evaluated_on": measured,
-                      "image_size": look["size"],
-                      **{name: getattr(options, name) for name in names}}  # fmt: skip
-        voice.say(f"{source}\nMetrics are measured on {measured}.")
+                      "image_size": look["size"]} | {name: getattr(options, name) for name in names}  # fmt: skip
+        voice.say(f"{said}{words}\nMetrics are measured on {measured}.")
 
     @staticmethod
     def collate(rows: list[Any]) -> Json:

@@ -1,5 +1,6 @@
 """A run that is killed at any moment goes on to the same bits; several processes train one model."""
 
+import contextlib
 import os
 import random
 import signal
@@ -34,7 +35,11 @@ def finish(process: subprocess.Popen[str]) -> str:
 
 
 def files(folder: Path) -> set[tuple[str, int]]:
-    return {(str(path), path.stat().st_mtime_ns) for path in folder.glob("*/**/*") if path.exists()}
+    found = set()
+    for path in folder.glob("*/**/*"):
+        with contextlib.suppress(FileNotFoundError):  # it was there a moment ago
+            found.add((str(path), path.stat().st_mtime_ns))
+    return found
 
 
 def assert_same(one: Path, other: Path) -> None:
