@@ -16,6 +16,8 @@ TORCH_TEST := torch==2.14.1 torchvision==0.29.1
 
 RUN := "$(QSAM_VENV)/bin/python" -m
 PIP := $(RUN) pip install --disable-pip-version-check -c constraints.txt
+# pip says nothing while it downloads where output is no terminal: a line every 10 seconds until the recipe's end.
+TICK := ( while sleep 9; do echo "  ... still installing"; done ) & tick=$$!; trap "kill $$tick" EXIT;
 HAS_TORCH := "$(QSAM_VENV)/bin/python" -c 'from importlib.metadata import version; \
 	raise SystemExit(tuple(map(int, version("torch").split(".")[:2])) < (2, 13))' 2>/dev/null
 
@@ -99,12 +101,13 @@ $(ENV)/bin/pip:
 
 # A torch that will do stays: after `make test`, torchvision needs the one that is there.
 $(STAMP_GLUE): pyproject.toml constraints.txt | $(ENV)/bin/pip
-	$(HAS_TORCH) || $(PIP) $(TORCH_GLUE)
-	$(PIP) -e '.[glue]'
+	@echo "Installing what the recipe needs into $(QSAM_VENV), once."
+	@$(TICK) { $(HAS_TORCH) || $(PIP) $(TORCH_GLUE); } && $(PIP) -e '.[glue]'
 	@touch "$@"
 
 $(STAMP_VISION): pyproject.toml constraints.txt | $(ENV)/bin/pip
-	$(PIP) $(TORCH_TEST) -e '.[vision]'
+	@echo "Installing what the recipe needs into $(QSAM_VENV), once."
+	@$(TICK) $(PIP) $(TORCH_TEST) -e '.[vision]'
 	@touch "$@"
 
 $(STAMP_TEST): pyproject.toml constraints.txt | $(ENV)/bin/pip

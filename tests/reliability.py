@@ -20,8 +20,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 
 MODULES = {
-    "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue", "tests.recipes.test_runs"),
-    "Files that are torn, foreign or newer": ("tests.recipes.test_checkpoint_files", "tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.test_spec_files"),
+    "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue"),
+    "Files that are torn, foreign or newer": ("tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.test_spec_files"),
     "Exceptions and bad numbers in a step": ("tests.optim.test_exactness", "tests.optim.test_bad_numbers", "tests.test_batchnorm"),
     "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.contract.test_one_owner", "tests.units.test_registry"),
 }  # fmt: skip
@@ -36,11 +36,11 @@ those of before the fault, and the next step works, unless the row says otherwis
 LIMITS = """## What no test here can show
 
 - Tested on CPUs and Linux only: no GPU was there, and no network file system.
-- `SIGKILL` loses what the process had in memory; a power failure may also lose what the disk had promised. The recipe
-  flushes files and folders (`fsync`) before it renames; that a disk keeps its promise was not tested.
+- `SIGKILL` loses what the process had in memory; a power failure may also lose what the disk had promised. A recipe
+  compares every file of a checkpoint with its checksum before it goes on from it.
 - `torch.load` does not compare a file with its checksums: bits that flip within the tensors of a checkpoint are read as
-  if nothing had happened (`tests/recipes/test_checkpoint_files.py` shows it). The recipe compares them first; with a
-  training loop of your own, use `zipfile.ZipFile(path).testzip()`.
+  if nothing had happened. The recipes compare them first; with a training loop of your own, use
+  `zipfile.ZipFile(path).testzip()`.
 - `qsam.json` is a text that may be edited, and has no checksum of its own: a flipped bit that leaves it a valid spec is
   not noticed. The checksum of `qsam.safetensors` is in it.
 - Infinity in the input of a quantized layer is clipped to its grid, as every value beyond it; NaN passes through.

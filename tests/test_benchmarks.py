@@ -31,7 +31,8 @@ from benchmarks.plot import plot
 from benchmarks.targets import ahead, targets
 from benchmarks.training import Missing, methods
 from qsam.functional import fake_quantize
-from recipes.vision_options import parse_vision_options
+from recipes.training import parse_options
+from recipes.vision import VisionOptions
 
 # Compiling takes seconds, and two packages are not of the test environment: these run in the long test.
 HEAVY = {"LSQ in the graph, torch.compile", "torchao QAT", "brevitas"}
@@ -327,7 +328,7 @@ def test_the_page_of_saqs_cases_is_what_its_results_say():
 
 def test_every_method_of_saqs_cases_starts_from_the_full_precision_run_of_its_seed():
     commands = list(saq_cases.commands("x.npz", saq_cases.RUNS, [0, 1], saq_cases.BITS))
-    options = [parse_vision_options(words) for words in commands]
+    options = [parse_options(VisionOptions, {}, words) for words in commands]
     assert [o.method for o in options] == 2 * [["fp32"], list(saq_cases.METHODS), list(saq_cases.METHODS)]
     assert [(o.seed, o.bits) for o in options][1:3] == [([0], 2), ([0], 4)]
     assert len({(o.fp32_epochs, o.fp32_lr, o.batch_size, o.weight_decay, o.rho) for o in options}) == 1
