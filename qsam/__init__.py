@@ -8,10 +8,10 @@ The optimizer owns the full-precision weights; the model always holds the weight
 
 from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
-from qsam.backend import set_backend
 from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
+from qsam.fused.backend import set_backend
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 

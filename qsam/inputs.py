@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qsam import linear
+from qsam.fused import linear
 from qsam.quantizers import Quantizer
 
 NAME = "input_quantizer"

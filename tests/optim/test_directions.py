@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import qsam
-from qsam.backend import using
+from qsam.fused.backend import using
 from qsam.optim import DIRECTIONS, Direction, register_direction
 from qsam.optim.directions.asam import ETA
 from qsam.optim.directions.friendly import LAMBDA

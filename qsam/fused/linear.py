@@ -1,0 +1,265 @@
+"""A Linear layer and the quantization of its input as one operation, by integers where both are on their grids.
+
+    y = Q(x) W^T + b                            dx = M(x) * (g W),   dW = g^T Q(x),   ds from x and g W
+      = s_x s_W (X Y^T) + b    where W = s_W Y    X, Y the integers
+
+The backward makes Q(x) again from x, in the memory that dx will take: quantizing the inputs costs no memory. A
+processor with instructions for int8 multiplies codes several times as fast as numbers; integers add up exactly, so y
+agrees with a product in fp32 to the rounding of that. Each forward reads off the weight whether it is on its grid: in a
+perturbed pass it is not, and is multiplied as it is. The backward is in fp32, because gradients are no integers.
+
+The input's hook gives a :class:`Pending` only to a layer that nobody else looks into.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.autograd.function import FunctionCtx
+from torch.nn import functional
+from torch.nn.modules import module as every_module
+
+from qsam.functional import Grid, fake_quantize
+from qsam.fused import backend, kernels, native
+from qsam.private import missing
+from qsam.quantizers.base import Quantizer
+
+_log = logging.getLogger("qsam")
+
+SMALLEST = 128
+"""Rows of an input from which it is worth to find the integers of a weight."""
+
+COLUMNS = range(16, 2**16 + 1)
+"""Columns of a weight: torch's product of integers is wrong for one; up to 2^16 no sum of products leaves int32."""
+
+OFFSET = 128
+"""What is taken off the integers of an unsigned 8-bit grid, so that they fit int8."""
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Pending:
+    """An input on its way into its Linear layer, which will quantize it; torch's functions take it for a tensor.
+
+    Attributes:
+        x: The input.
+        grid: Of Q.
+        quantizer: Of the input.
+        weights: The quantizer of the layer's weight, or None.
+    """
+
+    x: Tensor
+    grid: Grid
+    quantizer: Quantizer
+    weights: Quantizer | None
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Iterable[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        """Quantize first, whatever the function; a Linear does it in one operation with its own."""
+        if func is functional.linear and len(args) == 3 and isinstance(args[0], Pending):
+            return _linear(*args)
+        return func(*_quantized(args), **_quantized(dict(kwargs or {})))
+
+
+def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Pending | None:
+    """Return ``x``, to be quantized in its layer ``module``; None if it has to be quantized now, by ``quantizer``."""
+    if type(module).forward is not nn.Linear.forward or x.dtype != torch.float32 or not _is_private(module):
+        return None
+    grid = quantizer.grid(x)
+    if grid is None or grid.rows != 1 or x.device.type != "cpu" or x.dim() < 2 or not x.is_contiguous():
+        return None
+    if not kernels.fuses(x, grid) or torch.is_autocast_enabled("cpu"):
+        return None
+    if torch.is_grad_enabled() and not (x.requires_grad or grid.scale.requires_grad):
+        return None  # Q(x) is kept for dW, as any input is, and x may change before the backward
+    found = Pending(x, grid, quantizer, getattr(module, "weight_quantizer", None))
+    return found if torch.overrides.has_torch_function((found,)) else None  # it can be switched off
+
+
+def _is_private(module: nn.Module) -> bool:
+    """Whether a module runs as its class says, and nobody but the input's hook is called with its tensors."""
+    try:
+        hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+        others = len(module._forward_pre_hooks) > 1 or any(hooks) or every_module._has_any_global_hook()
+    except Exception as error:
+        missing("hooks of a module", "inputs are quantized before their Linear layers, which takes longer", error)
+        return False
+    return not others and "forward" not in vars(module)
+
+
+def _quantized(value: Any) -> Any:
+    """Return an argument of a function with every pending tensor in it quantized."""
+    if isinstance(value, Pending):
+        return value.quantizer(value.x)
+    if isinstance(value, dict):
+        return {key: _quantized(part) for key, part in value.items()}
+    return type(value)(map(_quantized, value)) if type(value) in (list, tuple) else value
+
+
+def _linear(pending: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
+    x, scale = pending.x, pending.grid.scale
+    others = [t for t in (weight, bias) if t is not None]
+    plain = all(t.dtype == x.dtype and t.device == x.device and backend.is_plain(t) for t in others)
+    fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and len(weight) > 0
+    tangents = any(forward_ad.unpack_dual(t).tangent is not None for t in (x, scale, *others))
+    if not plain or not fits or tangents or (bias is not None and bias.shape != weight.shape[:1]):
+        return functional.linear(pending.quantizer(x), weight, bias)
+    return _Linear.apply(x, scale, weight, bias, pending.grid, pending.weights)  # type: ignore[no-any-return]
+
+
+class _Linear(torch.autograd.Function):
+    """``Q(x) W^T + b``. Saves x, s and W, nothing else; a second derivative goes through the eager formulas."""
+
+    @staticmethod
+    def forward(  # noqa: PLR0917 (autograd passes no keywords)
+        ctx: FunctionCtx,
+        x: Tensor,
+        scale: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        grid: Grid,
+        weights: Quantizer | None,
+    ) -> Tensor:
+        """Return y."""
+        ctx.save_for_backward(x, scale, weight, bias)  # type: ignore[arg-type]
+        ctx.grid = grid  # type: ignore[attr-defined]
+        out = x.new_empty(*x.shape[:-1], len(weight))  # not a view of a product: somebody may write into it
+        rows = out.view(-1, len(weight))
+        if not _of_integers(x, grid, weight, bias, weights, rows):
+            quantized = _on_grid(x, grid).view(-1, x.shape[-1])
+            if bias is None:
+                torch.mm(quantized, weight.t(), out=rows)
+            else:
+                torch.addmm(bias, quantized, weight.t(), out=rows)
+        return out
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """Return dx, ds, dW and db."""
+        grid: Grid = ctx.grid  # type: ignore[attr-defined]
+        needs = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
+        x, _, weight, _ = saved = ctx.saved_tensors  # type: ignore[attr-defined]
+        if torch.is_grad_enabled() or not backend.is_plain(grad):  # create_graph=True; is_grads_batched=True
+            return (*_differentiable(saved, grid, needs, grad), None, None)
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = ds = dw = None
+        if needs[2]:
+            dx = _on_grid(x, grid)
+            dw = rows.t() @ dx.view(-1, x.shape[-1])
+        if needs[0] or needs[1]:
+            dx = torch.empty_like(x) if dx is None else dx  # Q(x) has served: its memory is there
+            torch.mm(rows, weight, out=dx.view(-1, x.shape[-1]))
+            ds = kernels.scaled(kernels.run("backward", grid, x, dx, dx)[0], grid)  # type: ignore[index]
+        return dx if needs[0] else None, ds if needs[1] else None, dw, rows.sum(0) if needs[3] else None, None, None
+
+
+def _on_grid(x: Tensor, grid: Grid) -> Tensor:
+    out = torch.empty_like(x)
+    kernels.run("write", grid, x, out)
+    return out
+
+
+def _differentiable(
+    saved: tuple[Tensor | None, ...], grid: Grid, needs: tuple[bool, ...], grad: Tensor
+) -> list[Tensor | None]:
+    """Return the gradients of x, s, W and b, with a graph of their own where graphs are made."""
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        leaves = [t if t is None or not need else _alias(t) for t, need in zip(saved, needs, strict=True)]
+        x, scale, weight, bias = leaves
+        assert x is not None and scale is not None and weight is not None
+        quantized = fake_quantize(x, scale, grid.quant_min, grid.quant_max, grid.grad_scale)
+        out = functional.linear(quantized, weight, bias)
+        wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
+        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
+    return [next(found) if need else None for need in needs]
+
+
+def _alias(t: Tensor) -> Tensor:
+    """Return another tensor of the same values, to differentiate by it alone and not by what it was made of."""
+    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+
+
+# --- by integers ------------------------------------------------------------------------------------------------------
+
+
+def _of_integers(  # noqa: PLR0917
+    x: Tensor, grid: Grid, weight: Tensor, bias: Tensor | None, weights: Quantizer | None, out: Tensor
+) -> bool:
+    """Write y; return False if an operand is not on its grid, or this processor has no use for integers."""
+    if weights is None or weights.off_grid or not _has_instructions() or not weight.is_contiguous():
+        return False
+    of_weight = weights.grid(weight)
+    if of_weight is None or of_weight.quant_max >= OFFSET or of_weight.rows not in {1, len(weight)}:
+        return False
+    if len(out) < SMALLEST or x.shape[-1] not in COLUMNS or of_weight.scale.dtype != torch.float32:
+        return False
+    w_codes, gap = codes(weight, of_weight)
+    if gap != 0:
+        return False
+    x_codes, gap = codes(x, grid)
+    if not math.isfinite(gap):
+        return False
+    torch._int_mm(x_codes.view(-1, x.shape[-1]), w_codes.t(), out=out.view(torch.int32))
+    zeros, nothing = _zeros(len(weight))
+    shift = w_codes.sum(1, dtype=torch.int32) * OFFSET if grid.quant_max >= OFFSET else zeros
+    bias = nothing if bias is None else bias.contiguous()
+    pointers = (t.data_ptr() for t in (out, grid.scale, of_weight.scale, shift, bias))
+    product, x_scale, w_scale, shifts, biases = pointers
+    threads = kernels.thread_count(out.numel())
+    rescale = native.function("rescale", torch.float32)
+    assert rescale is not None
+    rescale(product, x_scale, w_scale, of_weight.rows, shifts, biases, *out.shape, threads)
+    return True
+
+
+def codes(x: Tensor, grid: Grid) -> tuple[Tensor, float]:
+    """Return the integers of Q(x) as int8, and the largest distance of Q(x) and x: infinity for a NaN, which has none.
+
+    Integers of a grid that ends above 127 are less by ``OFFSET``.
+    """
+    out = torch.empty(x.shape, dtype=torch.int8)
+    function = native.function("codes", x.dtype)
+    assert function is not None
+    columns, limits, threads = x.numel() // grid.rows, (grid.quant_min, grid.quant_max), kernels.thread_count(x.numel())
+    return out, function(x.data_ptr(), out.data_ptr(), grid.scale.data_ptr(), grid.rows, columns, *limits, threads)
+
+
+@functools.cache
+def _zeros(count: int) -> tuple[Tensor, Tensor]:
+    """Return a shift and a bias of nothing."""
+    return torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.float32)
+
+
+@functools.cache
+def _has_instructions() -> bool:
+    """Whether this processor multiplies int8 by instructions of its own, and torch does so without an error."""
+    if not torch.cpu.get_capabilities().get("avx512_vnni"):
+        return False
+    try:
+        return all(_is_exact(*shape) for shape in ((1, 16, 3), (7, 67, 9), (130, 300, 70)))
+    except Exception as error:
+        missing("torch._int_mm", "Linear layers multiply in fp32, which takes longer", error)
+        return False
+
+
+def _is_exact(rows: int, columns: int, outputs: int) -> bool:
+    """Try torch's product out on corners of int8: what saturates on the way is wrong."""
+    corners = torch.tensor([-128, 127, -128, -1, 0, 1, 77], dtype=torch.int8)
+    a = corners.repeat(rows * columns)[: rows * columns].view(rows, columns)
+    b = corners.flip(0).repeat(outputs * columns)[: outputs * columns].view(outputs, columns)
+    a[0], b[0] = -128, -128
+    return torch.equal(torch._int_mm(a, b.t()), (a.long() @ b.long().t()).int())
