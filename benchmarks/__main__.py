@@ -1,6 +1,6 @@
 """Measure speed and memory, keep the JSON files, and write docs/speed.md's tables and its figure from them.
 
-python -m benchmarks                  # all: kernels, step, memory, scale
+python -m benchmarks                  # all: kernels, step, ablation, memory, scale
 python -m benchmarks step scale       # these
 python -m benchmarks --tables         # none: only the tables and the figure, from the kept files
 python -m benchmarks --quick          # a smoke run on tiny sizes, which writes nothing into the repository
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import kernels, memory, scale, step
+from benchmarks import ablation, kernels, memory, scale, step
 from benchmarks.measure import RESULTS, Json, machine, threads, write_json
 from benchmarks.page import FIGURE, NAMES, PAGE, blocks, read_results, rewritten
 from benchmarks.plot import plot
@@ -23,6 +23,7 @@ from benchmarks.plot import plot
 BENCHMARKS: Mapping[str, Callable[[bool], Json]] = {
     "kernels": kernels.measure,
     "step": step.measure,
+    "ablation": ablation.measure,
     "memory": memory.measure,
     "scale": scale.measure,
 }

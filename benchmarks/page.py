@@ -10,7 +10,7 @@ from benchmarks.targets import Results, ahead, targets
 
 PAGE = ROOT / "docs" / "speed.md"
 FIGURE = ROOT / "docs" / "speed.png"
-NAMES = ("kernels", "step", "memory", "scale")
+NAMES = ("kernels", "step", "ablation", "memory", "scale")
 NOT_YET = "Not measured yet."
 
 
@@ -40,6 +40,7 @@ def blocks(results: Results) -> dict[str, list[str]]:
     made: Mapping[str, Callable[[Json], Iterator[str]]] = {
         "kernels": kernel_tables,
         "step": step_table,
+        "ablation": ablation_table,
         "memory": memory_table,
         "scale": scale_tables,
     }
@@ -97,7 +98,7 @@ def target_table(results: Results) -> Iterator[str]:
 
 
 def kernel_tables(result: Json) -> Iterator[str]:
-    """Yield the tables of fake quantization, of the optimizer's operations, and of compiling."""
+    """Yield the table of fake quantization, and the seconds of a first use."""
     cases = result["fake_quantize"]
     ways = cases[0]["variants"]
     rows = [(way, *(between(case["variants"][way]["ratio"]) for case in cases)) for way in ways]
@@ -105,43 +106,14 @@ def kernel_tables(result: Json) -> Iterator[str]:
         ("forward and backward, against three copies", *(f"{c['case']}, {c['bits']} bits" for c in cases)), *rows
     )
     yield ""
-    verbs = result["verbs"]
-    yield from table(
-        (f"one operation on one {verbs['case']}", "bytes a weight", "ms", "share of a copy's bandwidth", "eager, ms"),
-        *(_verb(result, name) for name in verbs["compiled"]),
-    )
-    yield ""
-    products = result["products"]
-    yield from table(
-        ("one product, against fp32", *(case["case"] for case in products)),
-        *((way, *(between(case["variants"][way]["ratio"]) for case in products)) for way in products[0]["variants"]),
-    )
-    if result["compile_seconds"] is not None:
-        yield ""
-        yield from _compile_table(result["compile_seconds"])
+    cold, warm = (result["first_use_seconds"][state] for state in ("cold", "warm"))
+    yield f"First use in a process: {cold:.2f} s if it compiles the kernels, {warm:.3f} s if it finds them on the disk."
 
 
-def _verb(result: Json, name: str) -> tuple[str, ...]:
-    fused, eager = (result["verbs"][backend][name] for backend in ("compiled", "eager"))
-    return (
-        name,
-        str(result["settings"]["bytes_per_weight"][name]),
-        f"{fused['milliseconds']['median']:.3f}",
-        f"{fused['share_of_copy_bandwidth']['median']:.0%}",
-        f"{eager['milliseconds']['median']:.3f}",
-    )
-
-
-def _compile_table(seconds: Json) -> Iterator[str]:
-    names = list(seconds["cold"]["seconds"])
-    rows = [(n, *(_seconds(seconds[state]["seconds"], n) for state in ("cold", "warm"))) for n in names]
-    total = ("all", *(f"{seconds[state]['total']:.2f}" for state in ("cold", "warm")))
-    yield from table(("first call of a kernel, s", "cold", "warm"), *rows, total)
-
-
-def _seconds(by_name: Json, name: str) -> str:
-    """Return how long this took; a process that finds its kernels on the disk does not import the compiler."""
-    return f"{by_name[name]:.2f}" if name in by_name else "-"
+def ablation_table(result: Json) -> Iterator[str]:
+    """Yield the table of steps with one trick left out."""
+    rows = [(name, between(figures["ratio"])) for name, figures in result["variants"].items()]
+    yield from table(("", f"{result['case']} tokens, {result['rounds']} rounds"), *rows)
 
 
 def step_table(result: Json) -> Iterator[str]:

@@ -143,22 +143,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        settings = ctx.settings  # type: ignore[attr-defined]
-        needs_x, needs_s = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
-        fused = kernels.pulled_back(x, _grid(x, scale, *settings), grad)
-        if fused is not None:
-            return fused[0] if needs_x else None, fused[1] if needs_s else None, None, None, None
-        quant_min, quant_max, grad_scale = settings
-        v, outside = _clipping(x, scale, quant_min, quant_max)
-        grad_x = grad_s = None
-        if needs_x:
-            grad_x = grad.masked_fill(outside, 0)
-        if needs_s:
-            slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
-            grad_s = (slope * grad).sum_to_size(scale.shape) * grad_scale
-            # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
-            grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)
-        return grad_x, grad_s, None, None, None
+        dx, ds = fake_quantize_vjp(x, scale, *ctx.settings, grad, needs=ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
+        return dx, ds, None, None, None
 
 
 class _WithTangent(_FakeQuantize):
@@ -239,6 +225,35 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
         return fake_quantize(x[None], scale, quant_min, quant_max, grad_scale)[0]
     function = _FakeQuantize if torch.compiler.is_compiling() else _WithTangent
     return function.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
+
+
+def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradient)
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float, grad: Tensor,
+    *, needs: tuple[bool, bool] = (True, True), overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``: what the backward of :func:`fake_quantize` returns.
+
+    Args:
+        x: As :func:`fake_quantize` took it, and so the next four.
+        scale: s.
+        quant_min: Qn.
+        quant_max: Qp.
+        grad_scale: gs.
+        grad: dL/dQ, of the shape of ``x``.
+        needs: Which of the two are asked for; None is returned for the other one.
+        overwrite: Whether dx may take the memory of ``grad``.
+    """
+    fused = kernels.pulled_back(x, _grid(x, scale, quant_min, quant_max, grad_scale), grad, overwrite)
+    if fused is not None:
+        return fused[0] if needs[0] else None, fused[1] if needs[1] else None
+    v, outside = _clipping(x, scale, quant_min, quant_max)
+    dx = grad.masked_fill(outside, 0) if needs[0] else None
+    if not needs[1]:
+        return dx, None
+    slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
+    ds = (slope * grad).sum_to_size(scale.shape) * grad_scale
+    # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
+    return dx, torch.where(scale < 0, -ds, ds).to(scale.dtype)
 
 
 def lsq_grad_scale(count: int, quant_max: int) -> float:

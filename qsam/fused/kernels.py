@@ -35,13 +35,14 @@ def quantized(x: Tensor, grid: Grid | None) -> Tensor | None:
     return out if run("write", grid, x, out) else None
 
 
-def pulled_back(x: Tensor, grid: Grid | None, grad: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return dx and ds of :func:`quantized`; None if no kernel may compute them."""
+def pulled_back(x: Tensor, grid: Grid | None, grad: Tensor, overwrite: bool) -> tuple[Tensor, Tensor] | None:
+    """Return dx and ds of :func:`quantized`, dx in the memory of ``grad`` if asked to; None if no kernel may."""
     if grid is None or torch.is_grad_enabled() or not backend.is_plain(grad) or not fuses(x, grid):
         return None
     layout = _layout(x, grid.rows)
     assert layout is not None
-    grad, dx = grad.contiguous(memory_format=layout), torch.empty_like(x)
+    grad = grad.contiguous(memory_format=layout)
+    dx = grad if overwrite else torch.empty_like(x)
     found = run("backward", grid, x, grad, dx)
     return None if found is None else (dx, scaled(found[0], grid))
 

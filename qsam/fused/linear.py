@@ -27,7 +27,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 from torch.nn.modules import module as every_module
 
-from qsam.functional import Grid, fake_quantize
+from qsam.functional import Grid, fake_quantize, fake_quantize_vjp
 from qsam.fused import backend, kernels, native
 from qsam.private import missing
 from qsam.quantizers.base import Quantizer
@@ -46,14 +46,7 @@ OFFSET = 128
 
 @dataclasses.dataclass(slots=True, eq=False)
 class Pending:
-    """An input on its way into its Linear layer, which will quantize it; torch's functions take it for a tensor.
-
-    Attributes:
-        x: The input.
-        grid: Of Q.
-        quantizer: Of the input.
-        weights: The quantizer of the layer's weight, or None.
-    """
+    """An input on its way into its Linear layer, which will quantize it; torch's functions take it for a tensor."""
 
     x: Tensor
     grid: Grid
@@ -121,7 +114,7 @@ def _linear(pending: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class _Linear(torch.autograd.Function):
-    """``Q(x) W^T + b``. Saves x, s and W, nothing else; a second derivative goes through the eager formulas."""
+    """``Q(x) W^T + b``. Saves x, s and W, nothing else."""
 
     @staticmethod
     def forward(  # noqa: PLR0917 (autograd passes no keywords)
@@ -134,12 +127,12 @@ class _Linear(torch.autograd.Function):
         weights: Quantizer | None,
     ) -> Tensor:
         """Return y."""
-        ctx.save_for_backward(x, scale, weight, bias)  # type: ignore[arg-type]
-        ctx.grid = grid  # type: ignore[attr-defined]
+        ctx.save_for_backward(x, scale, weight)
+        ctx.settings = grid[1:4]  # type: ignore[attr-defined]
         out = x.new_empty(*x.shape[:-1], len(weight))  # not a view of a product: somebody may write into it
         rows = out.view(-1, len(weight))
         if not _of_integers(x, grid, weight, bias, weights, rows):
-            quantized = _on_grid(x, grid).view(-1, x.shape[-1])
+            quantized = fake_quantize(x, scale, *grid[1:4]).view(-1, x.shape[-1])
             if bias is None:
                 torch.mm(quantized, weight.t(), out=rows)
             else:
@@ -149,48 +142,19 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return dx, ds, dW and db."""
-        grid: Grid = ctx.grid  # type: ignore[attr-defined]
-        needs = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
-        x, _, weight, _ = saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        if torch.is_grad_enabled() or not backend.is_plain(grad):  # create_graph=True; is_grads_batched=True
-            return (*_differentiable(saved, grid, needs, grad), None, None)
+        x, scale, weight = ctx.saved_tensors  # type: ignore[attr-defined]
+        settings = ctx.settings  # type: ignore[attr-defined]
+        needs_x, needs_s, needs_w, needs_b = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
+        # With create_graph=True and is_grads_batched=True nothing may be written in place.
+        in_place = not torch.is_grad_enabled() and backend.is_plain(grad)
         rows = grad.reshape(-1, grad.shape[-1])
-        dx = ds = dw = None
-        if needs[2]:
-            dx = _on_grid(x, grid)
-            dw = rows.t() @ dx.view(-1, x.shape[-1])
-        if needs[0] or needs[1]:
-            dx = torch.empty_like(x) if dx is None else dx  # Q(x) has served: its memory is there
-            torch.mm(rows, weight, out=dx.view(-1, x.shape[-1]))
-            ds = kernels.scaled(kernels.run("backward", grid, x, dx, dx)[0], grid)  # type: ignore[index]
-        return dx if needs[0] else None, ds if needs[1] else None, dw, rows.sum(0) if needs[3] else None, None, None
-
-
-def _on_grid(x: Tensor, grid: Grid) -> Tensor:
-    out = torch.empty_like(x)
-    kernels.run("write", grid, x, out)
-    return out
-
-
-def _differentiable(
-    saved: tuple[Tensor | None, ...], grid: Grid, needs: tuple[bool, ...], grad: Tensor
-) -> list[Tensor | None]:
-    """Return the gradients of x, s, W and b, with a graph of their own where graphs are made."""
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        leaves = [t if t is None or not need else _alias(t) for t, need in zip(saved, needs, strict=True)]
-        x, scale, weight, bias = leaves
-        assert x is not None and scale is not None and weight is not None
-        quantized = fake_quantize(x, scale, grid.quant_min, grid.quant_max, grid.grad_scale)
-        out = functional.linear(quantized, weight, bias)
-        wanted = [t for t, need in zip(leaves, needs, strict=True) if t is not None and need]
-        found = iter(torch.autograd.grad(out, wanted, grad, create_graph=create_graph))
-    return [next(found) if need else None for need in needs]
-
-
-def _alias(t: Tensor) -> Tensor:
-    """Return another tensor of the same values, to differentiate by it alone and not by what it was made of."""
-    return t.view_as(t) if t.requires_grad else t.detach().requires_grad_()
+        quantized = fake_quantize(x, scale, *settings).view(-1, x.shape[-1])
+        dw = rows.t() @ quantized if needs_w else None
+        dx = ds = None
+        if needs_x or needs_s:  # Q(x) has served: its memory takes the gradient
+            g = torch.mm(rows, weight, out=quantized if in_place else None).view(x.shape)
+            dx, ds = fake_quantize_vjp(x, scale, *settings, g, overwrite=in_place)
+        return dx if needs_x else None, ds if needs_s else None, dw, rows.sum(0) if needs_b else None, None, None
 
 
 # --- by integers ------------------------------------------------------------------------------------------------------
@@ -214,15 +178,11 @@ def _of_integers(  # noqa: PLR0917
     if not math.isfinite(gap):
         return False
     torch._int_mm(x_codes.view(-1, x.shape[-1]), w_codes.t(), out=out.view(torch.int32))
-    zeros, nothing = _zeros(len(weight))
-    shift = w_codes.sum(1, dtype=torch.int32) * OFFSET if grid.quant_max >= OFFSET else zeros
-    bias = nothing if bias is None else bias.contiguous()
-    pointers = (t.data_ptr() for t in (out, grid.scale, of_weight.scale, shift, bias))
-    product, x_scale, w_scale, shifts, biases = pointers
-    threads = kernels.thread_count(out.numel())
-    rescale = native.function("rescale", torch.float32)
-    assert rescale is not None
-    rescale(product, x_scale, w_scale, of_weight.rows, shifts, biases, *out.shape, threads)
+    shift = w_codes.sum(1, dtype=torch.int32) * OFFSET if grid.quant_max >= OFFSET else None
+    bias = None if bias is None else bias.contiguous()
+    others = [None if t is None else t.data_ptr() for t in (shift, bias)]
+    scales = grid.scale.data_ptr(), of_weight.scale.data_ptr(), of_weight.rows
+    native.call("rescale", x.dtype, out.data_ptr(), *scales, *others, *out.shape, kernels.thread_count(out.numel()))
     return True
 
 
@@ -232,16 +192,8 @@ def codes(x: Tensor, grid: Grid) -> tuple[Tensor, float]:
     Integers of a grid that ends above 127 are less by ``OFFSET``.
     """
     out = torch.empty(x.shape, dtype=torch.int8)
-    function = native.function("codes", x.dtype)
-    assert function is not None
-    columns, limits, threads = x.numel() // grid.rows, (grid.quant_min, grid.quant_max), kernels.thread_count(x.numel())
-    return out, function(x.data_ptr(), out.data_ptr(), grid.scale.data_ptr(), grid.rows, columns, *limits, threads)
-
-
-@functools.cache
-def _zeros(count: int) -> tuple[Tensor, Tensor]:
-    """Return a shift and a bias of nothing."""
-    return torch.zeros(count, dtype=torch.int32), torch.zeros(count, dtype=torch.float32)
+    sizes = grid.rows, x.numel() // grid.rows, grid.quant_min, grid.quant_max, kernels.thread_count(x.numel())
+    return out, native.call("codes", x.dtype, x.data_ptr(), out.data_ptr(), grid.scale.data_ptr(), *sizes)
 
 
 @functools.cache

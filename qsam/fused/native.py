@@ -74,6 +74,13 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., float] | None:
     return found
 
 
+def call(name: str, dtype: torch.dtype, *arguments: int | float | None) -> float:
+    """Call a C function that there is; return what it returns."""
+    found = function(name, dtype)
+    assert found is not None
+    return found(*arguments)
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """Return the library: from the cache, or compiled now.

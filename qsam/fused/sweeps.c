@@ -127,7 +127,7 @@ double codes_float(const float *x, int8_t *codes, COMMON) {
 }
 
 /* product <- s_x s_w (integers + shift) + bias, in the memory of the integers: m rows of n columns. There is one s_w for
-   all columns, or one for each. */
+   all columns, or one for each; shift and bias may be null. */
 double rescale_float(int32_t *product, const float *x_scale, const float *w_scale, int64_t w_scales,
                      const int32_t *shift, const float *bias, int64_t m, int64_t n, int threads) {
   const float s_x = positive(*x_scale);
@@ -137,7 +137,7 @@ double rescale_float(int32_t *product, const float *x_scale, const float *w_scal
     for (int64_t j = 0; j < n; j++) {
       const int64_t i = row * n + j;
       const float s_w = positive(w_scale[w_scales == 1 ? 0 : j]);
-      const float number = (float)(product[i] + shift[j]) * s_x * s_w + bias[j];
+      const float number = (float)(product[i] + (shift ? shift[j] : 0)) * s_x * s_w + (bias ? bias[j] : 0);
       memcpy(&product[i], &number, sizeof number);
     }
   }
