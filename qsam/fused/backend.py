@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from qsam.private import dispatch_mode_is_active
 from qsam.registry import nearest
 
 BACKENDS = ("auto", "eager", "compiled")
@@ -99,13 +100,7 @@ def note_failure(error: BaseException) -> None:
 
 def is_watched() -> bool:
     """Whether somebody follows the operations one by one: a compiler, a tracer, or a dispatch mode."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return True
-    try:
-        return torch._C._len_torch_dispatch_stack() > 0
-    except Exception as error:  # see qsam.private; without an answer no kernel may run
-        note_failure(RuntimeError(f"this release of torch does not tell whether a dispatch mode is active: {error!r}"))
-        return True
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch_mode_is_active()
 
 
 def is_plain(t: Tensor) -> bool:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -25,14 +24,11 @@ from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.nn import functional
-from torch.nn.modules import module as every_module
 
 from qsam.functional import Grid, fake_quantize, fake_quantize_vjp
 from qsam.fused import backend, kernels, native
-from qsam.private import missing
+from qsam.private import ask, has_global_hook
 from qsam.quantizers.base import Quantizer
-
-_log = logging.getLogger("qsam")
 
 SMALLEST = 128
 """Rows of an input from which it is worth to find the integers of a weight."""
@@ -84,13 +80,10 @@ def pending(module: nn.Module, quantizer: Quantizer, x: Tensor) -> Pending | Non
 
 def _is_private(module: nn.Module) -> bool:
     """Whether a module runs as its class says, and nobody but the input's hook is called with its tensors."""
-    try:
-        hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
-        others = len(module._forward_pre_hooks) > 1 or any(hooks) or every_module._has_any_global_hook()
-    except Exception as error:
-        missing("hooks of a module", "inputs are quantized before their Linear layers, which takes longer", error)
+    hooks = (module._forward_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if "forward" in vars(module) or len(module._forward_pre_hooks) > 1 or any(hooks):
         return False
-    return not others and "forward" not in vars(module)
+    return not has_global_hook()
 
 
 def _quantized(value: Any) -> Any:
@@ -201,11 +194,8 @@ def _has_instructions() -> bool:
     """Whether this processor multiplies int8 by instructions of its own, and torch does so without an error."""
     if not torch.cpu.get_capabilities().get("avx512_vnni"):
         return False
-    try:
-        return all(_is_exact(*shape) for shape in ((1, 16, 3), (7, 67, 9), (130, 300, 70)))
-    except Exception as error:
-        missing("torch._int_mm", "Linear layers multiply in fp32, which takes longer", error)
-        return False
+    shapes = ((1, 16, 3), (7, 67, 9), (130, 300, 70))
+    return ask("torch._int_mm", lambda: all(_is_exact(*shape) for shape in shapes), False)
 
 
 def _is_exact(rows: int, columns: int, outputs: int) -> bool:
