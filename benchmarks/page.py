@@ -9,8 +9,7 @@ from benchmarks.measure import RESULTS, ROOT, Json, read_json
 from benchmarks.targets import Results, ahead, targets
 
 PAGE = ROOT / "docs" / "speed.md"
-FIGURE = ROOT / "docs" / "speed.png"
-NAMES = ("kernels", "step", "ablation", "memory", "scale")
+NAMES = ("kernels", "step", "ablation", "memory")
 NOT_YET = "Not measured yet."
 
 
@@ -42,17 +41,12 @@ def blocks(results: Results) -> dict[str, list[str]]:
         "step": step_table,
         "ablation": ablation_table,
         "memory": memory_table,
-        "scale": scale_tables,
     }
     found = {name: list(make(results[name])) if name in results else [NOT_YET] for name, make in made.items()}
     anything = bool(results)
     found["machine"] = list(machine_lines(results)) if anything else [NOT_YET]
     found["targets"] = list(target_table(results)) if anything else [NOT_YET]
-    found["figure"] = [f"![{CAPTION}]({FIGURE.name})"] if {"step", "scale"} <= set(results) else [NOT_YET]
     return found
-
-
-CAPTION = "Left: a training step against fp32, by method and peer. Right: the update's cost per weight by model size."
 
 
 def table(head: tuple[str, ...], *rows: tuple[str, ...]) -> Iterator[str]:
@@ -157,30 +151,3 @@ def _memory_cells(figures: Json) -> tuple[str, ...]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.1f}"
-
-
-def scale_tables(result: Json) -> Iterator[str]:
-    """Yield the cost per weight by size, and what was alive early and late."""
-    rows = [
-        (
-            f"{u['weights'] / 1e6:.2g} M",
-            f"{u['variants']['base']['milliseconds']['median']:.2f}",
-            between(u["variants"]["QAT"]["ratio"]),
-            between(u["extra_nanoseconds_a_weight"]),
-            f"{u['extra_copies']:.1f}",
-            f"{u['extra_microseconds_a_tensor']:.0f}",
-        )
-        for u in result["updates"]
-    ]
-    times = ("the base's update, ms", "QAT's / the base's")
-    extra = ("extra ns a weight", "in copies of the weights", "extra µs a tensor")
-    yield from table(("weights", *times, *extra), *rows)
-    yield ""
-    if result["too_large"]:
-        yield f"There was no memory for {', '.join(f'{size / 1e6:.3g} M' for size in result['too_large'])} weights."
-        yield ""
-    looks = [
-        (str(look["steps"]), str(look["live_tensors"]), _mib(look["resident_bytes"]) if look["resident_bytes"] else "?")
-        for look in result["growth"]["looks"]
-    ]
-    yield from table((f"steps of {result['growth']['method']}", "live tensors", "resident, MiB"), *looks)

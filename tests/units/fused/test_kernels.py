@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 import warnings
 
 import pytest
@@ -701,3 +702,28 @@ def test_limits_that_move_are_looked_up_each_time():
     for levels in (7, 3):
         q.levels = levels
         assert q.grid(x).quant_max == levels
+
+
+@pytest.mark.parametrize("backend", ["compiled", "eager"])
+def test_no_tensor_stays_behind_after_a_step(backend):
+    needs_kernels()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    qsam.quantize_(model, bits=4, activation_bits=8)
+    optimizer = qsam.SQuAT(model, torch.optim.AdamW, lr=1e-3)
+    x, y = values((64, 16)), values((64, 4))
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - y).square().mean()
+        loss.backward()
+        return loss
+
+    def alive_after(steps: int) -> int:
+        for _ in range(steps):
+            optimizer.step(closure)
+        gc.collect()
+        return sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
+
+    with using(backend):
+        assert alive_after(5) >= alive_after(20)
