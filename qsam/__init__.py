@@ -8,9 +8,9 @@ The optimizer owns the full-precision weights; the model always holds the weight
 
 from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
-from qsam.backend import set_backend
 from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage
+from qsam.fused.backend import set_backend
 from qsam.measure import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer

@@ -9,13 +9,34 @@ a multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit ar
 from __future__ import annotations
 
 import inspect
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from qsam.fused import kernels
+
 SCALE_FLOOR = float(torch.finfo(torch.float32).tiny)
 """The smallest scale that is ever divided by: the smallest normal fp32 number."""
+
+
+class Grid(NamedTuple):
+    """A uniform grid whose scales belong to contiguous rows of a tensor: what a fused kernel has to know of LSQ's Q.
+
+    Attributes:
+        scale: The step sizes.
+        quant_min: Qn.
+        quant_max: Qp.
+        grad_scale: LSQ's gs.
+        rows: How many contiguous rows the tensor has, with one step size each: as many as there are step sizes.
+    """
+
+    scale: Tensor
+    quant_min: int
+    quant_max: int
+    grad_scale: float
+    rows: int
 
 
 Limit = int | Tensor
@@ -98,39 +119,70 @@ def slope_of(v: Tensor, codes: Tensor, outside: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Q(x; s) with the straight-through gradient of LSQ. Saves x and s, nothing else."""
+    """Q(x; s) with the straight-through gradient of LSQ, by a kernel if one fits. Saves x and s, nothing else."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Tensor:
         """Return ``s * round(clip(x / s, Qn, Qp))`` in the dtype of ``x``."""
+        fused = kernels.quantized(x, _grid(x, scale, quant_min, quant_max, grad_scale))
+        if fused is not None:
+            return fused
         codes = quantize(x, scale, quant_min, quant_max)
         return (codes * positive(scale).to(codes.dtype)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
-        """Keep what the backward needs."""
-        x, scale, *ctx.limits = inputs  # type: ignore[attr-defined]
+        """Keep what the backward and the tangent need."""
+        x, scale, *ctx.settings = inputs  # type: ignore[attr-defined]
         ctx.save_for_backward(x, scale)
+        ctx.save_for_forward(x, scale)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        quant_min, quant_max, grad_scale = ctx.limits  # type: ignore[attr-defined]
-        wide = wide_dtype(x.dtype)
-        v = x.to(wide) / positive(scale).to(wide)
-        outside = clipped(v, quant_min, quant_max)
-        grad_x = grad_s = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            grad_x = grad.masked_fill(outside, 0)
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
-            grad_s = (slope * grad).sum_to_size(scale.shape) * grad_scale
-            # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
-            grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)
-        return grad_x, grad_s, None, None, None
+        dx, ds = fake_quantize_vjp(x, scale, *ctx.settings, grad, needs=ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
+        return dx, ds, None, None, None
+
+
+class _WithTangent(_FakeQuantize):
+    """The same with a tangent, for ``torch.func.jvp``; ``torch.compile`` refuses a Function that has one."""
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, x_tangent: Tensor | None, scale_tangent: Tensor | None, *_: None) -> Tensor:
+        """Return ``M(x) * dx + gs * dQ/ds * ds``: the backward's Jacobian times the tangents."""
+        x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        quant_min, quant_max, grad_scale = ctx.settings  # type: ignore[attr-defined]
+        v, outside = _clipping(x, scale, quant_min, quant_max)
+        tangent = torch.zeros_like(x) if x_tangent is None else x_tangent.masked_fill(outside, 0)
+        if scale_tangent is None:
+            return tangent
+        slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
+        of_scale = torch.where(scale < 0, -scale_tangent, scale_tangent) * grad_scale
+        return tangent + (slope * of_scale).to(x.dtype)
+
+
+def _clipping(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Return v and ``1 - M``."""
+    wide = wide_dtype(x.dtype)
+    v = x.to(wide) / positive(scale).to(wide)
+    return v, clipped(v, quant_min, quant_max)
+
+
+def _grid(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Grid | None:
+    """Return the grid, if each scale belongs to a contiguous row of a contiguous ``x``; else None."""
+    if torch.compiler.is_compiling() or scale.dim() > x.dim():
+        return None
+    if scale.numel() == 1:
+        return Grid(scale, quant_min, quant_max, grad_scale, 1)
+    if scale.dim() != x.dim():
+        return None
+    leading = next((d for d, size in enumerate(scale.shape) if size != x.shape[d]), x.dim())
+    if any(size != 1 for size in scale.shape[leading:]):
+        return None
+    return Grid(scale, quant_min, quant_max, grad_scale, scale.numel())
 
 
 # torch binds the arguments of each call by this signature, and would otherwise find it out anew, in 0.1 ms.
@@ -171,7 +223,37 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
     """
     if not x.dim():
         return fake_quantize(x[None], scale, quant_min, quant_max, grad_scale)[0]
-    return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
+    function = _FakeQuantize if torch.compiler.is_compiling() else _WithTangent
+    return function.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
+
+
+def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradient)
+    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float, grad: Tensor,
+    *, needs: tuple[bool, bool] = (True, True), overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``: what the backward of :func:`fake_quantize` returns.
+
+    Args:
+        x: As :func:`fake_quantize` took it, and so the next four.
+        scale: s.
+        quant_min: Qn.
+        quant_max: Qp.
+        grad_scale: gs.
+        grad: dL/dQ, of the shape of ``x``.
+        needs: Which of the two are asked for; None is returned for the other one.
+        overwrite: Whether dx may take the memory of ``grad``.
+    """
+    fused = kernels.pulled_back(x, _grid(x, scale, quant_min, quant_max, grad_scale), grad, overwrite)
+    if fused is not None:
+        return fused[0] if needs[0] else None, fused[1] if needs[1] else None
+    v, outside = _clipping(x, scale, quant_min, quant_max)
+    dx = grad.masked_fill(outside, 0) if needs[0] else None
+    if not needs[1]:
+        return dx, None
+    slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
+    ds = (slope * grad).sum_to_size(scale.shape) * grad_scale
+    # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
+    return dx, torch.where(scale < 0, -ds, ds).to(scale.dtype)
 
 
 def lsq_grad_scale(count: int, quant_max: int) -> float:

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qsam import linear
+from qsam.fused import linear
+from qsam.private import active_data_parallel, composed_modules
 from qsam.quantizers import Quantizer
 
 NAME = "input_quantizer"
@@ -224,7 +225,7 @@ def _active_data_parallel_group() -> distributed.ProcessGroup | None:
     """Return the processes of the DistributedDataParallel model whose forward is running, if one is."""
     if not _in_process_group():
         return None
-    active = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    active = active_data_parallel()
     return None if active is None else active.process_group
 
 
@@ -232,9 +233,10 @@ def _is_sharded_within(quantizer: Quantizer) -> bool:
     """Whether a module above ``quantizer`` is sharded: its parameters are gathered copies now, and writes are lost."""
     if not _in_process_group():
         return False
-    from torch.distributed._composable_state import _module_state_mapping
-
-    return any(is_sharded([m]) and any(quantizer is below for below in m.modules()) for m in _module_state_mapping)
+    modules = composed_modules()
+    if modules is None:
+        return True
+    return any(is_sharded([m]) and any(quantizer is below for below in m.modules()) for m in modules)
 
 
 def _flat(x: Tensor) -> Tensor:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam import shards, sweeps
+from qsam import shards
 from qsam.attach import coverage_of, quantize_, refuse_overflow
 from qsam.coverage import Coverage, leave_latents, left_latents, owner_of, set_owner
 from qsam.functional import wide_dtype
+from qsam.fused import sweeps
 from qsam.guard import Guard
 from qsam.inputs import is_sharded
 from qsam.policy import unwrap_model

@@ -17,6 +17,7 @@ from torch import Tensor, distributed, nn
 from torch.func import functional_call
 
 from qsam.functional import lsq_grad_scale
+from qsam.private import fsdp_param_dtype
 from qsam.quantizers import LSQ, Quantizer
 from qsam.quantizers.lsq import PerChannel
 
@@ -264,7 +265,7 @@ def refuse_16_bit_scales(root: nn.Module, inputs: Iterable[tuple[str, Quantizer]
     sharders = [m for m in root.modules() if isinstance(m, FSDPModule)]
     for path, quantizer in inputs:
         around = [m for m in sharders if any(quantizer is below for below in m.modules())]
-        dtype = around[-1]._get_fsdp_state()._mp_policy.param_dtype if around else None
+        dtype = fsdp_param_dtype(around[-1]) if around else None
         if dtype in (torch.float16, torch.bfloat16) and any(True for _ in quantizer.parameters()):
             raise ValueError(
                 f"the scale of the input of {path!r} would be {dtype} in the forward under this MixedPrecisionPolicy: "

@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.functional import integer_limits
-from qsam.kernels import Grid
+from qsam.functional import Grid, integer_limits
 from qsam.registry import Registry
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")

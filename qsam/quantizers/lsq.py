@@ -7,13 +7,10 @@ One s a tensor, a channel or a group; N counts the entries that share one s, of 
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 
-from qsam import kernels
-from qsam.functional import fake_quantize, from_groups, lsq_grad_scale, positive, quantize, to_groups
+from qsam.functional import Grid, fake_quantize, from_groups, lsq_grad_scale, positive, quantize, to_groups
 from qsam.quantizers.base import Quantizer, register_quantizer
 from qsam.scales import initial_scale
 
@@ -39,9 +36,6 @@ class LSQ(Quantizer):
     """
 
     scale: Tensor
-
-    _known: tuple[Any, Any] | None = None
-    """The last shape, which is mostly the next one, and its grid without the scale."""
 
     def __init__(
         self,
@@ -71,38 +65,19 @@ class LSQ(Quantizer):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return Q(x), of the shape and dtype of ``x``."""
-        grid = self.grid(x)
-        fused = None if grid is None else kernels.quantized(x, grid)
-        if fused is not None:
-            return fused
         grad_scale = lsq_grad_scale(self._count(x), self.quant_max)
         return self._ungroup(fake_quantize(self._group(x), self.scale, self.quant_min, self.quant_max, grad_scale), x)
 
-    def grid(self, x: Tensor) -> kernels.Grid | None:
-        """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
-        if torch.compiler.is_compiling():
-            return None
-        scale, known = self.scale, self._known
-        key = (x.shape, scale.shape, self.bits, self.signed, self.granularity, self.axis, self.group_size)
-        if known is not None and known[0] == key:
-            return kernels.Grid(scale, *known[1])
-        found = self._new_grid(x)
-        if found is not None and self._limits_are_those_of_bits:
-            self._known = key, found[1:]
-        return found
-
-    def _new_grid(self, x: Tensor) -> kernels.Grid | None:
+    def grid(self, x: Tensor) -> Grid | None:
+        """Return Q's grid for the fused kernels; None if the step sizes do not belong to contiguous rows of ``x``."""
         if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
             return None
         scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
         if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
             return None
-        return kernels.Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
-
-    @property
-    def _limits_are_those_of_bits(self) -> bool:
-        cls = type(self)
-        return cls.quant_min is Quantizer.quant_min and cls.quant_max is Quantizer.quant_max
+        if self.granularity == "per_channel" and x.shape[:1] != scale.shape[:1]:
+            return None
+        return Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
 
     @property
     def _is_lsq(self) -> bool:

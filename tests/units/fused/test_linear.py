@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 
 import pytest
@@ -14,9 +13,9 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import qsam
-from qsam import kernels, linear
-from qsam.backend import using
 from qsam.functional import fake_quantize
+from qsam.fused import linear
+from qsam.fused.backend import using
 from tests.optim.methods import QUANTIZING
 
 EPS = torch.finfo(torch.float32).eps
@@ -131,14 +130,14 @@ def test_a_perturbed_weight_is_not_looked_at_unless_it_was_quantized_after(case,
     qsam.calibrate(module, [drawn(130, 128)])
     optimizer = qsam.SAQ(module, torch.optim.SGD, lr=0.01, rho=0.1, case=case)
     looks = []
-    exact_codes = kernels.exact_codes
-    monkeypatch.setattr(kernels, "exact_codes", lambda *a: looks.append(a) or exact_codes(*a))
+    codes = linear.codes
+    monkeypatch.setattr(linear, "codes", lambda x, grid: looks.append(x is module[0].weight) or codes(x, grid))
     for block, expected in ((optimizer.first_pass, 1), (optimizer.perturbed, in_perturbed)):
         looks.clear()
         products.clear()
         with block():
             module(drawn(130, 128)).square().sum().backward()
-        assert (len(looks), len(products)) == (expected, expected)
+        assert (sum(looks), len(products)) == (expected, expected)
 
 
 @needs_instructions
@@ -232,7 +231,7 @@ def test_the_backward_keeps_the_input_and_not_what_it_was_rounded_to():
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.data_ptr()) or t, lambda t: t):
         module(x)
-    ours = (x, module.input_quantizer.scale, module.weight, module.bias)
+    ours = (x, module.input_quantizer.scale, module.weight)
     assert sorted(kept) == sorted(t.data_ptr() for t in ours)
 
 
@@ -477,19 +476,18 @@ def test_a_model_trains_as_without(method, products):
     torch.testing.assert_close(ours, trained("eager"), rtol=1e-3, atol=0.0)
 
 
-def test_a_failed_check_of_the_instructions_means_none(monkeypatch, caplog):
-    def fails(*args, **kwargs):
-        raise RuntimeError("no such instruction")
+def without_instructions(monkeypatch, multiply):
+    monkeypatch.setattr(torch, "_int_mm", multiply)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": True})
+    monkeypatch.setattr(linear, "_has_instructions", linear._has_instructions.__wrapped__)
+    return linear._has_instructions()
 
-    linear._has_instructions.cache_clear()
-    with contextlib.ExitStack() as stack:
-        stack.callback(linear._has_instructions.cache_clear)
-        for wrong in (fails, lambda a, b: (a.long() @ b.long()).clamp(-(2**15), 2**15 - 1).int()):
-            monkeypatch.setattr(torch, "_int_mm", wrong)
-            monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: True)
-            linear._has_instructions.cache_clear()
-            assert not linear._has_instructions()
-        monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-        linear._has_instructions.cache_clear()
-        assert not linear._has_instructions()
-    monkeypatch.undo()
+
+def test_a_product_of_integers_that_is_wrong_is_not_used(monkeypatch):
+    assert not without_instructions(monkeypatch, lambda a, b: (a.long() @ b.long()).clamp(-(2**15), 2**15 - 1).int())
+
+
+def test_without_instructions_for_int8_nothing_is_tried(monkeypatch, products):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_vnni": False})
+    assert not linear._has_instructions.__wrapped__()
+    assert not products
