@@ -10,7 +10,7 @@ from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.backend import set_backend
 from qsam.batchnorm import reestimate_batchnorm
-from qsam.coverage import Coverage
+from qsam.coverage import Coverage, coverage_of
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
@@ -26,6 +26,7 @@ __all__ = [
     "Quantizer",
     "SQuAT",
     "calibrate",
+    "coverage_of",
     "dequantize_",
     "hessian_top_eigenvalue",
     "list_quantizers",

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from qsam import shards
-from qsam.coverage import Coverage
+from qsam.coverage import Coverage, refuse_changed
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.quantizers import Identity, Quantizer
-from qsam.slots import Slot, is_on_grid, refuse_moved, same_values
+from qsam.slots import Slot, is_on_grid, refuse_computed, refuse_moved, same_values
 
 _OVERFLOW = (
     "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
@@ -30,14 +30,17 @@ class Guard:
 
     Args:
         coverage: The model's coverage; None for a float model.
+        root: The model.
 
     Attributes:
         fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
             bring others than those that the model had at construction.
     """
 
-    def __init__(self, coverage: Coverage | None) -> None:
+    def __init__(self, coverage: Coverage | None, root: nn.Module) -> None:
         self.fresh = True
+        self._root = root
+        self._coverage = coverage
         self._attached = [] if coverage is None else _places(coverage)
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[tuple[str, Tensor | bool]] = []
@@ -69,12 +72,15 @@ class Guard:
             ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
+        refuse_computed(slots)
         refuse_moved(slots)
         overflown = [path for path, flag in self._overflows if bool(flag)]
         self._overflows.clear()
         if overflown:
             raise ValueError(_OVERFLOW.format(overflown[0]))
         if self.fresh:
+            if self._coverage is not None:
+                refuse_changed(self._coverage, self._root)
             self.fresh = False
             _say_if_on_grid(slots)
         late = [path for path, flag in self._suspects if bool(flag)]

@@ -183,6 +183,25 @@ def refuse_moved(slots: Iterable[Slot]) -> None:
             )
 
 
+def refuse_computed(slots: Iterable[Slot]) -> None:
+    """Refuse weights that are no Parameters of their modules any more, so that what is written into them is lost.
+
+    Raises:
+        RuntimeError: ``torch.nn.utils.prune`` or a parametrization computes a weight from others in each forward.
+    """
+    for slot in slots:
+        if slot.module._parameters.get(slot.attr) is not None:
+            continue
+        if f"{slot.attr}_orig" in slot.module._parameters:
+            undo = f"torch.nn.utils.prune.remove(module, {slot.attr!r}), which makes the pruning permanent"
+        else:
+            undo = f"torch.nn.utils.parametrize.remove_parametrizations(module, {slot.attr!r})"
+        raise RuntimeError(
+            f"{slot.path!r} is no Parameter any more: it is computed in each forward, as torch.nn.utils.prune and "
+            f"parametrizations do, and qsam cannot write it. Call {undo}, and then optimizer.sync_latents()."
+        )
+
+
 def is_on_grid(slot: Slot) -> bool:
     """Whether quantizing the latent changes next to nothing: it was rounded before."""
     w = shards.whole(slot.latent.detach())

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam.coverage import FORMAT
 from qsam.latent import Latents, coverage_for
 from qsam.optim import state as packing
 from qsam.optim.checkpoint import Checkpoint
@@ -26,6 +25,7 @@ from qsam.optim.ranks import DataParallel, Ranks
 from qsam.optim.scale_rates import ScaleRate, build_scale_optimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 from qsam.optim.update import Closure, Update
+from qsam.plan import FORMAT
 from qsam.registry import Registry
 from qsam.shards import any_process
 from qsam.slots import ScaleSlot, scale_tensors

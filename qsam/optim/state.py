@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.coverage import FORMAT
+from qsam.plan import FORMAT
 from qsam.shards import local
 
 Group = dict[str, Any]
