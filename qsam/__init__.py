@@ -11,6 +11,7 @@ from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.backend import set_backend
 from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage, coverage_of
+from qsam.export import export
 from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
@@ -28,6 +29,7 @@ __all__ = [
     "calibrate",
     "coverage_of",
     "dequantize_",
+    "export",
     "hessian_top_eigenvalue",
     "list_quantizers",
     "loss_slice",

@@ -24,7 +24,8 @@ from qsam.coverage import (
     overlooked,
     owner_of,
     record_,
-    refuse_changed,
+    refuse_unrecorded,
+    require_coverage,
     set_owner,
 )
 from qsam.inputs import NAME as INPUT_NAME
@@ -97,7 +98,7 @@ def quantize_(
     root = unwrap_model(model)
     if coverage_of(root) is not None:
         raise RuntimeError("the model is quantized already: call qsam.dequantize_(model, optimizer) first.")
-    _refuse_unrecorded(root)
+    refuse_unrecorded(root)
     if is_sharded(root.modules()):
         raise RuntimeError("the model is sharded already: call quantize_ before fully_shard.")
     if data_parallel_group(model) is not None:
@@ -130,7 +131,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         RuntimeError: the model is not quantized, is sharded already, or no batch reached an input that has no scale.
         ValueError: there was no batch, or an input is not finite.
     """
-    coverage = _require(model, "calibrate")
+    coverage = require_coverage(model, "calibrate")
     require_batches(batches)
     if is_sharded(model.modules()):
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
@@ -153,18 +154,17 @@ def write_(model: nn.Module) -> None:
         RuntimeError: the model is not quantized, or an optimizer owns its weights (it writes them itself).
         ValueError: an fp16 Parameter cannot hold its quantized values; nothing has been written then.
     """
-    coverage = _require(model, "write_")
+    coverage = require_coverage(model, "write_")
     if owner_of(coverage) is not None:
         raise RuntimeError(
             "an optimizer owns the weights of this model and writes them itself: write_ is for a model without one."
         )
     for row in coverage.quantized:
         assert row.quantizer is not None
-        refuse_overflow(row.name, getattr(row.module, row.attr), row.quantizer)
+        refuse_overflow(row.name, row.parameter, row.quantizer)
     for row in coverage.quantized:
         assert row.quantizer is not None
-        parameter = getattr(row.module, row.attr)
-        parameter.copy_(row.quantizer(parameter))
+        row.parameter.copy_(row.quantizer(row.parameter))
 
 
 @torch.no_grad()
@@ -222,29 +222,6 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
         set_owner(coverage, None)
     record_(model, None)
     _forget_compiled()
-
-
-def _require(model: nn.Module, caller: str) -> Coverage:
-    """Return the coverage of a model that is quantized, and still is the model that was."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    coverage = coverage_of(model)
-    if coverage is None:
-        _refuse_unrecorded(model)
-        raise RuntimeError(f"{caller} needs a quantized model: call qsam.quantize_(model) first.")
-    refuse_changed(coverage, model)
-    return coverage
-
-
-def _refuse_unrecorded(model: nn.Module) -> None:
-    """Refuse a float model that holds quantizers: a part of a quantized one, or what a merge has left of it."""
-    for path, _, name, _ in attached(model):
-        weight = path.removesuffix("_quantizer") if name != INPUT_NAME else path
-        raise RuntimeError(
-            f"{weight!r} is quantized already, as a part of a larger model, or of one that it was taken out of (as "
-            "peft's merge_and_unload does): call this on that model, or take the quantizers off this part with "
-            "qsam.dequantize_(model) and quantize it again."
-        )
 
 
 def _built(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> Coverage:

@@ -45,6 +45,11 @@ class Weight:
     attr: str
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter, as it is now."""
+        return parameter_at(self.module, self.attr, self.name)
+
+    @property
     def numel(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
@@ -53,6 +58,27 @@ class Weight:
     def bits(self) -> int:
         """Bits of one entry: 32 where it stays float."""
         return 32 if self.quantizer is None or isinstance(self.quantizer, Identity) else self.quantizer.bits
+
+
+def parameter_at(module: nn.Module, attr: str, path: str) -> nn.Parameter:
+    """Return a Parameter of a module.
+
+    Raises:
+        RuntimeError: ``torch.nn.utils.prune`` or a parametrization computes it in each forward, so that what is
+            written into it is lost. Names the path and the cure.
+    """
+    p = module._parameters.get(attr)
+    if p is not None:
+        return p
+    if f"{attr}_orig" in module._parameters:
+        undo = f"torch.nn.utils.prune.remove(module, {attr!r}), which makes the pruning permanent"
+    else:
+        undo = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attr!r})"
+    raise RuntimeError(
+        f"{path!r} is no Parameter any more: it is computed in each forward, as torch.nn.utils.prune and "
+        f"parametrizations do, and qsam cannot write it. Call {undo}; then, if an optimizer owns the weights, "
+        "optimizer.sync_latents()."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -230,6 +256,29 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]
             stem = name.removesuffix("_quantizer")
             if isinstance(child, Quantizer) and stem != name and (stem == "input" or hasattr(module, stem)):
                 yield path_of(path, name), module, name, child
+
+
+def require_coverage(model: nn.Module, caller: str) -> Coverage:
+    """Return the coverage of a model that is quantized, and still is the model that was."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    coverage = coverage_of(model)
+    if coverage is None:
+        refuse_unrecorded(model)
+        raise RuntimeError(f"{caller} needs a quantized model: call qsam.quantize_(model) first.")
+    refuse_changed(coverage, model)
+    return coverage
+
+
+def refuse_unrecorded(model: nn.Module) -> None:
+    """Refuse a float model that holds quantizers: a part of a quantized one, or what a merge has left of it."""
+    for path, _, name, _ in attached(model):
+        weight = path.removesuffix("_quantizer") if name != "input_quantizer" else path
+        raise RuntimeError(
+            f"{weight!r} is quantized already, as a part of a larger model, or of one that it was taken out of (as "
+            "peft's merge_and_unload does): call this on that model, or take the quantizers off this part with "
+            "qsam.dequantize_(model) and quantize it again."
+        )
 
 
 def refuse_changed(coverage: Coverage, root: nn.Module) -> None:

@@ -17,7 +17,7 @@ from qsam import shards
 from qsam.coverage import Coverage, refuse_changed
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.quantizers import Identity, Quantizer
-from qsam.slots import Slot, is_on_grid, refuse_computed, refuse_moved, same_values
+from qsam.slots import Slot, is_on_grid, refuse_moved, same_values
 
 _OVERFLOW = (
     "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
@@ -41,6 +41,7 @@ class Guard:
         self.fresh = True
         self._root = root
         self._coverage = coverage
+        self._links = [] if coverage is None else _links(root)
         self._attached = [] if coverage is None else _places(coverage)
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[tuple[str, Tensor | bool]] = []
@@ -72,15 +73,13 @@ class Guard:
             ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
-        refuse_computed(slots)
+        self._check_tree()
         refuse_moved(slots)
         overflown = [path for path, flag in self._overflows if bool(flag)]
         self._overflows.clear()
         if overflown:
             raise ValueError(_OVERFLOW.format(overflown[0]))
         if self.fresh:
-            if self._coverage is not None:
-                refuse_changed(self._coverage, self._root)
             self.fresh = False
             _say_if_on_grid(slots)
         late = [path for path, flag in self._suspects if bool(flag)]
@@ -101,12 +100,18 @@ class Guard:
             RuntimeError: they were taken off, or replaced.
         """
         for module, name, quantizer in self._attached:
-            if getattr(module, name, None) is not quantizer:
+            if module._modules.get(name) is not quantizer:
                 raise RuntimeError(
                     "the quantizers that this optimizer was built on have been taken off its model (dequantize_): it "
                     "can no longer be used. Build a new one; to keep its full-precision weights, call "
                     "qsam.dequantize_(model, optimizer), with the optimizer."
                 )
+
+    def _check_tree(self) -> None:
+        """Refuse to go on if a quantized module has left the model; a module that was wrapped has not."""
+        if self._coverage is not None and any(p._modules.get(name) is not child for p, name, child in self._links):
+            refuse_changed(self._coverage, self._root)
+            self._links = _links(self._root)
 
     def note_value(self, slot: Slot, out: Tensor) -> None:
         """Compare p with the Q(w) just computed; the verdict is read at the next check, without a device sync now."""
@@ -121,6 +126,11 @@ class Guard:
         """Note whether p holds Q(w)."""
         if same is not True:
             self._suspects.append((slot.path, True if same is False else ~same))
+
+
+def _links(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
+    """Return the tree: every module with its children."""
+    return [(parent, name, child) for parent in root.modules() for name, child in parent._modules.items()]
 
 
 def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:

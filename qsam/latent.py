@@ -28,7 +28,7 @@ from qsam.guard import Guard
 from qsam.inputs import is_sharded
 from qsam.layers import unwrap_model
 from qsam.quantizers import Noise, Quantizer
-from qsam.slots import Slot, noise_streams, refuse_computed, same_values, slot_of
+from qsam.slots import Slot, noise_streams, same_values, slot_of
 
 _log = logging.getLogger("qsam")
 
@@ -189,17 +189,15 @@ class Latents:
     @torch.no_grad()
     def put_latents(self) -> None:
         """Write ``p <- w``, in place."""
-        refuse_computed(self.slots)
-        for slot in self.slots:
-            slot.parameter.copy_(slot.latent)
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:  # all are looked up before one is written
+            p.copy_(slot.latent)
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def take_present_weights(self) -> None:
         """Set ``w <- p`` from what the model holds now, and write Q(w)."""
-        refuse_computed(self.slots)
-        for slot in self.slots:
-            slot.latent.copy_(slot.parameter)
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:
+            slot.latent.copy_(p)
         self.guard.forgive()
         self.write()
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam import shards
-from qsam.coverage import Coverage, Input, Weight
+from qsam.coverage import Coverage, Input, Weight, parameter_at
 from qsam.functional import wide_dtype
 from qsam.quantizers import Noise, Quantizer
 
@@ -41,8 +41,7 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The model's Parameter p, as it is now."""
-        p = self.module._parameters.get(self.attr)
-        return getattr(self.module, self.attr) if p is None else p
+        return parameter_at(self.module, self.attr, self.path)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -181,25 +180,6 @@ def refuse_moved(slots: Iterable[Slot]) -> None:
                 f"the model was moved from {here} to {there} ({slot.path!r}), and its latents were not: move the model "
                 "first, then build the optimizer."
             )
-
-
-def refuse_computed(slots: Iterable[Slot]) -> None:
-    """Refuse weights that are no Parameters of their modules any more, so that what is written into them is lost.
-
-    Raises:
-        RuntimeError: ``torch.nn.utils.prune`` or a parametrization computes a weight from others in each forward.
-    """
-    for slot in slots:
-        if slot.module._parameters.get(slot.attr) is not None:
-            continue
-        if f"{slot.attr}_orig" in slot.module._parameters:
-            undo = f"torch.nn.utils.prune.remove(module, {slot.attr!r}), which makes the pruning permanent"
-        else:
-            undo = f"torch.nn.utils.parametrize.remove_parametrizations(module, {slot.attr!r})"
-        raise RuntimeError(
-            f"{slot.path!r} is no Parameter any more: it is computed in each forward, as torch.nn.utils.prune and "
-            f"parametrizations do, and qsam cannot write it. Call {undo}, and then optimizer.sync_latents()."
-        )
 
 
 def is_on_grid(slot: Slot) -> bool:
