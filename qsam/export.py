@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from qsam.coverage import Input, Weight, require_coverage
-from qsam.functional import from_groups, positive, to_groups, wide_dtype
+from qsam.functional import Axis, from_groups, positive, to_groups, wide_dtype
 from qsam.inputs import is_sharded
-from qsam.plan import Axis, input_of, quantizer_name
+from qsam.plan import input_of, quantizer_name
 from qsam.quantizers import Identity, Quantizer
 
 

@@ -19,7 +19,7 @@ from typing import Any
 import safetensors.torch
 from torch import Tensor, nn
 
-from qsam.functional import integer_limits
+from qsam.functional import Axis, integer_limits
 from qsam.layers import (
     Site,
     boundary_modules,
@@ -41,7 +41,6 @@ SPEC_NAME = "qsam.json"
 TENSORS_NAME = "qsam.safetensors"
 _DIGEST = "tensors_sha256"
 
-Axis = int | tuple[int, ...]
 Selector = str | type[nn.Module] | Callable[[str, nn.Module], bool]
 Rules = Sequence[tuple[Selector, Mapping[str, Any] | None]]
 
