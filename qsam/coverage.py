@@ -293,7 +293,8 @@ def refuse_changed(coverage: Coverage, root: nn.Module) -> None:
         f"Call qsam.dequantize_(model{'' if owner_of(coverage) is None else ', optimizer'}) and then "
         "qsam.quantize_(model) on the model as it is now."
     )
-    for row in (*coverage.weights, *coverage.inputs):
+    rows: tuple[Weight | Input, ...] = (*coverage.weights, *coverage.inputs)
+    for row in rows:
         if row.quantizer is not None and id(row.module) not in present:
             raise RuntimeError(
                 f"the coverage has {row.name or 'the model itself'!r}, whose module has left the model since "

@@ -97,8 +97,11 @@ class Entry:
         for key in _REQUIRED:
             if key not in content:
                 raise ValueError(f"{where}: its entry in the spec lacks {key!r}.")
-        known = {field.name: content[field.name] for field in dataclasses.fields(cls) if field.name in content}
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in known.items()})
+        known: dict[str, Any] = {}
+        for key in cls.__dataclass_fields__:
+            if key in content:  # JSON has no tuples
+                known[key] = tuple(content[key]) if isinstance(content[key], list) else content[key]
+        return cls(**known)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain Python, as JSON would."""
@@ -113,7 +116,7 @@ class Entry:
         return {key: getattr(self, key) for key in ("bits", "signed", "granularity", "axis", "group_size")}
 
 
-_REQUIRED = ("quantizer", "bits", "signed", "granularity", "axis", "group_size", "init", "calibrated")
+_REQUIRED = ("bits", "signed", "granularity", "axis", "group_size", "quantizer", "init", "calibrated")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -199,6 +199,10 @@ the mechanics hold, not how accurate the quantized model is. No weight was downl
   a kernel that is on no grid: sum them before `quantize_`.
 - `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs; in a depthwise
   one each group has its own.
+- Matrices of layers that qsam does not know stay float. Where they are most of a model, `quantize_` warns and names them:
+  so it does for the experts of a mixture (transformers' `MixtralExperts`, timm's `CondConv2d`). A rule quantizes them:
+  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives experts of shape (experts, out, in) a scale per
+  expert and output channel.
 - BatchNorm's statistics: [`reestimate_batchnorm`](loops.md#batchnorm), after training.
 """
 

@@ -164,7 +164,7 @@ def channels_commute(case: Case) -> None:
     q = case.build()
     if q.granularity == "per_tensor":
         return
-    assert q.axis is not None
+    assert isinstance(q.axis, int)
     out, channels = q(case.x), case.x.shape[q.axis]
     set_scale(q, scale_of(q).reshape(channels, -1).flip(0).flatten())
     got = q(case.x.flip(q.axis))

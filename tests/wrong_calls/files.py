@@ -107,9 +107,9 @@ def _(model):
     qsam.quantize_(model, spec={"qsam_format": 1, "weights": [], "inputs": {}})
 
 
-@wrong(ValueError, "the spec names '9.weight', which this model does not have: it belongs to another model.")
+@wrong(ValueError, "the spec names '9', which this model does not have: it belongs to another model.")
 def _(model):
-    qsam.quantize_(model, spec={"qsam_format": 1, "weights": {"9.weight": {}}, "inputs": {}})
+    qsam.quantize_(model, spec={"qsam_format": 1, "weights": {}, "inputs": {}, "float_inputs": {"9": ""}})
 
 
 @wrong(ValueError, "'0.weight': its entry in the spec lacks 'bits'.")

@@ -162,7 +162,12 @@ def _(model):
     qsam.write_(model)
 
 
-@wrong(RuntimeError, "'weight' is quantized already, as a part of a larger model: call qsam.dequantize_ on that.")
+@wrong(
+    RuntimeError,
+    "'weight' is quantized already, as a part of a larger model, or of one that it was taken out of (as peft's "
+    "merge_and_unload does): call this on that model, or take the quantizers off this part with qsam.dequantize_(model) "
+    "and quantize it again.",
+)
 def _(quantized):
     qsam.quantize_(quantized[0])
 
