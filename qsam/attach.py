@@ -211,7 +211,9 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
         if owner is None or owner is not optimizer:
             raise RuntimeError("this optimizer does not own the model's weights: give the one that was built on it.")
         owner._release()
-    for module, name in (*coverage.places, *places.values()) if coverage is not None else places.values():
+    if coverage is not None:
+        places |= {(id(module), name): (module, name) for module, name, _ in coverage.places}
+    for module, name in places.values():
         if name not in module._modules:
             continue
         if name == INPUT_NAME:

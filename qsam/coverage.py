@@ -138,10 +138,11 @@ class Coverage:
         return {path: quantizer for path, quantizer in {**weights, **inputs}.items() if quantizer is not None}
 
     @property
-    def places(self) -> list[tuple[nn.Module, str]]:
-        """Every quantizer's owner and its name there."""
-        weights = [(row.module, f"{row.attr}_quantizer") for row in self.quantized]
-        return weights + [(row.module, "input_quantizer") for row in self.inputs if row.quantizer is not None]
+    def places(self) -> list[tuple[nn.Module, str, str]]:
+        """Every quantizer's owner, its name there, and its path."""
+        weights = [(row.module, f"{row.attr}_quantizer", f"{row.name}_quantizer") for row in self.quantized]
+        inputs = [row for row in self.inputs if row.quantizer is not None]
+        return weights + [(row.module, "input_quantizer", path_of(row.name, "input_quantizer")) for row in inputs]
 
     @property
     def share(self) -> float:
@@ -285,8 +286,8 @@ def refuse_changed(coverage: Coverage, root: nn.Module) -> None:
     """Refuse a model whose modules are no longer those that were quantized.
 
     Raises:
-        RuntimeError: a quantized module has left the tree (a head that was replaced), or a copy of one has come in
-            and would be trained in float (peft's ``modules_to_save``). Names the path and the cure.
+        RuntimeError: a quantized module has left the tree (a head that was replaced), its quantizer was taken off, or a
+            copy of it has come in and would be trained in float (peft's ``modules_to_save``). Names path and cure.
     """
     present = {id(module) for module in root.modules()}
     cure = (
@@ -300,7 +301,11 @@ def refuse_changed(coverage: Coverage, root: nn.Module) -> None:
                 f"the coverage has {row.name or 'the model itself'!r}, whose module has left the model since "
                 f"quantize_: it was replaced or taken out. {cure}"
             )
-    known = {id(quantizer) for quantizer in coverage.quantizers.values()}
+    quantizers = coverage.quantizers
+    for module, name, path in coverage.places:
+        if module._modules.get(name) is not quantizers[path]:
+            raise RuntimeError(f"the quantizer {path!r} has been taken off or replaced since quantize_. {cure}")
+    known = set(map(id, quantizers.values()))
     for path, module, name, quantizer in attached(root):
         parameter = module._parameters.get(name.removesuffix("_quantizer"))
         if id(quantizer) not in known and parameter is not None and parameter.requires_grad:
