@@ -9,7 +9,8 @@ The optimizer owns the full-precision weights; the model always holds the weight
 from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.batchnorm import reestimate_batchnorm
-from qsam.coverage import Coverage
+from qsam.coverage import Coverage, coverage_of
+from qsam.export import export
 from qsam.fused.backend import set_backend
 from qsam.measure import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
@@ -27,7 +28,9 @@ __all__ = [
     "Quantizer",
     "SQuAT",
     "calibrate",
+    "coverage_of",
     "dequantize_",
+    "export",
     "hessian_top_eigenvalue",
     "list_quantizers",
     "loss_slice",

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from qsam.policy import unwrap_model
+from qsam.layers import unwrap_model
 
 
 def require_batches(batches: Any) -> None:

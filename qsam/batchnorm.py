@@ -14,13 +14,12 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qsam.attach import coverage_of
 from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
-from qsam.coverage import owner_of
+from qsam.coverage import coverage_of, owner_of
 from qsam.inputs import data_parallel_group, is_sharded, shown
 from qsam.latent import open_block
+from qsam.layers import unwrap_model
 from qsam.optim.snapshot import buffers_kept
-from qsam.policy import unwrap_model
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ a multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit ar
 from __future__ import annotations
 
 import inspect
+import math
 from typing import NamedTuple
 
 import torch
@@ -277,12 +278,36 @@ def lsq_grad_scale(count: int, quant_max: int) -> float:
     return float((max(count, 1) * quant_max) ** -0.5)
 
 
-def to_groups(x: Tensor, axis: int, group_size: int) -> Tensor:
+Axis = int | tuple[int, ...]
+"""The channel dimension, or several: then each index of all of them together is a channel (expert and output)."""
+
+
+def channel_axes(axis: Axis, dims: int) -> tuple[int, ...]:
+    """Return the channel dimensions of a tensor of ``dims`` dimensions, from the front, ascending."""
+    return tuple(sorted([a % dims for a in axis])) if isinstance(axis, tuple) else (axis % dims,)
+
+
+def channel_count(x: Tensor, axis: Axis) -> int:
+    """Return the number of channels of ``x``."""
+    return math.prod([x.shape[a] for a in channel_axes(axis, x.dim())])
+
+
+def are_leading(axis: Axis | None) -> bool:
+    """Whether the channel dimensions are the first ones, so that channels are rows that follow each other in memory.
+
+    Example:
+        >>> are_leading(0), are_leading((0, 1)), are_leading(1), are_leading((0, 2))
+        (True, True, False, False)
+    """
+    return axis == 0 or (isinstance(axis, tuple) and axis == tuple(range(len(axis))))
+
+
+def to_groups(x: Tensor, axis: Axis, group_size: int) -> Tensor:
     """View ``x`` as ``(C, G, group_size)``: channels first, then groups of consecutive flattened entries.
 
     Args:
         x: Two or more dimensions, with C channels along ``axis``.
-        axis: The channel dimension.
+        axis: The channel dimension, or several.
         group_size: Entries a group; divides ``x.numel() / C``.
 
     Returns:
@@ -291,18 +316,19 @@ def to_groups(x: Tensor, axis: int, group_size: int) -> Tensor:
     Raises:
         ValueError: ``group_size`` does not divide the entries of a channel.
     """
-    channels = x.shape[axis]
+    channels = channel_count(x, axis)
     per_channel = x.numel() // max(channels, 1)
     if group_size < 1 or per_channel % group_size:
         raise ValueError(
             f"`group_size` must divide the {per_channel} entries of each channel of a tensor of shape "
             f"{tuple(x.shape)} (channel axis {axis}), got {group_size}."
         )
-    return x.movedim(axis, 0).reshape(channels, -1, group_size)
+    axes = channel_axes(axis, x.dim())
+    return x.movedim(axes, tuple(range(len(axes)))).reshape(channels, -1, group_size)
 
 
-def from_groups(groups: Tensor, shape: torch.Size, axis: int) -> Tensor:
+def from_groups(groups: Tensor, shape: torch.Size, axis: Axis) -> Tensor:
     """Undo :func:`to_groups`: return a tensor of ``shape`` from ``(C, G, group_size)``."""
-    axis %= len(shape)
-    moved = torch.Size([shape[axis], *shape[:axis], *shape[axis + 1 :]])
-    return groups.reshape(moved).movedim(0, axis)
+    axes = channel_axes(axis, len(shape))
+    moved = [shape[a] for a in axes] + [size for d, size in enumerate(shape) if d not in axes]
+    return groups.reshape(moved).movedim(tuple(range(len(axes))), axes)

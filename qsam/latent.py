@@ -11,6 +11,7 @@ is looked up at each verb, because Accelerate and FSDP replace Parameters.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,19 +21,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam import shards
-from qsam.attach import coverage_of, quantize_, refuse_overflow
-from qsam.coverage import Coverage, leave_latents, left_latents, owner_of, set_owner
+from qsam.attach import quantize_, refuse_overflow
+from qsam.coverage import Coverage, coverage_of, leave_latents, left_latents, owner_of, refuse_changed, set_owner
 from qsam.functional import wide_dtype
 from qsam.fused import sweeps
 from qsam.guard import Guard
 from qsam.inputs import is_sharded
-from qsam.policy import unwrap_model
+from qsam.layers import unwrap_model
 from qsam.quantizers import Noise, Quantizer
 from qsam.slots import Slot, noise_streams, same_values, slot_of
 
 _log = logging.getLogger("qsam")
-_BLOCK = "_qsam_block"
-"""Attribute of the root module: the name of the open block in which p is not Q(w)."""
 
 
 class Target(NamedTuple):
@@ -80,7 +79,9 @@ class Latents:
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
         self._off_grid: list[Quantizer] = []
-        self.guard = Guard(coverage)
+        self.guard = Guard(coverage, self.root)
+        if coverage is not None:
+            refuse_changed(coverage, self.root)
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
                 "another qsam optimizer owns the weights of this model: call its release() first, which hands the "
@@ -178,8 +179,7 @@ class Latents:
         self.guard.remember(self.slots)
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
-        if vars(self.root).pop(_BLOCK, None) is not None:
-            _allow_state_dict(self.root)
+        _close_block(self.root)
 
     def leave_shifted(self) -> None:
         """Leave p as a perturbed pass has it, for an update comes next: two sweeps over the weights less.
@@ -200,15 +200,15 @@ class Latents:
     @torch.no_grad()
     def put_latents(self) -> None:
         """Write ``p <- w``, in place."""
-        for slot in self.slots:
-            slot.parameter.copy_(slot.latent)
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:  # all are looked up before one is written
+            p.copy_(slot.latent)
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def take_present_weights(self) -> None:
         """Set ``w <- p`` from what the model holds now, and write Q(w)."""
-        for slot in self.slots:
-            slot.latent.copy_(slot.parameter)
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:
+            slot.latent.copy_(p)
         self.guard.forgive()
         self.write()
 
@@ -222,9 +222,8 @@ class Latents:
 
     def open_block(self, name: str) -> None:
         """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
-        if _BLOCK not in vars(self.root):  # the hook stays no longer than the block: the optimizer may be thrown away
-            self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
-        vars(self.root)[_BLOCK] = name
+        _close_block(self.root)
+        self.root.register_state_dict_pre_hook(_OpenBlock(name))  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()  # what is cached is Q(w), and p will not be
 
     @contextlib.contextmanager
@@ -382,8 +381,7 @@ class Latents:
 
 def open_block(root: nn.Module) -> str | None:
     """Return the name of the block in which the model's p are not Q(w) now, or None."""
-    block: str | None = vars(root).get(_BLOCK)
-    return block
+    return next((hook.name for hook in root._state_dict_pre_hooks.values() if isinstance(hook, _OpenBlock)), None)
 
 
 def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
@@ -454,15 +452,22 @@ def _refuse_tied(slots: Sequence[Slot]) -> None:
             )
 
 
-def _allow_state_dict(root: nn.Module) -> None:
-    for key, hook in list(root._state_dict_pre_hooks.items()):
-        if hook is _refuse_state_dict:
-            del root._state_dict_pre_hooks[key]
+@dataclasses.dataclass(frozen=True)
+class _OpenBlock:
+    """Hook on the root module that refuses its state_dict while p is not Q(w), and by being there says so.
 
+    It stays no longer than the block: the optimizer may be thrown away.
+    """
 
-def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
-    block = vars(module).get(_BLOCK)
-    if block is not None:
+    name: str
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         raise RuntimeError(
-            f"model.state_dict() inside {block}() would save weights that are not Q(w): save outside the block."
+            f"model.state_dict() inside {self.name}() would save weights that are not Q(w): save outside the block."
         )
+
+
+def _close_block(root: nn.Module) -> None:
+    for key, hook in list(root._state_dict_pre_hooks.items()):
+        if isinstance(hook, _OpenBlock):
+            del root._state_dict_pre_hooks[key]

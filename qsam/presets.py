@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from qsam.policy import Rules, is_lora
+from qsam.layers import is_lora
+from qsam.plan import Rules
 
 
 def _encoder_linear(name: str, module: nn.Module) -> bool:

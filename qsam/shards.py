@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.func import functional_call
 
-from qsam.functional import lsq_grad_scale
+from qsam.functional import are_leading, lsq_grad_scale
 from qsam.private import fsdp_param_dtype
 from qsam.quantizers import LSQ, Quantizer
 from qsam.quantizers.lsq import PerChannel
@@ -194,7 +194,7 @@ def _works_on_rows(quantizer: Quantizer, w: Tensor) -> bool:
     """Whether Q of some rows is these rows of Q: known of LSQ; another class may look at the whole weight."""
     if type(quantizer) is not LSQ and type(quantizer) is not PerChannel:
         return False
-    return quantizer.granularity == "per_tensor" or (quantizer.axis == 0 and _follows(quantizer.scale, w))
+    return quantizer.granularity == "per_tensor" or (are_leading(quantizer.axis) and _follows(quantizer.scale, w))
 
 
 def _follows(s: Tensor, w: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam import shards
-from qsam.coverage import Coverage, Input, Weight
+from qsam.coverage import Coverage, Input, Weight, parameter_at
 from qsam.functional import wide_dtype
 from qsam.quantizers import Noise, Quantizer
 
@@ -41,8 +41,7 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The model's Parameter p, as it is now."""
-        p = self.module._parameters.get(self.attr)
-        return getattr(self.module, self.attr) if p is None else p
+        return parameter_at(self.module, self.attr, self.path)
 
     @property
     def quantizer(self) -> Quantizer:

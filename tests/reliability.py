@@ -21,7 +21,7 @@ PAGE = ROOT / "docs" / "reliability.md"
 
 MODULES = {
     "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue"),
-    "Files that are torn, foreign or newer": ("tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.test_spec_files"),
+    "Files that are torn, foreign or newer": ("tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.units.test_spec_files"),
     "Exceptions and bad numbers in a step": ("tests.optim.test_exactness", "tests.optim.test_bad_numbers", "tests.test_batchnorm"),
     "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.contract.test_one_owner", "tests.units.test_registry"),
 }  # fmt: skip

@@ -284,7 +284,7 @@ def test_per_channel_refuses_groups_and_activations():
     ("options", "message"),
     [
         ({"signed": "no"}, "`signed` must be True, False or None, got 'no'"),
-        ({"axis": 1.0}, "`axis` must be an integer, the channel dimension, or None, got 1.0"),
+        ({"axis": 1.0}, "`axis` must be an integer, the channel dimension, a tuple of several, or None, got 1.0"),
         ({"axis": True}, "`axis` must be an integer"),
     ],
 )

@@ -55,7 +55,9 @@ def main(arguments: list[str]) -> int:
     for variation in VARIATIONS:
         with tempfile.TemporaryDirectory(prefix="qsam-variation-") as folder:
             command = [sys.executable, "-m", "pytest", "-q", "--color=no", *CORE, *arguments]
-            run = subprocess.run(command, check=False, env=environment(variation, folder), capture_output=True, text=True)
+            run = subprocess.run(
+                command, check=False, env=environment(variation, folder), capture_output=True, text=True
+            )
         summary = (run.stdout.strip() or run.stderr.strip()).splitlines()[-1].strip("= ")
         print(f"{variation}: {summary}", flush=True)
         if run.returncode:

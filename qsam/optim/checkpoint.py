@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam.coverage import FORMAT
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.scale_optimizer import restore_balance_, take_balance_
+from qsam.plan import FORMAT
 from qsam.shards import local
 from qsam.slots import input_signs, set_input_signs
 

@@ -23,7 +23,6 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from qsam.coverage import FORMAT
 from qsam.inputs import frozen
 from qsam.latent import Latents, coverage_for
 from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
@@ -43,6 +42,7 @@ from qsam.optim.ranks import DataParallel, Ranks, owned_copy
 from qsam.optim.scale_optimizer import ScaleRate, build_scale_optimizer, follow_base_
 from qsam.optim.snapshot import RandomState, buffers_kept, modules_of, same_random_numbers
 from qsam.optim.wrappers import ScaleFacade
+from qsam.plan import FORMAT
 from qsam.registry import Registry
 from qsam.shards import any_process, in_process_group, local
 from qsam.slots import ScaleSlot, Slot, scale_tensors

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qsam.policy import unwrap_model
+from qsam.layers import unwrap_model
 from qsam.shards import in_process_group
 
 if TYPE_CHECKING:

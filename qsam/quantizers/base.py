@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.functional import Grid, integer_limits
+from qsam.functional import Axis, Grid, integer_limits
 from qsam.registry import Registry
 
 GRANULARITIES = ("per_tensor", "per_channel", "per_group")
@@ -30,7 +30,7 @@ class Quantizer(nn.Module):
         signed: Whether the grid holds negative values. None, for activations only: decided by :meth:`observe_`.
         granularity: How many entries share one set of parameters: ``"per_tensor"``, ``"per_channel"``,
             ``"per_group"``.
-        axis: The channel dimension of a weight; None for an activation.
+        axis: The channel dimension of a weight, or a tuple of several; None for an activation.
         group_size: Entries a group, for ``"per_group"``; None otherwise.
 
     Raises:
@@ -56,7 +56,7 @@ class Quantizer(nn.Module):
         bits: int,
         signed: bool | None = True,
         granularity: str = "per_tensor",
-        axis: int | None = None,
+        axis: Axis | None = None,
         group_size: int | None = None,
     ) -> None:
         super().__init__()
@@ -137,11 +137,12 @@ class Quantizer(nn.Module):
 def _check_kinds(signed: Any, axis: Any) -> None:
     if not (signed is None or isinstance(signed, bool)):
         raise TypeError(f"`signed` must be True, False or None, got {signed!r}.")
-    if not (axis is None or (isinstance(axis, int) and not isinstance(axis, bool))):
-        raise TypeError(f"`axis` must be an integer, the channel dimension, or None, got {axis!r}.")
+    axes = axis if isinstance(axis, tuple) and axis else (axis,)
+    if axis is not None and not all(isinstance(a, int) and not isinstance(a, bool) for a in axes):
+        raise TypeError(f"`axis` must be an integer, the channel dimension, a tuple of several, or None, got {axis!r}.")
 
 
-def _check_granularity(granularity: str, axis: int | None, group_size: int | None) -> None:
+def _check_granularity(granularity: str, axis: Axis | None, group_size: int | None) -> None:
     if granularity not in GRANULARITIES:
         raise ValueError(f"`granularity` must be one of {', '.join(GRANULARITIES)}, got {granularity!r}.")
     if granularity != "per_tensor" and axis is None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qsam.functional import Axis
 from qsam.quantizers.base import register_quantizer
 from qsam.quantizers.lsq import LSQ
 
@@ -28,7 +29,7 @@ class FixedStep(LSQ):
         bits: int,
         signed: bool | None = True,
         granularity: str = "per_tensor",
-        axis: int | None = None,
+        axis: Axis | None = None,
         group_size: int | None = None,
     ) -> None:
         super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)

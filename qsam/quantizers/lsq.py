@@ -10,7 +10,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from qsam.functional import Grid, fake_quantize, from_groups, lsq_grad_scale, positive, quantize, to_groups
+from qsam.functional import (
+    Axis,
+    Grid,
+    are_leading,
+    channel_axes,
+    channel_count,
+    fake_quantize,
+    from_groups,
+    lsq_grad_scale,
+    positive,
+    quantize,
+    to_groups,
+)
 from qsam.quantizers.base import Quantizer, register_quantizer
 from qsam.scales import initial_scale
 
@@ -43,7 +55,7 @@ class LSQ(Quantizer):
         bits: int,
         signed: bool | None = True,
         granularity: str = "per_tensor",
-        axis: int | None = None,
+        axis: Axis | None = None,
         group_size: int | None = None,
     ) -> None:
         super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)
@@ -70,7 +82,7 @@ class LSQ(Quantizer):
 
     def grid(self, x: Tensor) -> Grid | None:
         """Return Q's grid for the fused kernels; None if the step sizes do not belong to contiguous rows of ``x``."""
-        if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
+        if not self._is_lsq or not (are_leading(self.axis) or self.granularity == "per_tensor"):
             return None
         scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
         if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
@@ -109,15 +121,17 @@ class LSQ(Quantizer):
         if self.granularity == "per_tensor":
             return x.reshape(1, -1)
         assert self.axis is not None
-        return to_groups(x, self.axis, self.group_size or x.numel() // max(x.shape[self.axis], 1)).flatten(0, 1)
+        size = self.group_size or x.numel() // max(channel_count(x, self.axis), 1)
+        return to_groups(x, self.axis, size).flatten(0, 1)
 
     def _scale_shape(self, x: Tensor) -> tuple[int, ...]:
         if self.granularity == "per_tensor":
             return (1,)
         assert self.axis is not None
         if self.granularity == "per_group":
-            return (x.shape[self.axis], -1, 1)
-        return tuple(x.shape[d] if d == self.axis % x.dim() else 1 for d in range(x.dim()))
+            return (channel_count(x, self.axis), -1, 1)
+        axes = channel_axes(self.axis, x.dim())
+        return tuple(x.shape[d] if d in axes else 1 for d in range(x.dim()))
 
     def _count(self, x: Tensor) -> int:
         """Return N: the entries that share one step size; for an activation, the features of one sample."""
@@ -151,7 +165,7 @@ class PerChannel(LSQ):
         bits: int,
         signed: bool | None = True,
         granularity: str = "per_channel",
-        axis: int | None = None,
+        axis: Axis | None = None,
         group_size: int | None = None,
     ) -> None:
         if granularity == "per_group":

@@ -114,7 +114,7 @@ def owners(q: Quantizer, x: Tensor) -> Tensor:
     """
     if q.granularity == "per_tensor":
         return torch.zeros(x.shape, dtype=torch.int64)
-    assert q.axis is not None
+    assert isinstance(q.axis, int)
     axis = q.axis % x.dim()
     channels_first = [x.shape[axis], *(size for dim, size in enumerate(x.shape) if dim != axis)]
     per_row = q.group_size or x.numel() // x.shape[axis]

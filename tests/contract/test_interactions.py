@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch.optim import SGD, AdamW
 
 import qsam
-from qsam.attach import coverage_of
+from qsam import coverage_of
 from tests.models import MLP
 from tests.optim.methods import assert_on_grid, assert_same, latents, scales_of
 from tests.reference.any_step import AnyStep, Options

@@ -97,7 +97,7 @@ def own_perturbations(
     model: nn.Module, task: Task, rank: int, count: int, rho: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return, computed without DDP and without the optimizer: each rank's e, and the mean of the second gradients."""
-    weights = [row.module.weight for row in qsam.attach.coverage_of(model).quantized]
+    weights = [row.module.weight for row in qsam.coverage_of(model).quantized]
     start = [w.detach().clone() for w in weights]
     own: list[Tensor] = []
     total = [torch.zeros_like(w) for w in weights]

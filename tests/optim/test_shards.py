@@ -256,7 +256,7 @@ def sixteen_bit_scales(rank: int) -> None:
         QAT(shard_(QAT.model(MLP), mp_policy=policy))
     model = QAT.model(MLP)
     seen = []
-    for row in qsam.attach.coverage_of(model).inputs:
+    for row in qsam.coverage_of(model).inputs:
         if row.quantizer is not None:
             fully_shard(row.quantizer, mesh=distributed.init_device_mesh("cpu", (2,)))
             row.quantizer.register_forward_pre_hook(lambda q, _: seen.append(q.scale.dtype))

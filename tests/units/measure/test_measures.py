@@ -388,7 +388,7 @@ def test_the_residual_bounds_the_distance_to_an_eigenvalue_and_too_few_products_
 
 
 def hessian_matrix(model, task, batch):
-    weights = [row.module.weight for row in qsam.attach.coverage_of(model).quantized]
+    weights = [row.module.weight for row in qsam.coverage_of(model).quantized]
     gradients = torch.autograd.grad(task.loss(model, batch), weights, create_graph=True)
     flat = torch.cat([g.flatten() for g in gradients])
     rows = [torch.autograd.grad(entry, weights, retain_graph=True, materialize_grads=True) for entry in flat]

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import qsam
-from qsam.coverage import SPEC_NAME, TENSORS_NAME, owner_of, read_spec, set_owner
+from qsam.coverage import owner_of, set_owner
+from qsam.plan import SPEC_NAME, TENSORS_NAME, read_spec
 
 
 def mlp(*sizes):
@@ -260,8 +261,8 @@ class TestSave:
         assert all(torch.equal(tensors[key], value) for key, value in expected.items())
 
     def test_a_dict_has_no_tensors(self, coverage):
-        spec, tensors = read_spec(coverage.to_spec())
-        assert spec == coverage.to_spec()
+        plan, tensors = read_spec(coverage.to_spec())
+        assert plan == coverage.plan
         assert tensors is None
 
     @pytest.mark.parametrize("at", [0, 1], ids=["first file", "second file"])
@@ -270,20 +271,20 @@ class TestSave:
         before = coverage.to_spec(), {key: value.tolist() for key, value in read_spec(tmp_path)[1].items()}
         with torch.no_grad():
             model[0].weight_quantizer.scale.mul_(2)
-        renames, rename = [], qsam.coverage.os.replace
+        renames, rename = [], qsam.plan.os.replace
 
         def interrupted(source, target):
             if len(renames) == at:
                 raise KeyboardInterrupt
             renames.append(rename(source, target))
 
-        monkeypatch.setattr(qsam.coverage.os, "replace", interrupted)
+        monkeypatch.setattr(qsam.plan.os, "replace", interrupted)
         with pytest.raises(KeyboardInterrupt):
             coverage.save(tmp_path)
         assert len(list(tmp_path.iterdir())) == 2
         if at == 0:
-            spec, tensors = read_spec(tmp_path)
-            assert spec.items() >= before[0].items()
+            plan, tensors = read_spec(tmp_path)
+            assert plan.to_spec() == before[0]
             assert {key: value.tolist() for key, value in tensors.items()} == before[1]
         else:
             with pytest.raises(ValueError, match=r"was not saved with the qsam.json beside it"):

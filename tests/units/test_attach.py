@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import qsam
-from qsam.attach import coverage_of
-from qsam.coverage import SPEC_NAME, TENSORS_NAME
+from qsam import coverage_of
+from qsam.plan import SPEC_NAME, TENSORS_NAME
 
 
 @pytest.fixture(autouse=True)

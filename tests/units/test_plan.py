@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import qsam
-from qsam.policy import find_sites, unwrap_model
+from qsam.layers import find_sites, unwrap_model
 
 
 class Body(nn.Linear):
@@ -212,8 +212,8 @@ class TestDefaultPolicy:
         }
 
     def test_parametrized_weights_stay_float(self):
-        layer = nn.utils.parametrizations.weight_norm(nn.Linear(4, 4))
-        assert "0.parametrizations.weight.original1" in reasons(qsam.quantize_(nn.Sequential(layer, nn.Linear(4, 4))))
+        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 8))
+        assert "0.parametrizations.weight.original1" in reasons(qsam.quantize_(model))
 
     def test_bert(self):
         coverage = qsam.quantize_(hf_model("BertForSequenceClassification"), bits=3)
@@ -384,8 +384,8 @@ class TestRules:
         qsam.quantize_(model, rules=[("body", {key: value})])
         described = [
             {
-                "weights": qsam.coverage.quantizer_name(layer.weight_quantizer),
-                "activations": qsam.coverage.quantizer_name(layer.input_quantizer),
+                "weights": qsam.plan.quantizer_name(layer.weight_quantizer),
+                "activations": qsam.plan.quantizer_name(layer.input_quantizer),
                 "activation_bits": layer.input_quantizer.bits,
                 **{name: getattr(layer.weight_quantizer, name) for name in ("bits", "granularity", "init")},
             }[key]
