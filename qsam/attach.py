@@ -14,10 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from qsam.attention import find_attention, never_called
-from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
+from qsam.batches import fresh_norms_by_batch, in_eval_mode, refuse_empty, require_batches, run_each
 from qsam.coverage import Coverage, Input, Weight, owner_of, read_spec, set_owner
 from qsam.inputs import NAME as INPUT_NAME
-from qsam.inputs import Place, attach_input_, collecting, data_parallel_group, detach_input_, is_sharded, shown
+from qsam.inputs import (
+    Place,
+    attach_input_,
+    batch_first_of,
+    collecting,
+    data_parallel_group,
+    detach_input_,
+    is_sharded,
+    shown,
+)
 from qsam.policy import (
     Choice,
     Rules,
@@ -30,7 +39,8 @@ from qsam.policy import (
     tied,
     unwrap_model,
 )
-from qsam.quantizers import QUANTIZERS, Quantizer
+from qsam.quantizers import Quantizer, build_quantizer
+from qsam.quantizers.base import LIMITS
 
 _MARK = "_qsam_coverage"
 
@@ -129,10 +139,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if is_sharded(model.modules()):
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
     quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
-    with in_eval_mode(model) as plain, collecting(list(quantizers.values()), data_parallel_group(model)):
+    with (
+        in_eval_mode(model) as plain,
+        fresh_norms_by_batch(plain),
+        collecting(list(quantizers.values()), data_parallel_group(model)) as reached,
+    ):
         count = run_each(plain, batches)
     refuse_empty(count, "calibrate")
-    if missed := [shown(name) for name, quantizer in quantizers.items() if not quantizer.calibrated]:
+    if missed := [shown(name) for name, q in quantizers.items() if not q.calibrated and q not in reached]:
         raise RuntimeError(
             f"no batch reached the input of {', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}: give batches "
             "that use it (a PackedSequence passes as float), or set activations=None for it in `rules`."
@@ -154,6 +168,7 @@ def write_(model: nn.Module) -> None:
         )
     for row in coverage.quantized:
         assert row.quantizer is not None
+        row.quantizer.settle_(getattr(row.module, row.attr))
         refuse_overflow(row.name, getattr(row.module, row.attr), row.quantizer)
     for row in coverage.quantized:
         assert row.quantizer is not None
@@ -278,7 +293,7 @@ def _weight_quantizer(site: Site, settings: Settings) -> Quantizer:
 
 def _observed(quantizer: Quantizer, site: Site) -> Quantizer:
     try:
-        quantizer.to(site.parameter.device).observe_(site.parameter.detach())
+        quantizer.to(site.parameter.device).init_weight_(site.parameter.detach())
     except ValueError as error:
         raise ValueError(f"{site.name!r}: {error}") from error
     # The optimizer alone uses a weight's scale; DDP would wait for its gradient.
@@ -333,7 +348,7 @@ def _build(name: str | None, where: str, init: str, cure: str = "", **arguments:
     if not isinstance(name, str):
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {name!r}.")
     try:
-        quantizer = QUANTIZERS.get(name)(**arguments)
+        quantizer = build_quantizer(name, **arguments)
     except (TypeError, ValueError) as error:
         raise type(error)(f"{where}: {error}{cure}") from error
     quantizer.init = init
@@ -360,6 +375,7 @@ def _attach_(root: nn.Module, coverage: Coverage) -> Coverage:
     said: set[str] = set()
     for entry in coverage.inputs:
         if entry.quantizer is not None:
+            entry.quantizer.batch_first = batch_first_of(root, entry.name)
             attach_input_(entry.module, entry.quantizer, Place(entry.name, said))
     setattr(root, _MARK, coverage)
     _forget_compiled()
@@ -387,9 +403,11 @@ def _rebuilt(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) 
         if tensors is not None:
             _load_scales(quantizer, path, tensors)
     for row in inputs:
-        # A dict holds no scales: a state_dict that is loaded next does.
-        if row.quantizer is not None and (tensors is not None or not row.quantizer.state_dict()):
-            row.quantizer.calibrated = bool(content["inputs"][row.name]["calibrated"])
+        # A dict holds no scales: a state_dict that is loaded next does. A file holds `limits`, if it is not an old one.
+        if row.quantizer is not None and (tensors is not None or set(row.quantizer.state_dict()) == {LIMITS}):
+            entry = content["inputs"][row.name]
+            if f"{row.name}.{INPUT_NAME}.{LIMITS}".lstrip(".") not in (tensors or {}):
+                row.quantizer.set_sign_(entry["signed"] if entry["calibrated"] else None)
     return coverage
 
 

@@ -91,6 +91,7 @@ class Latents:
         slots = [slot_of(row.name, row.module, row.attr) for row in coverage.quantized]
         _refuse_tied(slots)
         for slot in slots:
+            slot.set_scale()
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
         self.slots = slots
         self._input_noises = list(noise_streams(coverage.inputs))
@@ -158,6 +159,8 @@ class Latents:
         """Write ``p <- Q(w)``, in place, and remember how p looks now."""
         if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
             shards.reshard_(self.root)
+        for slot in self.slots:
+            slot.complete_scale()
         for slot, written in zip(self.slots, sweeps.write_(self._weights(self.slots)), strict=True):
             if not written:
                 slot.parameter.copy_(slot.quantized())
@@ -198,6 +201,7 @@ class Latents:
         """Set ``w <- p`` from what the model holds now, and write Q(w)."""
         for slot in self.slots:
             slot.latent.copy_(slot.parameter)
+            slot.set_scale()
         self.guard.forgive()
         self.write()
 
@@ -358,7 +362,7 @@ class Latents:
             raise TypeError(
                 f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False."
             )
-        point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
+        point = slot.latent.detach() if slot.shift is None else slot.shifted_latent()
         out, dw, ds = shards.pull_back(slot.quantizer, point, grad, self._with_graph)
         if compare and slot.shift is None and not self.shifted:
             self.guard.note_value(slot, slot.quantized() if self.noisy else out)

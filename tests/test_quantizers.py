@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsam.functional import integer_limits
-from qsam.quantizers import LSQ, FixedStep, Identity, PerChannel, Quantizer
+from qsam.quantizers import LSQ, FixedStep, Identity, Quantizer, build_quantizer
 from qsam.scales import INIT_RULES, initial_scale
 from qsam.testing import LAWS
 from qsam.testing.case import owners
@@ -186,7 +186,7 @@ def test_print_shows_the_settings():
 
 
 def test_per_channel_is_lsq_per_channel():
-    q, lsq = PerChannel(bits=4, granularity="per_tensor", axis=1), LSQ(bits=4, granularity="per_channel", axis=1)
+    q, lsq = build_quantizer("per_channel", bits=4, granularity="per_tensor", axis=1), LSQ(bits=4, granularity="per_channel", axis=1)
     q.observe_(WEIGHT)
     lsq.observe_(WEIGHT)
     assert torch.equal(q(WEIGHT), lsq(WEIGHT))
@@ -275,9 +275,9 @@ def test_per_channel_refuses_groups_and_activations():
     with pytest.raises(
         ValueError, match="'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'"
     ):
-        PerChannel(bits=4, granularity="per_group", axis=0, group_size=2)
+        build_quantizer("per_channel", bits=4, granularity="per_group", axis=0, group_size=2)
     with pytest.raises(ValueError, match="'per_channel' needs `axis`"):
-        PerChannel(bits=4)
+        build_quantizer("per_channel", bits=4)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_a_setting_of_the_wrong_kind_is_refused(options, message):
 
 def test_per_channel_refuses_a_group_size():
     with pytest.raises(ValueError, match="`group_size` belongs to granularity 'per_group'"):
-        PerChannel(bits=4, axis=0, group_size=4)
+        build_quantizer("per_channel", bits=4, axis=0, group_size=4)
 
 
 def test_a_group_size_that_does_not_divide_is_refused():

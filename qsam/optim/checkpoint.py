@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from qsam.optim import state as packing
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.passes import Passes
-from qsam.slots import input_signs, set_input_signs
+from qsam.slots import set_signs, signs
 
 if TYPE_CHECKING:
     from qsam.slots import ScaleSlot
@@ -56,7 +56,7 @@ class Checkpoint(Passes):
         self.latents_of.settle(self.base)
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self.param_groups[0]["qsam_input_signs"] = input_signs(self.latents_of.coverage)
+        self.param_groups[0]["qsam_input_signs"] = signs(self.latents_of.coverage)
         self._note_parameters()
         if self.perturbation is not None and self.perturbation.kept_norm is not None:
             self.param_groups[0]["qsam_kept_norm"] = float(self.perturbation.kept_norm)
@@ -124,7 +124,9 @@ class Checkpoint(Passes):
             s.copy_(value)
         for slot in by_parameter.values():
             self.latents_of.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
-        set_input_signs(self.latents_of.coverage, self.param_groups[0].get("qsam_input_signs", {}))
+        set_signs(self.latents_of.coverage, self.param_groups[0].get("qsam_input_signs", {}))
+        for slot in self.latents_of.slots:
+            slot.take_loaded_scale()
         self._load_memories(state_dict)
         self.latents_of.write()
 
@@ -150,7 +152,7 @@ class Checkpoint(Passes):
                 memory[paths[id(p)]] = value.detach().to(p.device, copy=True)
         norm = self.param_groups[0].get("qsam_kept_norm")
         if self.perturbation is not None and norm is not None:
-            self.perturbation.kept_norm = torch.tensor(norm)
+            self.perturbation.kept_norm = torch.tensor(norm, dtype=torch.float32)
 
     def _load_plain(self, state_dict: dict[str, Any]) -> None:
         ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
@@ -198,7 +200,7 @@ class Checkpoint(Passes):
         for entry in found.values():
             # And it wants an entry for all that has one, where a base without state (plain SGD) has none.
             if not entry:
-                entry["qsam_stateless"] = torch.zeros(())
+                entry["qsam_stateless"] = torch.zeros((), dtype=torch.float32)
         for name, memory in self._memories().items():
             for path, p in self.latents_of.root.named_parameters():
                 if path in memory and id(p) in found:

@@ -83,7 +83,7 @@ class BalancedSGD(Optimizer):
         states = [self.state[s] for s in scales]
         for scale, state in zip(scales, states, strict=True):
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state["square"] = torch.zeros_like(scale)
         torch._foreach_add_([state["step"] for state in states], 1)
         squares: list[Tensor] = [local(state["square"]) for state in states]
@@ -187,7 +187,9 @@ def balanced_rate(base: Optimizer, slots: Sequence[Slot]) -> tuple[bool, float]:
         count += entries
     if isinstance(base, SGD):
         return False, lr_sum / max(count, 1)
-    relative = (step_square / weight_square) ** 0.5 if weight_square > 0 else 0.0
+    if weight_square == 0:  # any step of weights that are 0 is infinitely long beside them
+        return True, MAX_RELATIVE_STEP if step_square > 0 else 0.0
+    relative = (step_square / weight_square) ** 0.5
     return True, min(relative, MAX_RELATIVE_STEP)
 
 

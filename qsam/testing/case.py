@@ -59,8 +59,9 @@ class Case:
 
 
 def is_uniform(q: Quantizer) -> bool:
-    """Whether ``q`` shows a symmetric uniform grid: a tensor ``scale``, a method ``codes`` and no ``zero_point``."""
-    return isinstance(getattr(q, "scale", None), Tensor) and hasattr(q, "codes") and not hasattr(q, "zero_point")
+    """Whether ``q`` shows a symmetric uniform grid: a tensor ``scale``, codes or a step size, and no ``zero_point``."""
+    has_codes = type(q).codes is not Quantizer.codes or type(q).step_size is not Quantizer.step_size
+    return isinstance(getattr(q, "scale", None), Tensor) and has_codes and not hasattr(q, "zero_point")
 
 
 def holds_scale(q: Quantizer) -> bool:
@@ -81,8 +82,7 @@ def scale_of(q: Quantizer) -> Tensor:
 
 def codes_of(q: Quantizer, x: Tensor) -> Tensor:
     """Return ``q.codes(x)``."""
-    codes: Tensor = getattr(q, "codes")(x)  # noqa: B009  (no method of the base class)
-    return codes
+    return q.codes(x)
 
 
 @torch.no_grad()
