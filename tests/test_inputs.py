@@ -421,11 +421,11 @@ class TestSign:
         qsam.calibrate(calibrated, [3 * x])
         assert all(q.scale is scale for q, scale in zip(quantizers(calibrated), before, strict=True))
 
-    def test_a_loaded_scale_without_its_sign_is_refused(self, calibrated, x):
+    def test_a_scale_of_an_old_file_without_its_sign_is_refused(self, calibrated, x):
         other = mlp()
         qsam.quantize_(other)
-        other.load_state_dict(calibrated.state_dict())
-        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded, .*spec=.*calibrate"):
+        other.load_state_dict({key: value for key, value in calibrated.state_dict().items() if "limits" not in key})
+        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded .*older qsam.*spec=.*calibr"):
             other(x)
         qsam.calibrate(other, [x])
         assert torch.equal(other(x), calibrated(x))

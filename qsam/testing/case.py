@@ -43,11 +43,16 @@ class Case:
     def build(self, x: Tensor | None = None, **changes: Any) -> Quantizer:
         """Return a new quantizer, set from ``x`` (default: the case's own input), with ``changes`` to the setting.
 
-        The initial scale is the LSQ paper's: it is cheap, and it clips, which a law about clipping needs.
+        The initial scale is the LSQ paper's: it is cheap, and it clips, which a law about clipping needs. A row of
+        zeros, which has no scale yet, gets 1.
         """
         q = self.cls(**{**self.config, **changes})
         q.init = "lsq"
         q.observe_((self.x if x is None else x).clone())  # a copy: a class under test may write its data
+        if holds_scale(q) and scale_of(q).numel() == row_count(q, self.x):
+            rows, counts = owners(q, self.x).flatten(), torch.zeros(row_count(q, self.x), dtype=torch.int64)
+            hollow = counts.index_add(0, rows, (self.x != 0).flatten().to(torch.int64)) == 0
+            set_scale(q, torch.where(hollow & (scale_of(q).flatten() == 0), 1, scale_of(q).flatten()))
         if self.scale is not None and holds_scale(q) and scale_of(q).numel() == self.scale.numel():
             set_scale(q, self.scale)
         return q
