@@ -78,7 +78,9 @@ def attach_input_(module: nn.Module, quantizer: Quantizer, place: Place) -> None
 
 
 def batch_first_of(root: nn.Module, path: str) -> bool | None:
-    """Return ``batch_first`` of the module at ``path`` or of its nearest ancestor that has one; None if none has.
+    """Return ``batch_first`` of the module at ``path`` or of its nearest ancestor that tells it; None if none does.
+
+    A module tells it by an attribute ``batch_first``, its own or that of an ``nn.MultiheadAttention`` right inside it.
 
     Example:
         >>> batch_first_of(nn.TransformerEncoderLayer(8, 2, 16), "linear1"), batch_first_of(nn.Linear(2, 2), "")
@@ -86,9 +88,11 @@ def batch_first_of(root: nn.Module, path: str) -> bool | None:
     """
     parts = path.split(".") if path else []
     for count in range(len(parts), -1, -1):
-        found = getattr(root.get_submodule(".".join(parts[:count])), "batch_first", None)
-        if isinstance(found, bool):
-            return found
+        module = root.get_submodule(".".join(parts[:count]))
+        for each in (module, *(child for child in module.children() if isinstance(child, nn.MultiheadAttention))):
+            found = getattr(each, "batch_first", None)
+            if isinstance(found, bool):
+                return found
     return None
 
 

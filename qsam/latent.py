@@ -159,8 +159,6 @@ class Latents:
         """Write ``p <- Q(w)``, in place, and remember how p looks now."""
         if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
             shards.reshard_(self.root)
-        for slot in self.slots:
-            slot.complete_scale()
         for slot, written in zip(self.slots, sweeps.write_(self._weights(self.slots)), strict=True):
             if not written:
                 slot.parameter.copy_(slot.quantized())
@@ -172,6 +170,14 @@ class Latents:
         torch.clear_autocast_cache()
         if vars(self.root).pop(_BLOCK, None) is not None:
             _allow_state_dict(self.root)
+
+    def complete_scales(self) -> None:
+        """Set the scales of weights that were zeros before this step; called once per step, after :meth:`write`."""
+        lacking = [slot for slot in self.slots if slot.lacks_scale]
+        for slot in lacking:
+            slot.complete_scale()
+        if lacking:
+            self.write()
 
     def leave_shifted(self) -> None:
         """Leave p as a perturbed pass has it, for an update comes next: two sweeps over the weights less.

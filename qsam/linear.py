@@ -184,7 +184,7 @@ def _of_integers(  # noqa: PLR0917
     x: Tensor, grid: kernels.Grid, weight: Tensor, bias: Tensor | None, weights: Quantizer | None, out: Tensor
 ) -> bool:
     """Write y; return False where an operand is not on its grid, or this processor has no use for integers."""
-    if weights is None or weights.off_grid or not _has_instructions():
+    if weights is None or getattr(weights, "off_grid", False) or not _has_instructions():
         return False
     of_weight = weights.grid(weight)
     if of_weight is None or of_weight.quant_max >= formulas.OFFSET or of_weight.rows not in {1, len(weight)}:

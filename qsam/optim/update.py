@@ -70,6 +70,7 @@ class Update(Passes):
 
     def _count_step(self) -> None:
         """Move what moves once a step: the quantizers' state, and the step's number."""
+        self.latents_of.complete_scales()
         for slot in self.latents_of.slots:
             slot.move_state()
         self.latents_of.move_input_noise()
