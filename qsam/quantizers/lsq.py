@@ -29,6 +29,9 @@ from qsam.scales import initial_scale
 _FOLLOWED = 1.01
 """A growth per step that the scales' optimizer can follow by itself: its own steps are at most this long."""
 
+_ROOM = 2.0
+"""Of a weight that grows from zeros, the scale is so many times the one that fits: what is clipped cannot grow."""
+
 
 @register_quantizer("lsq")
 class LSQ(Quantizer):
@@ -78,8 +81,8 @@ class LSQ(Quantizer):
         """Set the scales of rows that were zeros and no longer are; return whether nothing is missing.
 
         A weight that was zeros as a whole (a probe, a ControlNet, adaLN-zero) grows by large factors in its first
-        steps, and clips itself to a scale that only its first step has set. So its scales follow the data until a step
-        no longer lets one grow by more than 1 %, which is what a learned scale can follow.
+        steps, and would be clipped to the size of its very first one. So its scales follow it, with room for twice its
+        size, until no scale grows by more than 1 % in a step, which is what a learned scale can follow.
         """
         rows = self._rows(w)
         old = self.scale.flatten()
@@ -91,9 +94,11 @@ class LSQ(Quantizer):
                 self.scale.copy_(new.view_as(self.scale))
         elif bool(rows.any()):
             new = initial_scale(rows, self.quant_min, self.quant_max, self.init).to(old.device)
-            grows = new > _FOLLOWED * old
-            self.scale.copy_(torch.where(grows, new, old).view_as(self.scale))
-            if not bool(grows.any()):
+            grows = new > _FOLLOWED * old / _ROOM
+            if bool(grows.any()):
+                self.scale.copy_(torch.where(grows, _ROOM * new, old).view_as(self.scale))
+            else:
+                self.scale.copy_(new.view_as(self.scale))
                 self.set_sign_(self.signed is not False)
         return self.calibrated and not bool((self.scale == 0).any())
 

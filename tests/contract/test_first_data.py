@@ -158,7 +158,7 @@ class TestWeightsOfZeros:
     def test_the_loss_falls_as_in_float(self, method, granularity):
         loss, layer, _ = self.train(method, granularity)
         first, _, _ = self.train(method, granularity, steps=1)
-        assert loss < 0.02 * first
+        assert loss < 0.05 * first
         assert (layer.weight_quantizer.scale > 0).all()
 
     def test_the_second_case_of_saq_moves_a_weight_of_zeros(self):
