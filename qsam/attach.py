@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
+from qsam.batches import fresh_norms_by_batch, in_eval_mode, refuse_empty, require_batches, run_each
 from qsam.coverage import (
     Coverage,
     Input,
@@ -29,10 +29,20 @@ from qsam.coverage import (
     set_owner,
 )
 from qsam.inputs import NAME as INPUT_NAME
-from qsam.inputs import Place, attach_input_, collecting, data_parallel_group, detach_input_, is_sharded, shown
+from qsam.inputs import (
+    Place,
+    attach_input_,
+    batch_first_of,
+    collecting,
+    data_parallel_group,
+    detach_input_,
+    is_sharded,
+    shown,
+)
 from qsam.layers import Site, find_attention, find_sites, path_of, unwrap_model
 from qsam.plan import Entry, Plan, Rules, Settings, input_of, plan_by_rules, read_spec
-from qsam.quantizers import QUANTIZERS, Quantizer
+from qsam.quantizers import Quantizer, build_quantizer
+from qsam.quantizers.base import LIMITS
 
 
 def quantize_(
@@ -136,10 +146,14 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     if is_sharded(model.modules()):
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
     quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
-    with in_eval_mode(model) as plain, collecting(list(quantizers.values()), data_parallel_group(model)):
+    with (
+        in_eval_mode(model) as plain,
+        fresh_norms_by_batch(plain),
+        collecting(list(quantizers.values()), data_parallel_group(model)) as reached,
+    ):
         count = run_each(plain, batches)
     refuse_empty(count, "calibrate")
-    if missed := [shown(name) for name, quantizer in quantizers.items() if not quantizer.calibrated]:
+    if missed := [shown(name) for name, q in quantizers.items() if not q.calibrated and q not in reached]:
         raise RuntimeError(
             f"no batch reached the input of {', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}: give batches "
             "that use it (a PackedSequence passes as float), or set activations=None for it in `rules`."
@@ -161,6 +175,7 @@ def write_(model: nn.Module) -> None:
         )
     for row in coverage.quantized:
         assert row.quantizer is not None
+        row.quantizer.settle_(row.parameter)
         refuse_overflow(row.name, row.parameter, row.quantizer)
     for row in coverage.quantized:
         assert row.quantizer is not None
@@ -303,19 +318,21 @@ def _build(
     if not isinstance(entry.quantizer, str):
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {entry.quantizer!r}.")
     try:
-        quantizer = QUANTIZERS.get(entry.quantizer)(**entry.arguments)
+        quantizer = build_quantizer(entry.quantizer, **entry.arguments)
         quantizer.init = entry.init
         quantizer.to(parameter.device)
         if attr is not None:
-            quantizer.observe_(parameter.detach())
+            quantizer.init_weight_(parameter.detach())
             quantizer.requires_grad_(False)  # the optimizer alone uses it; DDP would wait for its gradient
     except (TypeError, ValueError) as error:
         cure = "" if attr is not None else " Inputs are quantized per tensor: name another in `activations`."
         raise type(error)(f"{where}: {error}{cure}") from error
     if tensors is not None:
         _load(quantizer, path, tensors)
-    if attr is None and (tensors is not None or not quantizer.state_dict()):
-        quantizer.calibrated = bool(entry.calibrated)  # a dict holds no scales: a state_dict that is loaded next does
+    # A dict holds no scales: a state_dict that is loaded next does. A file holds `limits`, if it is not an old one.
+    if attr is None and (tensors is not None or set(quantizer.state_dict()) == {LIMITS}):
+        if f"{path}.{LIMITS}" not in (tensors or {}):
+            quantizer.set_sign_(entry.signed if entry.calibrated else None)
     return quantizer
 
 
@@ -343,6 +360,7 @@ def _attach_(root: nn.Module, coverage: Coverage) -> Coverage:
         row.module.add_module(f"{row.attr}_quantizer", row.quantizer)
     for entry in coverage.inputs:
         if entry.quantizer is not None:
+            entry.quantizer.batch_first = batch_first_of(root, entry.name)
             attach_input_(entry.module, entry.quantizer, Place(entry.name, coverage.status.said))
     record_(root, coverage)
     _forget_compiled()

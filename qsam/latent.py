@@ -95,6 +95,7 @@ class Latents:
         slots = [slot_of(row.name, row.module, row.attr) for row in coverage.quantized]
         _refuse_tied(slots)
         for slot in slots:
+            slot.set_scale()
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
         _take_left(slots, left_latents(coverage))
         self.slots = slots
@@ -181,6 +182,14 @@ class Latents:
         torch.clear_autocast_cache()
         _close_block(self.root)
 
+    def complete_scales(self) -> None:
+        """Set the scales of weights that were zeros before this step; called once per step, after :meth:`write`."""
+        lacking = [slot for slot in self.slots if slot.lacks_scale]
+        for slot in lacking:
+            slot.complete_scale()
+        if lacking:
+            self.write()
+
     def leave_shifted(self) -> None:
         """Leave p as a perturbed pass has it, for an update comes next: two sweeps over the weights less.
 
@@ -209,6 +218,8 @@ class Latents:
         """Set ``w <- p`` from what the model holds now, and write Q(w)."""
         for p, slot in [(slot.parameter, slot) for slot in self.slots]:
             slot.latent.copy_(p)
+        for slot in self.slots:
+            slot.set_scale()
         self.guard.forgive()
         self.write()
 
@@ -368,7 +379,7 @@ class Latents:
             raise TypeError(
                 f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False."
             )
-        point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
+        point = slot.latent.detach() if slot.shift is None else slot.shifted_latent()
         out, dw, ds = shards.pull_back(slot.quantizer, point, grad, self._with_graph)
         if compare and slot.shift is None and not self.shifted:
             self.guard.note_value(slot, slot.quantized() if self.noisy else out)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class Registry(Generic[T]):
         self._check = check
         self._entry_points = entry_points
         self._classes: dict[str, type[T]] = {}
+        self._options: dict[str, dict[str, Any]] = {}
         self._broken: list[tuple[str, Exception]] = []
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
@@ -59,6 +60,15 @@ class Registry(Generic[T]):
             return cls
 
         return add
+
+    def alias(self, name: str, cls: type[T], **options: Any) -> None:
+        """Register ``name`` for a class that has a name already, built with ``options`` (:meth:`options`)."""
+        self.register(name)(cls)
+        self._options[name] = options
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        """Return the arguments that belong to a name and not to its class: those of an alias."""
+        return self._options.get(name, {})
 
     def get(self, name: str) -> type[T]:
         """Return the class registered as ``name``.

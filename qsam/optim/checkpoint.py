@@ -19,7 +19,7 @@ from qsam.optim.groups import pointed_at_latents
 from qsam.optim.scale_optimizer import restore_balance_, take_balance_
 from qsam.plan import FORMAT
 from qsam.shards import local
-from qsam.slots import input_signs, set_input_signs
+from qsam.slots import set_signs, signs
 
 if TYPE_CHECKING:
     from qsam.latent import Latents
@@ -160,12 +160,12 @@ def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], 
     """Return how each fact about the run that lives outside the groups is read (None: there is none) and set."""
     coverage, perturbation = o.latents_of.coverage, o.perturbation
     facts: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-        "qsam_input_signs": (lambda: input_signs(coverage), lambda signs: set_input_signs(coverage, signs)),
+        "qsam_input_signs": (lambda: signs(coverage), lambda found: set_signs(coverage, found)),
     }
     if perturbation is not None:
         facts["qsam_kept_norm"] = (
             lambda: None if perturbation.kept_norm is None else float(perturbation.kept_norm),
-            lambda norm: setattr(perturbation, "kept_norm", torch.tensor(norm)),
+            lambda norm: setattr(perturbation, "kept_norm", torch.tensor(norm, dtype=torch.float32)),
         )
     return facts
 
@@ -197,7 +197,7 @@ def _entries(o: Checkpoint) -> dict[int, dict[str, Any]]:
     for entry in found.values():
         # torch.distributed.checkpoint wants an entry for all that has a gradient, and plain SGD has none.
         if not entry:
-            entry["qsam_stateless"] = torch.zeros(())
+            entry["qsam_stateless"] = torch.zeros((), dtype=torch.float32)
     return found
 
 
@@ -247,6 +247,8 @@ def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     for key, (_, put_fact) in _facts(o).items():
         if key in o.param_groups[0]:
             put_fact(o.param_groups[0][key])
+    for slot in o.latents_of.slots:
+        slot.take_loaded_scale()
     older = [
         o.param_groups[i] for i in theirs if "qsam_balance" in o.param_groups[i] and "qsam_balance" not in groups[i]
     ]

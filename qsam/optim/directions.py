@@ -102,7 +102,7 @@ class Direction:
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all entries together, in fp32 or wider, without a temporary of their size."""
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     total: Tensor = torch.linalg.vector_norm(norms(tensors))
     return total
 

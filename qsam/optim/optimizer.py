@@ -614,6 +614,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self._drop_gradients()
 
     def _count_step(self) -> None:
+        self.latents_of.complete_scales()
         for slot in self.latents_of.slots:
             slot.move_state()
         self.latents_of.move_input_noise()

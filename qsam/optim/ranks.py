@@ -101,7 +101,6 @@ class Ranks:
             )
         for tensor in _owned(latents):
             _broadcast(tensor, group)
-        _share_signs(latents, group, device)
         _share_rates([g for g in groups if "qsam_scales" in g], group, device)
         self._met, self._unverified = group, True
 
@@ -110,7 +109,7 @@ class Ranks:
         group = self.group
         if group is None or latents.sharded:
             return flag
-        seen = torch.tensor([float(flag)], device=_device(latents))
+        seen = torch.tensor([int(flag)], device=_device(latents))
         distributed.all_reduce(seen, distributed.ReduceOp.MAX, group)
         return bool(seen)
 
@@ -172,17 +171,6 @@ def _owned(latents: Latents) -> Iterable[Tensor]:
         yield slot.latent.detach()
     for quantizer in latents.quantizers:
         yield from quantizer.state_dict(keep_vars=True).values()
-
-
-def _share_signs(latents: Latents, group: distributed.ProcessGroup, device: torch.device) -> None:
-    """Give all ranks rank 0's signs of inputs: plain Python flags, which no broadcast of tensors reaches."""
-    codes: dict[bool | None, int] = {None: -1, False: 0, True: 1}
-    inputs = latents.input_quantizers
-    flags = torch.tensor([[codes[q.signed], q.calibrated] for q in inputs], dtype=torch.int64, device=device)
-    _broadcast(flags, group)
-    for quantizer, (sign, calibrated) in zip(inputs, flags.tolist(), strict=True):
-        quantizer.signed = None if sign < 0 else bool(sign)
-        quantizer.calibrated = bool(calibrated)
 
 
 def _share_rates(groups: Sequence[dict[str, Any]], group: distributed.ProcessGroup, device: torch.device) -> None:

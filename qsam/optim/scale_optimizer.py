@@ -112,7 +112,7 @@ class BalancedSGD(Optimizer):
         states = [self.state[s] for s in scales]
         for scale, state in zip(scales, states, strict=True):
             if not state:
-                state["step"] = torch.tensor(0.0)
+                state["step"] = torch.tensor(0.0, dtype=torch.float32)
                 state["root"] = torch.zeros_like(scale)
             state["step"] += 1
         roots: list[Tensor] = [local(state["root"]) for state in states]

@@ -148,7 +148,8 @@ def scales_of(model: nn.Module) -> dict[str, Tensor]:
 
 
 def buffers_of(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_buffers())
+    """Return the buffers that a twin has too: not those of quantizers, which say how they were set."""
+    return {name: b for name, b in model.named_buffers() if not name.endswith("_quantizer.limits")}
 
 
 def everything(optimizer: QuantizedOptimizer, model: nn.Module) -> dict[str, Tensor]:

@@ -141,12 +141,12 @@ class TestQuantize:
         assert set(float_state(model)) == keys
 
     @zoo
-    def test_a_layer_gets_one_key_a_matrix_and_one_for_its_input(self, build, batch):
+    def test_a_layer_gets_scale_and_limits_for_each_matrix_and_for_its_input(self, build, batch):
         model = build()
         coverage = qsam.quantize_(model)
         keys = [key for key in model.state_dict() if "_quantizer." in key]
         inputs = [row for row in coverage.inputs if row.quantizer is not None]
-        assert len(keys) == len(coverage.quantized) + len(inputs)
+        assert len(keys) == 2 * (len(coverage.quantized) + len(inputs))
         assert all(key.endswith(".scale") for key in keys)
 
     @zoo
