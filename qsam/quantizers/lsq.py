@@ -8,6 +8,8 @@ activation, those of one sample.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
