@@ -14,7 +14,7 @@ def test_a_step_of_squat_enters_few_files():
     assert any(path.name == "squat.py" for path in entered)
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", list(OPTIMIZERS))
 def test_a_method_has_at_most_two_own_classes_beside_its_own(name):
     assert len(budgets.own_classes(name)) <= budgets.OWN_CLASSES
 
