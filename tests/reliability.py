@@ -23,6 +23,7 @@ MODULES = {
     "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue"),
     "Files that are torn, foreign or newer": ("tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.units.test_spec_files"),
     "Exceptions and bad numbers in a step": ("tests.optim.test_exactness", "tests.optim.test_bad_numbers", "tests.test_batchnorm"),
+    "Data that say nothing, and data that came first": ("tests.contract.test_first_data",),
     "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.contract.test_one_owner", "tests.units.test_registry"),
 }  # fmt: skip
 
@@ -78,7 +79,8 @@ def fault(name: str, *, happens: str, kept: str) -> Callable[[Test], Test]:
 
 def faults_of(module: ModuleType) -> Iterator[tuple[Fault, str]]:
     """Yield the faults that the tests of a module provoke, with the test's name."""
-    for test in vars(module).values():
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    for test in [*vars(module).values(), *(value for cls in classes for value in vars(cls).values())]:
         found = getattr(test, "fault", None)
         if isinstance(found, Fault):
             yield found, test.__name__
