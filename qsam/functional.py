@@ -162,7 +162,7 @@ class _WithTangent(_FakeQuantize):
             return tangent
         slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
         of_scale = torch.where(scale < 0, -scale_tangent, scale_tangent) * grad_scale
-        return tangent + (slope * of_scale).to(x.dtype)
+        return tangent.add((slope * of_scale).to(x.dtype))
 
 
 def _clipping(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
