@@ -144,7 +144,8 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        dx, ds = fake_quantize_vjp(x, scale, *ctx.settings, grad, needs=ctx.needs_input_grad[:2])  # type: ignore[attr-defined]
+        needs = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        dx, ds = fake_quantize_vjp(x, scale, grad, *ctx.settings, needs=needs)  # type: ignore[attr-defined]
         return dx, ds, None, None, None
 
 
@@ -157,12 +158,12 @@ class _WithTangent(_FakeQuantize):
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         quant_min, quant_max, grad_scale = ctx.settings  # type: ignore[attr-defined]
         v, outside = _clipping(x, scale, quant_min, quant_max)
-        tangent = torch.zeros_like(x) if x_tangent is None else x_tangent.masked_fill(outside, 0)
+        tangent: Tensor = torch.zeros_like(x) if x_tangent is None else x_tangent.masked_fill(outside, 0)
         if scale_tangent is None:
             return tangent
         slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
         of_scale = torch.where(scale < 0, -scale_tangent, scale_tangent) * grad_scale
-        return tangent + (slope * of_scale).to(x.dtype)
+        return tangent.add((slope * of_scale).to(x.dtype))
 
 
 def _clipping(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
@@ -229,18 +230,18 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
 
 
 def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradient)
-    x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float, grad: Tensor,
+    x: Tensor, scale: Tensor, grad: Tensor, quant_min: int, quant_max: int, grad_scale: float,
     *, needs: tuple[bool, bool] = (True, True), overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``: what the backward of :func:`fake_quantize` returns.
 
     Args:
-        x: As :func:`fake_quantize` took it, and so the next four.
+        x: As :func:`fake_quantize` took it.
         scale: s.
+        grad: dL/dQ, of the shape of ``x``.
         quant_min: Qn.
         quant_max: Qp.
         grad_scale: gs.
-        grad: dL/dQ, of the shape of ``x``.
         needs: Which of the two are asked for; None is returned for the other one.
         overwrite: Whether dx may take the memory of ``grad``.
     """

@@ -123,4 +123,5 @@ def composed_modules() -> Iterable[nn.Module] | None:
 def fsdp_param_dtype(module: Any) -> torch.dtype | None:
     """Return the dtype in which a module under ``fully_shard`` gathers its Parameters; None: their own."""
     name = "torch.distributed.fsdp.FSDPModule._get_fsdp_state"
-    return ask(name, lambda: module._get_fsdp_state()._mp_policy.param_dtype, None)
+    found: torch.dtype | None = ask(name, lambda: module._get_fsdp_state()._mp_policy.param_dtype, None)
+    return found

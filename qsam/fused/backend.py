@@ -100,7 +100,9 @@ def note_failure(error: BaseException) -> None:
 
 def is_watched() -> bool:
     """Whether somebody follows the operations one by one: a compiler, a tracer, or a dispatch mode."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing() or dispatch_mode_is_active()
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return True
+    return dispatch_mode_is_active()
 
 
 def is_plain(t: Tensor) -> bool:

@@ -100,8 +100,9 @@ def _linear(pending: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
     others = [t for t in (weight, bias) if t is not None]
     plain = all(t.dtype == x.dtype and t.device == x.device and backend.is_plain(t) for t in others)
     fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and len(weight) > 0
-    tangents = any(forward_ad.unpack_dual(t).tangent is not None for t in (x, scale, *others))
-    if not plain or not fits or tangents or (bias is not None and bias.shape != weight.shape[:1]):
+    unpacked: Callable[[Tensor], Any] = forward_ad.unpack_dual
+    with_tangent = any(unpacked(t).tangent is not None for t in (x, scale, *others))
+    if not plain or not fits or with_tangent or (bias is not None and bias.shape != weight.shape[:1]):
         return functional.linear(pending.quantizer(x), weight, bias)
     return _Linear.apply(x, scale, weight, bias, pending.grid, pending.weights)  # type: ignore[no-any-return]
 
@@ -146,7 +147,7 @@ class _Linear(torch.autograd.Function):
         dx = ds = None
         if needs_x or needs_s:  # Q(x) has served: its memory takes the gradient
             g = torch.mm(rows, weight, out=quantized if in_place else None).view(x.shape)
-            dx, ds = fake_quantize_vjp(x, scale, *settings, g, overwrite=in_place)
+            dx, ds = fake_quantize_vjp(x, scale, g, *settings, overwrite=in_place)
         return dx if needs_x else None, ds if needs_s else None, dw, rows.sum(0) if needs_b else None, None, None
 
 
