@@ -54,9 +54,9 @@ PART_ROWS = 1_000
 """Rows of the fixed part of the training set that the final training loss and the sharpness are measured on."""
 
 CALIBRATION_BATCHES, SHARPNESS_STEPS = 8, 8
-FIT_STEPS, FIT_MARGIN = 8, 1.3
-"""Steps that `--fit-minutes` times per method, after two that it does not, and what later steps may take more."""
-
+FIT_STEPS, FIT_SECONDS, FIT_MARGIN = 8, 10.0, 1.3
+"""Steps that `--fit-minutes` times per method after the first one, seconds after which two are enough, and the factor
+by which later steps may take longer."""
 
 TIMEOUT = int(os.environ.get("QSAM_TIMEOUT", "600"))
 """Seconds that a process waits for the others."""
@@ -124,7 +124,7 @@ def parse_options(
     (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     if options.demo:
         methods = ["fp32", "rtn", f"lsq{PASSES[demo.get('schedule', options.schedule)]:g}x", "squat"]
-        parser.set_defaults(**{"method": methods, "fit_minutes": 7.0, **demo})
+        parser.set_defaults(**{"method": methods, "fit_minutes": 8.0, **demo})
         (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     for names, fits, words in (*RANGES, *ranges):
         for name in names:
@@ -372,7 +372,7 @@ def fit_(options: Options, experiment: Experiment) -> None:
     path = Path(options.output_dir) / FIT
     if not path.is_file():
         runs = [run for (_, seed), run in planned_runs(options, experiment.facts).items() if seed == options.seed[0]]
-        minutes, each = 0.0, {}
+        begin, minutes, each = time.perf_counter(), 0.0, {}
         with TemporaryDirectory() as scratch:
             start = Path(scratch) / "start"
             start.mkdir()
@@ -382,10 +382,11 @@ def fit_(options: Options, experiment: Experiment) -> None:
                 if method.name == "rtn":
                     continue
                 voice.begin(f"Timing the first steps of {method.text} on this machine.")
-                course = train_(Run(Path(scratch) / run.folder.name, run.config), experiment, start, 0, FIT_STEPS + 2)
-                each[method.text] = float(np.mean(course.times[2:]))
+                course = train_(Run(Path(scratch) / run.folder.name, run.config), experiment, start, 0, FIT_STEPS + 1)
+                each[method.text] = float(np.mean(course.times[1:]))
                 minutes += len(options.seed) * steps_of(run.config, len(experiment.train)) * each[method.text] / 60
-        fraction = min(1.0, options.fit_minutes / (FIT_MARGIN * minutes))
+        left = max(options.fit_minutes / 4, options.fit_minutes - (time.perf_counter() - begin) / 60)
+        fraction = min(1.0, left / (FIT_MARGIN * minutes))
         if voice.is_first:
             path.parent.mkdir(parents=True, exist_ok=True)
             write_json(path, {"fraction": round(fraction, 3), "minutes": minutes, "seconds_per_step": each})
@@ -505,6 +506,9 @@ class Follower(TrainerCallback):
         voice.activity = (
             f"{self.name}: step {state.global_step}/{state.max_steps}, loss {loss:.3f}, {left:.0f} s of training left"
         )
+        timed = self.save_every == 0 and processes() == 1 and len(course.times) > 2
+        if timed and course.seconds > FIT_SECONDS:
+            control.should_training_stop = True
         last = state.global_step >= state.max_steps
         control.should_save = self.save_every > 0 and not last and state.global_step % self.save_every == 0
         control.should_save &= state.global_step % epoch != 0

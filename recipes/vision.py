@@ -180,17 +180,17 @@ class Pictures(Dataset):
         image = image.convert("RGB")
         if self.transform is None:
             return image, label
-        before = random.getstate(), np.random.get_state(), torch.get_rng_state()
         seed = int(np.random.SeedSequence((draw, position)).generate_state(1)[0])
-        random.seed(seed)  # transforms draw from all three
-        np.random.seed(seed)
-        torch.default_generator.manual_seed(seed)
-        try:
-            return self.transform(image), label
-        finally:
-            random.setstate(before[0])
-            np.random.set_state(before[1])
-            torch.set_rng_state(before[2])
+        before = random.getstate(), np.random.get_state()
+        with torch.random.fork_rng(devices=[]):  # transforms draw from all three generators
+            torch.default_generator.manual_seed(seed)
+            random.seed(seed)
+            np.random.seed(seed)
+            try:
+                return self.transform(image), label
+            finally:
+                random.setstate(before[0])
+                np.random.set_state(before[1])
 
 
 @dataclass
