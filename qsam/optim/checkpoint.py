@@ -34,7 +34,7 @@ Pairs = list[tuple[Tensor, Tensor]]
 class Checkpoint:
     """The state of base, scales and latents as one optimizer's."""
 
-    latents_of: Latents
+    _latents: Latents
     base: Optimizer
     perturbation: Perturbation | None
     scale_base: Optimizer | None
@@ -51,7 +51,7 @@ class Checkpoint:
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
         # Plain SGD never has a state of its own.
         if self.base.state or self._state_created or self.param_groups[0]["qsam_step"]:
@@ -71,19 +71,19 @@ class Checkpoint:
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("state_dict")
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         first = self.param_groups[0]
         first["qsam_parameters"] = _shapes(self)
         first.update({key: value for key, (get, _) in _facts(self).items() if (value := get()) is not None})
         packed = _pack(self.param_groups, _entries(self))
-        with pointed_at_latents(self.base, self.latents_of):
+        with pointed_at_latents(self.base, self._latents):
             own = self.base.state_dict()
         if set(own) != {"state", "param_groups"}:
             packed["qsam_base"] = own
         owned = {id(p) for group in self.param_groups for p in group["params"]}
-        frozen = {s.path: s.latent.detach() for s in self.latents_of.slots if id(s.parameter) not in owned}
+        frozen = {s.path: s.latent.detach() for s in self._latents.slots if id(s.parameter) not in owned}
         if frozen:
             packed["qsam_frozen"] = frozen
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -107,7 +107,7 @@ class Checkpoint:
             raise TypeError(
                 f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
             )
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -125,8 +125,8 @@ class Checkpoint:
 
 def _tensors(o: Checkpoint) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]], Callable[[Pairs], None]]]:
     """Return how each kind of tensor is read, by the id of its parameter, and how what was saved is set."""
-    latents = {id(slot.parameter): slot.latent for slot in o.latents_of.slots}
-    paths = {id(p): path for path, p in o.latents_of.root.named_parameters()}
+    latents = {id(slot.parameter): slot.latent for slot in o._latents.slots}
+    paths = {id(p): path for path, p in o._latents.root.named_parameters()}
 
     def copy(targets: Mapping[int, Tensor]) -> Callable[[Pairs], None]:
         def put(pairs: Pairs) -> None:
@@ -158,7 +158,7 @@ def _tensors(o: Checkpoint) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]
 
 def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
     """Return how each fact about the run that lives outside the groups is read (None: there is none) and set."""
-    coverage, perturbation = o.latents_of.coverage, o.perturbation
+    coverage, perturbation = o._latents.coverage, o.perturbation
     facts: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
         "qsam_input_signs": (lambda: signs(coverage), lambda found: set_signs(coverage, found)),
     }
@@ -175,14 +175,14 @@ def _riders(o: Checkpoint) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
 
     torch.distributed.checkpoint drops the state of a parameter that has no gradient, as the scale of a weight.
     """
-    for slot in o.latents_of.slots:
+    for slot in o._latents.slots:
         for name, scale in slot.quantizer.named_parameters():
             yield slot.parameter, scale, f"qsam_{name}_"
 
 
 def _entries(o: Checkpoint) -> dict[int, dict[str, Any]]:
     """Return every parameter's state by its id: the base's, the scales', and what qsam adds to them."""
-    keys = {id(slot.parameter): slot.latent for slot in o.latents_of.slots}
+    keys = {id(slot.parameter): slot.latent for slot in o._latents.slots}
     found = {id(p): dict(o.base.state.get(keys.get(id(p), p), {})) for group in o.param_groups for p in group["params"]}
     states = {} if o.scale_base is None else o.scale_base.state
     for scale in o.scale_slots:
@@ -216,7 +216,7 @@ def _pack(groups: Sequence[Group], entries: Mapping[int, Mapping[str, Any]]) -> 
 
 def _shapes(o: Checkpoint) -> dict[str, str]:
     """Return the shape of each Parameter of the base's groups by its path, in order, as "16x8"."""
-    paths = {id(p): path.replace("_orig_mod.", "") for path, p in o.latents_of.root.named_parameters()}
+    paths = {id(p): path.replace("_orig_mod.", "") for path, p in o._latents.root.named_parameters()}
     own = (p for group in o.param_groups if "qsam_scales" not in group for p in group["params"])
     return {paths[id(p)]: "x".join(map(str, p.shape)) for p in own if id(p) in paths}
 
@@ -241,19 +241,19 @@ def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     for name, (_, put) in _tensors(o).items():
         put(saved[name])
     loaded = {id(p) for p, _ in saved["qsam_latent"]}
-    for slot in o.latents_of.slots:
+    for slot in o._latents.slots:
         if id(slot.parameter) not in loaded:
-            o.latents_of.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
+            o._latents.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
     for key, (_, put_fact) in _facts(o).items():
         if key in o.param_groups[0]:
             put_fact(o.param_groups[0][key])
-    for slot in o.latents_of.slots:
+    for slot in o._latents.slots:
         slot.take_loaded_scale()
     older = [
         o.param_groups[i] for i in theirs if "qsam_balance" in o.param_groups[i] and "qsam_balance" not in groups[i]
     ]
-    restore_balance_(older, o.base, o.latents_of.slots)
-    o.latents_of.write()
+    restore_balance_(older, o.base, o._latents.slots)
+    o._latents.write()
 
 
 def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
@@ -264,10 +264,10 @@ def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     for i in ours:
         o.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
     o.param_groups[0].update(first)
-    for slot in o.latents_of.slots:
-        o.latents_of.take_frozen(slot, None)
+    for slot in o._latents.slots:
+        o._latents.take_frozen(slot, None)
     balance_present_weights(o)
-    o.latents_of.write()
+    o._latents.write()
     warnings.warn(
         "this is a checkpoint of the bare base optimizer: the latents start from the model's present weights.",
         UserWarning,
@@ -277,11 +277,11 @@ def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
 
 def balance_present_weights(o: Checkpoint) -> None:
     """Take the balance of the scales' rates again, because the latents are new."""
-    take_balance_([group for group in o.param_groups if "qsam_balance" in group], o.base, o.latents_of.slots)
+    take_balance_([group for group in o.param_groups if "qsam_balance" in group], o.base, o._latents.slots)
 
 
 def _load_base(o: Checkpoint, state_dict: dict[str, Any], positions: list[int]) -> None:
-    with pointed_at_latents(o.base, o.latents_of):
+    with pointed_at_latents(o.base, o._latents):
         o.base.load_state_dict(state_dict)
     for i, group in zip(positions, o.base.param_groups, strict=True):
         o.param_groups[i] = group
@@ -412,7 +412,7 @@ def _check_latents(o: Checkpoint, saved: Pairs) -> None:
     """Refuse a checkpoint that lacks the latent of a trainable quantized weight."""
     there = {id(p) for p, _ in saved}
     owned = {id(p) for group in o.param_groups for p in group["params"]}
-    for slot in o.latents_of.slots:
+    for slot in o._latents.slots:
         p = slot.parameter
         if p.requires_grad and id(p) in owned and id(p) not in there:
             raise ValueError(

@@ -76,7 +76,7 @@ def test_an_optimizer_is_freed_as_soon_as_nothing_refers_to_it(method):
     model = method.model(CONV)
     with no_collector():
         optimizer = used(method, model)
-        kept = [weakref.ref(optimizer), *(weakref.ref(slot.latent) for slot in optimizer.latents_of.slots)]
+        kept = [weakref.ref(optimizer), *(weakref.ref(slot.latent) for slot in optimizer._latents.slots)]
         kept += [weakref.ref(tensor) for entry in optimizer.base.state.values() for tensor in entry.values()]
         del optimizer
         assert [ref() for ref in kept] == [None] * len(kept)
@@ -171,14 +171,14 @@ def test_an_instance_of_a_base_goes_on_as_if_nothing_had_been_handed_over(base):
 def test_latents_are_handed_over_in_their_own_precision():
     model = MLP.quantized(activations=None).to(torch.bfloat16)
     first = qsam.QAT(model, SGD, lr=0.1)
-    for slot in first.latents_of.slots:
+    for slot in first._latents.slots:
         slot.latent.data.add_(2.0**-20)
-    first.latents_of.write()
-    w = [slot.latent.detach().clone() for slot in first.latents_of.slots]
+    first._latents.write()
+    w = [slot.latent.detach().clone() for slot in first._latents.slots]
     first.release()
     del first
     second = qsam.QAT(model, SGD, lr=0.1)
-    assert all(torch.equal(slot.latent, before) for slot, before in zip(second.latents_of.slots, w, strict=True))
+    assert all(torch.equal(slot.latent, before) for slot, before in zip(second._latents.slots, w, strict=True))
     assert not any(torch.equal(t, t.to(torch.bfloat16).float()) for t in w)
 
 

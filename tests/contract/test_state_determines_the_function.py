@@ -260,7 +260,7 @@ class TestWeights:
         first = qsam.QAT(model, torch.optim.SGD, lr=0.1)
         before = {key: value.clone() for key, value in model.state_dict().items() if "quantizer" in key}
         with torch.no_grad():
-            for slot in first.latents_of.slots:
+            for slot in first._latents.slots:
                 slot.latent.copy_(slot.parameter)
         qsam.attach.set_owner(qsam.attach.coverage_of(model), None)
         qsam.QAT(model, torch.optim.SGD, lr=0.1)

@@ -73,10 +73,10 @@ def test_the_relative_step_of_the_scales_is_that_of_the_weights(granularity):
     model = BERT.quantized(granularity=granularity)
     optimizer = QAT(model, AdamW, lr=1e-4, weight_decay=0.0)
     train(optimizer, model, BERT, 6)
-    w = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    w = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     s = {name: t.clone() for name, t in scales_of(model).items() if "weight_quantizer" in name}
     train(optimizer, model, BERT, 1, start=6)
-    moved_w = sum(float((slot.latent.detach() - w[slot.path]).square().sum()) for slot in optimizer.latents_of.slots)
+    moved_w = sum(float((slot.latent.detach() - w[slot.path]).square().sum()) for slot in optimizer._latents.slots)
     relative_w = math.sqrt(moved_w / sum(float(t.square().sum()) for t in w.values()))
     steps = torch.cat([((t - s[name]) / s[name]).flatten() for name, t in scales_of(model).items() if name in s])
     relative_s = float(steps.square().mean().sqrt())
@@ -214,10 +214,10 @@ def test_the_balance_is_taken_again_when_the_latents_are_others():
     model = MLP.quantized()
     optimizer = QAT(model, AdamW, lr=1e-4)
     with torch.no_grad():
-        for slot in optimizer.latents_of.slots:
+        for slot in optimizer._latents.slots:
             slot.parameter.mul_(8)
     optimizer.sync_latents()
-    size = torch.cat([slot.latent.detach().double().flatten() for slot in optimizer.latents_of.slots])
+    size = torch.cat([slot.latent.detach().double().flatten() for slot in optimizer._latents.slots])
     assert rates(optimizer)["weights"] == pytest.approx(1e-4 / float(size.square().mean().sqrt()), rel=1e-5)
 
 
@@ -257,7 +257,7 @@ def test_weights_of_zeros_have_no_rate_yet_and_get_one_when_they_come_alive():
         train(optimizer, model, MLP, 1, start=i)
         if group["qsam_balance"] != before:
             taken.append(i)
-            w = optimizer.latents_of.slots[0].latent.detach().double()
+            w = optimizer._latents.slots[0].latent.detach().double()
             assert group["qsam_balance"] == pytest.approx(1 / float(w.square().mean().sqrt()), rel=1e-5)
         assert group["lr"] == pytest.approx(min(1e-5 * group["qsam_balance"], MAX_RELATIVE_STEP))
     assert taken == [0, 1, 2, 4, 8]
