@@ -144,7 +144,7 @@ def verbs(shape: tuple[int, ...], rounds: int) -> Json:
 
 
 def _verbs(optimizer: qsam.QAT, grad: Tensor) -> Iterator[Variant]:
-    latents = optimizer.latents_of
+    latents = optimizer._latents
     slots = latents.slots
     target = Target(slots[0], slots[0].parameter, grad, torch.tensor(1e-6))
 

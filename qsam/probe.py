@@ -213,7 +213,7 @@ def _ticking(count: int, title: str, progress: bool | None) -> Iterator[Callable
 def _weights_of(subject: Subject, caller: str) -> tuple[nn.Module, Latents | None, list[nn.Parameter]]:
     if isinstance(subject, QuantizedOptimizer):
         subject._refuse_inside_block(caller)
-        latents = subject.latents_of
+        latents = subject._latents
         latents.check()
         root, quantized = latents.root, [slot.parameter for slot in latents.slots]
     elif isinstance(subject, nn.Module):

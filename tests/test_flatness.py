@@ -269,7 +269,7 @@ def traces(optimizer, model):
     """Return everything that a measurement could disturb, by value and by identity."""
     kept = {f"model.{name}": value.clone() for name, value in model.state_dict().items()}
     kept |= {f"grad.{name}": p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    kept |= {f"latent.{slot.path}": slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    kept |= {f"latent.{slot.path}": slot.latent.detach().clone() for slot in optimizer._latents.slots}
     kept["rng"] = torch.get_rng_state()
     identities = [(id(p), id(p.grad), p.data_ptr(), p.requires_grad) for p in model.parameters()]
     identities += [id(b) for b in model.buffers()]

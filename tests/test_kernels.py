@@ -315,7 +315,7 @@ def test_after_an_exception_in_the_base_the_parked_latents_come_back(method):
         with pytest.raises(OSError, match="the base fails"):
             train(optimizer, model, CONV, 1)
         assert_on_grid(optimizer)
-        weights = {slot.path for slot in optimizer.latents_of.slots}
+        weights = {slot.path for slot in optimizer._latents.slots}
         after = latents(optimizer, model)
         assert all(torch.equal(before[name], after[name]) for name in weights)
 
@@ -410,7 +410,7 @@ def test_a_weight_of_another_size_is_an_error_and_writes_no_memory(rows):
             model[0].weight.data = torch.zeros(4, 4)
         assert model[0].weight.shape == (4, 4)
         model[0].weight.data = before
-        grid = optimizer.latents_of.slots[0].quantizer.grid(before)
+        grid = optimizer._latents.slots[0].quantizer.grid(before)
         weights = [Weight(before, torch.zeros(32), grid)]
         assert sweeps.write_(weights) == [False]
         assert sweeps.holds(weights) == [None]

@@ -279,7 +279,7 @@ def run_of(method, name, task, steps, drive=train, **options):
 def test_p_is_noisy_in_the_blocks_and_exact_outside(name, method):
     model = noisy_model(name)
     optimizer = method(model)
-    slot = optimizer.latents_of.slots[0]
+    slot = optimizer._latents.slots[0]
 
     def noisy_weight():
         slot.quantizer.noise.on = True
@@ -317,8 +317,8 @@ def test_qat_equals_noise_in_the_graph(name):
     """The slow twin: the quantizers themselves in the graph, with their noise on."""
     model = noisy_model(name, activations=None)
     optimizer = qsam.QAT(model, SGD, lr=0.05, scale_lr=0.05)
-    w = {slot.path: slot.latent.detach().clone().requires_grad_() for slot in optimizer.latents_of.slots}
-    quantizers = {slot.path: copy.deepcopy(slot.quantizer).requires_grad_() for slot in optimizer.latents_of.slots}
+    w = {slot.path: slot.latent.detach().clone().requires_grad_() for slot in optimizer._latents.slots}
+    quantizers = {slot.path: copy.deepcopy(slot.quantizer).requires_grad_() for slot in optimizer._latents.slots}
     floats = {n: p.detach().clone().requires_grad_() for n, p in model.named_parameters() if n.endswith("bias")}
     for q in quantizers.values():
         q.noise.on = True
@@ -335,7 +335,7 @@ def test_qat_equals_noise_in_the_graph(name):
             q.update(w[path])
     expected = {**{n: p.detach() for n, p in (w | floats).items()}}
     assert_same(latents(optimizer, model), expected)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         assert torch.equal(slot.quantizer.scale, quantizers[slot.path].scale)
 
 
@@ -371,8 +371,8 @@ def test_a_resumed_run_equals_one_that_did_not_stop(name, method, stop):
 def test_every_stream_moves_once_a_step_of_the_weights(name):
     for method in QUANTIZING:
         optimizer, _ = run_of(method, name, MLP, 6)
-        assert len(optimizer.latents_of.noises) == 6
-        assert {int(noise.step) for noise in optimizer.latents_of.noises} == {optimizer.steps}
+        assert len(optimizer._latents.noises) == 6
+        assert {int(noise.step) for noise in optimizer._latents.noises} == {optimizer.steps}
 
 
 @each_noisy
@@ -382,7 +382,7 @@ def test_both_passes_of_a_step_see_the_same_noise(name):
     seen = []
 
     def closure():
-        seen.append([slot.parameter.detach().clone() for slot in optimizer.latents_of.slots])
+        seen.append([slot.parameter.detach().clone() for slot in optimizer._latents.slots])
         return closure_of(optimizer, model, MLP, MLP.batch(0))()
 
     for _ in range(2):
@@ -422,7 +422,7 @@ def test_after_an_exception_the_weights_are_exact_and_the_noise_is_off(name, met
         optimizer.step(closure)
         optimizer.step(closure)
     assert_on_grid(optimizer)
-    assert not any(noise.on for noise in optimizer.latents_of.noises)
+    assert not any(noise.on for noise in optimizer._latents.noises)
     model.state_dict()
     train(optimizer, model, MLP, 2)
     assert_on_grid(optimizer)
@@ -489,7 +489,7 @@ def test_a_base_that_calls_its_closure_itself_sees_one_draw_a_step(name):
 
     def closure():
         loss = closure_of(optimizer, model, MLP, MLP.batch(0))()
-        weights.append(optimizer.latents_of.slots[0].quantizer.noise.step.item())
+        weights.append(optimizer._latents.slots[0].quantizer.noise.step.item())
         return loss
 
     optimizer.step(closure)
@@ -500,12 +500,12 @@ def test_a_base_that_calls_its_closure_itself_sees_one_draw_a_step(name):
 def test_quantizers_without_noise_have_no_part_in_it():
     model = MLP.quantized()
     optimizer = qsam.SAQ(model, SGD, lr=0.1)
-    assert optimizer.latents_of.noises == []
-    versions = [slot.parameter._version for slot in optimizer.latents_of.slots]
+    assert optimizer._latents.noises == []
+    versions = [slot.parameter._version for slot in optimizer._latents.slots]
     with optimizer.first_pass():
         MLP.loss(model, MLP.batch(0)).backward()
-    assert versions == [slot.parameter._version for slot in optimizer.latents_of.slots], "p is not written"
-    assert not optimizer.latents_of.noisy
+    assert versions == [slot.parameter._version for slot in optimizer._latents.slots], "p is not written"
+    assert not optimizer._latents.noisy
 
 
 def test_a_quantizer_of_another_kind_draws_from_a_stream_of_its_own():
@@ -531,5 +531,5 @@ def test_a_quantizer_of_another_kind_draws_from_a_stream_of_its_own():
         optimizer, _ = run_of(QAT, "test_jitter", MLP, 3)
     finally:
         del QUANTIZERS._classes["test_jitter"]
-    assert {int(noise.step) for noise in optimizer.latents_of.noises} == {3}
+    assert {int(noise.step) for noise in optimizer._latents.noises} == {3}
     assert_on_grid(optimizer)

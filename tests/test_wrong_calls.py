@@ -61,7 +61,7 @@ def state_of(thing):
         names = {name: type(module).__name__ for name, module in thing.named_modules()}
         hooks = {name: len(module._forward_pre_hooks) for name, module in thing.named_modules()}
         return {k: v.clone() for k, v in thing.state_dict().items()}, (names, hooks)
-    tensors = everything(thing, thing.latents_of.root)  # before the groups, which it brings up to date
+    tensors = everything(thing, thing._latents.root)  # before the groups, which it brings up to date
     return tensors, copy.deepcopy([{k: v for k, v in g.items() if k != "params"} for g in thing.param_groups])
 
 

@@ -27,7 +27,7 @@ class Checkpoint:
     """The state of base, scales and latents as one optimizer's."""
 
     base: Optimizer
-    latents_of: Latents
+    _latents: Latents
     param_groups: list[dict[str, Any]]
     perturbation: Perturbation | None
     steps: Any
@@ -45,7 +45,7 @@ class Checkpoint:
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
         if self.base.state or self._state_created or self.steps:  # plain SGD never has a state of its own
             entries = self._entries()
@@ -64,20 +64,20 @@ class Checkpoint:
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("state_dict")
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self.param_groups[0]["qsam_input_signs"] = input_signs(self.latents_of.coverage)
+        self.param_groups[0]["qsam_input_signs"] = input_signs(self._latents.coverage)
         self._note_parameters()
         if self.perturbation is not None and self.perturbation.kept_norm is not None:
             self.param_groups[0]["qsam_kept_norm"] = float(self.perturbation.kept_norm)
         packed = packing.pack(self.param_groups, self._entries())
-        with pointed_at_latents(self.base, self.latents_of):
+        with pointed_at_latents(self.base, self._latents):
             own = self.base.state_dict()
         if set(own) != {"state", "param_groups"}:
             packed["qsam_base"] = own
         owned = {id(p) for p in self._parameters()}
-        frozen = {s.path: s.latent.detach() for s in self.latents_of.slots if id(s.parameter) not in owned}
+        frozen = {s.path: s.latent.detach() for s in self._latents.slots if id(s.parameter) not in owned}
         if frozen:
             packed["qsam_frozen"] = frozen
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -101,7 +101,7 @@ class Checkpoint:
             raise TypeError(
                 f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
             )
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -118,7 +118,7 @@ class Checkpoint:
         packing.check(state_dict, self.param_groups)
         found = packing.entries(state_dict, self.param_groups, "qsam_latent")
         scales = packing.entries(state_dict, self.param_groups, "qsam_scale")
-        weights = {id(slot.parameter): slot.path for slot in self.latents_of.slots}
+        weights = {id(slot.parameter): slot.path for slot in self._latents.slots}
         packing.check_latents(self.param_groups, found, weights)
         ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
         theirs = [i for i, group in enumerate(self.param_groups) if "qsam_scales" in group]
@@ -128,23 +128,23 @@ class Checkpoint:
             for i, group in zip(theirs, self.scale_base.param_groups, strict=True):
                 self.param_groups[i].update({k: v for k, v in state_dict["param_groups"][i].items() if k != "params"})
                 group["params"] = self.param_groups[i]["params"]
-        by_parameter = {id(slot.parameter): slot for slot in self.latents_of.slots}
+        by_parameter = {id(slot.parameter): slot for slot in self._latents.slots}
         for p, value in found:
             by_parameter.pop(id(p)).latent.copy_(value)
         for s, value in scales:
             s.copy_(value)
         for slot in by_parameter.values():
-            self.latents_of.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
-        set_input_signs(self.latents_of.coverage, self.param_groups[0].get("qsam_input_signs", {}))
+            self._latents.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
+        set_input_signs(self._latents.coverage, self.param_groups[0].get("qsam_input_signs", {}))
         self._load_memories(state_dict)
-        self.latents_of.write()
+        self._latents.write()
 
     def _scale_state(self, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
         """Return the scale optimizer's state_dict; the state of a weight's scale rides in the entry of the weight."""
         found = packing.part(state_dict, positions)
         pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
         index = {id(p): i for ours, saved in pairs for p, i in zip(ours["params"], saved["params"], strict=True)}
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             entry = state_dict["state"].get(index.get(id(slot.parameter)), {})
             for name, s in slot.quantizer.named_parameters():
                 prefix = f"qsam_{name}_"
@@ -154,7 +154,7 @@ class Checkpoint:
         return found
 
     def _load_memories(self, state_dict: dict[str, Any]) -> None:
-        paths = {id(p): path for path, p in self.latents_of.root.named_parameters()}
+        paths = {id(p): path for path, p in self._latents.root.named_parameters()}
         for name, memory in self._memories().items():
             memory.clear()
             for p, value in packing.entries(state_dict, self.param_groups, name):
@@ -171,9 +171,9 @@ class Checkpoint:
         for i in ours:
             self.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
         self.param_groups[0].update(first)
-        for slot in self.latents_of.slots:
-            self.latents_of.take_frozen(slot, None)
-        self.latents_of.write()
+        for slot in self._latents.slots:
+            self._latents.take_frozen(slot, None)
+        self._latents.write()
         warnings.warn(
             "this is a checkpoint of the bare base optimizer: the latents start from the model's present weights.",
             UserWarning,
@@ -181,17 +181,17 @@ class Checkpoint:
         )
 
     def _note_parameters(self) -> None:
-        self.param_groups[0]["qsam_parameters"] = packing.parameter_shapes(self.param_groups, self.latents_of.root)
+        self.param_groups[0]["qsam_parameters"] = packing.parameter_shapes(self.param_groups, self._latents.root)
 
     def _load_base(self, state_dict: dict[str, Any], positions: list[int]) -> None:
-        with pointed_at_latents(self.base, self.latents_of):
+        with pointed_at_latents(self.base, self._latents):
             self.base.load_state_dict(state_dict)
         for i, group in zip(positions, self.base.param_groups, strict=True):
             self.param_groups[i] = group
 
     def _entries(self) -> dict[int, dict[str, Any]]:
         """Return every parameter's state by its id: the base's, the scales', and what qsam adds to them."""
-        keys = {id(slot.parameter): slot.latent for slot in self.latents_of.slots}
+        keys = {id(slot.parameter): slot.latent for slot in self._latents.slots}
         found: dict[int, dict[str, Any]] = {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -199,7 +199,7 @@ class Checkpoint:
         states = {} if self.scale_base is None else self.scale_base.state
         for scale in self.scale_slots:
             found[id(scale.parameter)] = {**states.get(scale.parameter, {}), "qsam_scale": scale.parameter.detach()}
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             entry = found.setdefault(id(slot.parameter), {})
             entry["qsam_latent"] = slot.latent.detach()
             # torch.distributed.checkpoint drops the state of what has no gradient: a weight's scale.
@@ -211,7 +211,7 @@ class Checkpoint:
             if not entry:
                 entry["qsam_stateless"] = torch.zeros(())
         for name, memory in self._memories().items():
-            for path, p in self.latents_of.root.named_parameters():
+            for path, p in self._latents.root.named_parameters():
                 if path in memory and id(p) in found:
                     found[id(p)][name] = memory[path]
         return found

@@ -144,12 +144,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self.skip_unused_gradients = skip_unused_gradients
         self._may_skip: bool | None = False if _is_compiled(model) else None  # None until a whole pass has been seen
         self.ranks = Ranks(model, ddp, perturbation_scope)
-        self.latents_of = Latents(model, self, coverage_for(model, self.quantizes))
+        self._latents = Latents(model, self, coverage_for(model, self.quantizes))
         try:
             self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
             self._build_scale_optimizer(scale_lr, scale_optimizer)
         except BaseException:
-            self.latents_of.release()
+            self._latents.release()
             raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
@@ -161,16 +161,16 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         keywords = set(QuantizedOptimizer.__init__.__annotations__) - {"model", "base", "arguments", "return"}
         ours = keywords if self.perturbs else keywords - set(PERTURBATION_KEYWORDS)
         name = type(self).__name__
-        self.base = build_base(name, base, self.latents_of, params=params, arguments=arguments, ours=ours)
+        self.base = build_base(name, base, self._latents, params=params, arguments=arguments, ours=ours)
         for group in self.base.param_groups:
             group["qsam_rho"] = self._take_rho(group, rho)
 
     def _build_scale_optimizer(self, scale_lr: ScaleRate, scale_optimizer: type[Optimizer]) -> None:
-        weights, inputs = scale_tensors(self.latents_of.coverage)
+        weights, inputs = scale_tensors(self._latents.coverage)
         self.scale_slots: list[ScaleSlot] = [*weights, *inputs]
         self.scale_base = build_scale_optimizer(
             weights, inputs, scale_lr=scale_lr, scale_optimizer=scale_optimizer, base=self.base,
-            slots=self.latents_of.slots,
+            slots=self._latents.slots,
         )  # fmt: skip
 
     def _build_groups(self) -> None:
@@ -182,7 +182,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self.param_groups.append({**missing, **group})
         self.param_groups[0].update(
             qsam_format=FORMAT, qsam_step=0, qsam_phase=0, qsam_base_class=type(self.base).__name__,
-            qsam_quantizers=_description(self.latents_of),
+            qsam_quantizers=_description(self._latents),
         )  # fmt: skip
         self._state_created = False
 
@@ -264,7 +264,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 return self._walk(closure)
             finally:
                 self._closure_modules = []
-                self.latents_of.end_shift()
+                self._latents.end_shift()
 
     def _walk(self, closure: Closure) -> Any:
         """Go through the phases of a step; return the closure's result of the first pass."""
@@ -307,7 +307,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         parameters = [p for p in self._parameters() if p.requires_grad]
         handles = [p.register_post_accumulate_grad_hook(seen.append) for p in parameters]  # type: ignore[no-untyped-call]
         try:
-            with buffers_kept(self.latents_of.root, *modules_of(closure)), same_random_numbers(RandomState.now()):
+            with buffers_kept(self._latents.root, *modules_of(closure)), same_random_numbers(RandomState.now()):
                 return closure(), bool(seen)
         finally:
             for handle in handles:
@@ -341,9 +341,9 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         """Return, by id, the Parameters whose gradients a pass is for: the perturbation's, the scales', or both."""
         needed: set[int] = set()
         if phase == "first_pass" and self.perturbation is not None:
-            needed |= self.perturbation.selected(self.latents_of)
+            needed |= self.perturbation.selected(self._latents)
         if phase == "scale_phase" or phases[1] == "step_scales":
-            needed |= {id(slot.parameter) for slot in self.latents_of.slots}
+            needed |= {id(slot.parameter) for slot in self._latents.slots}
             needed |= {id(scale.parameter) for scale in self.scale_slots}
         return needed
 
@@ -403,7 +403,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             with (
                 self._opened("first_pass"),
                 self.ranks.first_pass() if ascends else contextlib.nullcontext(),
-                self.latents_of.noise("first_pass", self._check_for_foreign_writes),
+                self._latents.noise("first_pass", self._check_for_foreign_writes),
             ):
                 yield
         except BaseException:
@@ -426,12 +426,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             with self._perturbed():
                 yield
         finally:
-            self.latents_of.end_shift()
+            self._latents.end_shift()
 
     @contextlib.contextmanager
     def _perturbed(self) -> Iterator[None]:
         """The perturbed pass for an update that follows at once: p stays at Q(w) + e until the update writes it."""
-        perturbation, latents = self.perturbation, self.latents_of
+        perturbation, latents = self.perturbation, self._latents
         if perturbation is None:
             raise RuntimeError(f"{type(self).__name__} has no perturbed pass: run one backward, then step().")
         self._refuse_inside_block("perturbed")
@@ -466,8 +466,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def _ascents(self, passes: int) -> list[Ascent]:
         assert self.perturbation is not None
         if passes == 2:
-            return self.perturbation.gather(self.latents_of, self.base.state)
-        return self.perturbation.gather_known(self.latents_of, self.base.state, self.steps)
+            return self.perturbation.gather(self._latents, self.base.state)
+        return self.perturbation.gather_known(self._latents, self.base.state, self.steps)
 
     def _check_perturbed_may_come(self, passes: int, first: bool) -> None:
         if passes == 0:
@@ -505,7 +505,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             with (
                 self._opened("scale_phase"),
                 contextlib.nullcontext() if start is None else self._later_pass(start),
-                self.latents_of.noise("scale_phase", self._check_for_foreign_writes),
+                self._latents.noise("scale_phase", self._check_for_foreign_writes),
             ):
                 yield
         except BaseException:
@@ -517,7 +517,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def _plain_pass(self) -> Iterator[None]:
         """The pass of a step without perturbation; noise quantizers draw in it."""
         try:
-            with self.latents_of.noise("step", self._check_for_foreign_writes):
+            with self._latents.noise("step", self._check_for_foreign_writes):
                 yield
         except BaseException:
             self._drop_gradients()
@@ -543,7 +543,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     @contextlib.contextmanager
     def _later_pass(self, start: RandomState) -> Iterator[None]:
         """A later pass over a batch: buffers stay as they were, and random numbers repeat if they are shared."""
-        models = (self.latents_of.root, *self.modules, *self._closure_modules)
+        models = (self._latents.root, *self.modules, *self._closure_modules)
         with buffers_kept(*models), same_random_numbers(start if self.rng == "shared" else None):
             yield
 
@@ -557,7 +557,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         for p in self._parameters():
             p.grad = None
         self._set_aside = []
-        self._gradients_of, self.latents_of.noisy = "", False
+        self._gradients_of, self._latents.noisy = "", False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear all gradients, as :meth:`torch.optim.Optimizer.zero_grad`; outside a block its pass is void then."""
@@ -569,7 +569,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
 
     def _update(self) -> None:
         """Step from the gradients in place: w, and s with it unless the method gives s a turn of its own."""
-        if self.latents_of.noises and not self.latents_of.noisy:
+        if self._latents.noises and not self._latents.noisy:
             self._warn_once(
                 "noise quantizers draw inside first_pass(), perturbed(), scale_phase() and step(closure) only: this "
                 "step's gradients were taken at the rounded weights."
@@ -588,7 +588,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     @torch.no_grad()
     def _apply_gradients(self, *, weights: bool, scales: bool) -> None:
         """Pull the gradients back; step the latents, or the scales, or both; write Q(w)."""
-        latents, perturbation = self.latents_of, self.perturbation
+        latents, perturbation = self._latents, self.perturbation
         self._check_weights()
         if weights and self.steps == 0 and (text := unseen_inputs(latents.coverage)):
             self._warn_once(text)
@@ -609,23 +609,23 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._count_step()
 
     def _clean_up(self) -> None:
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             slot.latent.grad = slot.shift = slot.parameter.grad = None
-        self.latents_of.write()
+        self._latents.write()
         self._drop_gradients()
 
     def _count_step(self) -> None:
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             slot.move_state()
-        self.latents_of.move_input_noise()
+        self._latents.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
-        self.ranks.verify(self.latents_of)
+        self.ranks.verify(self._latents)
 
     def _pull_back(self, pull: Callable[[Sequence[Slot]], Iterable[dict[str, Tensor]]]) -> dict[int, Tensor]:
         """Return the scales' gradients by the id of the scale; ``pull`` returns those of each weight's quantizer."""
         owned = {id(p) for p in self._parameters()}
-        slots = [slot for slot in self.latents_of.slots if slot.parameter.grad is not None]
-        self.latents_of.compare([slot for slot in self.latents_of.slots if slot.parameter.grad is None])
+        slots = [slot for slot in self._latents.slots if slot.parameter.grad is not None]
+        self._latents.compare([slot for slot in self._latents.slots if slot.parameter.grad is None])
         for slot in slots:
             if id(slot.parameter) not in owned:
                 raise RuntimeError(
@@ -641,11 +641,11 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def _consume(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
         """Put dw on each latent, in the memory of p's gradient if it fits."""
         if self.ste == "clipped":
-            for slot, (dw, ds) in zip(slots, self.latents_of.pull_back_(slots), strict=True):
+            for slot, (dw, ds) in zip(slots, self._latents.pull_back_(slots), strict=True):
                 slot.latent.grad, slot.parameter.grad = dw, None
                 yield ds
             return
-        for slot, ds in zip(slots, self.latents_of.scale_gradients(slots), strict=True):
+        for slot, ds in zip(slots, self._latents.scale_gradients(slots), strict=True):
             self._take_unmasked(slot)
             yield ds
 
@@ -656,8 +656,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
 
     def _step_base(self, closure: Closure | None = None, after: Callable[[], None] | None = None) -> Any:
         """Step the base on the latents; where it, or ``after``, fails, the latents are what they were before."""
-        copies = [self._backup(slot, in_place=closure is None) for slot in self.latents_of.slots]
-        with pointed_at_latents(self.base, self.latents_of):
+        copies = [self._backup(slot, in_place=closure is None) for slot in self._latents.slots]
+        with pointed_at_latents(self.base, self._latents):
             if closure is None:
                 self._clip()
             try:
@@ -666,7 +666,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                     after()
                 return found
             except BaseException:
-                for slot, copy in zip(self.latents_of.slots, copies, strict=True):
+                for slot, copy in zip(self._latents.slots, copies, strict=True):
                     slot.latent.copy_(copy)
                 raise
 
@@ -700,12 +700,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
 
     def _create_state(self) -> None:
         """Create the base's state and nothing else: torch.distributed.checkpoint asks for it with every lr at 0."""
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             slot.latent.grad = torch.zeros_like(slot.latent)
-        with pointed_at_latents(self.base, self.latents_of):
+        with pointed_at_latents(self.base, self._latents):
             self.base.step()
         self._step_scales({id(s.parameter): torch.zeros_like(s.parameter) for s in self.scale_slots})
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             slot.latent.grad = None
         self._state_created = True
 
@@ -714,26 +714,26 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     @property
     def coverage(self) -> Any:
         """What is quantized, what is not and why; None for a method without quantizers."""
-        return self.latents_of.coverage
+        return self._latents.coverage
 
     @contextlib.contextmanager
     def latents(self) -> Iterator[None]:
         """Within this context the model holds the full-precision w: average them (EMA, SWA) or save them here."""
         self._refuse_inside_block("latents")
-        self.latents_of.settle(self.base)
-        self.latents_of.check()
+        self._latents.settle(self.base)
+        self._latents.check()
         with self._opened("latents"):
-            self.latents_of.put_latents()
+            self._latents.put_latents()
             try:
                 yield
             finally:
-                self.latents_of.write()
+                self._latents.write()
 
     def sync_latents(self) -> None:
         """Take the model's present weights as latents, and write Q(w): after a merge, a load, a pruning."""
         self._refuse_inside_block("sync_latents")
-        self.latents_of.settle(self.base)
-        self.latents_of.take_present_weights()
+        self._latents.settle(self.base)
+        self._latents.take_present_weights()
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
@@ -746,14 +746,14 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             cosine of e and Q(w) - w, and ``flipped_share``*, the share of codes that e would flip. What has not been
             measured is left out.
         """
-        self.latents_of.guard.check_attached()
+        self._latents.guard.check_attached()
         found = {name: float(value) for name, value in self._losses.items()}
         if len(found) == 2:
             found["rise"] = found["loss_perturbed"] - found["loss"]
         if self.perturbation is not None and self.perturbation.norm is not None:
             found["direction_norm"] = float(self.perturbation.norm)
-        self._measure = self.perturbation is not None and bool(self.latents_of.slots)
-        return found | self._measured | noise_figures(self.latents_of)
+        self._measure = self.perturbation is not None and bool(self._latents.slots)
+        return found | self._measured | noise_figures(self._latents)
 
     # --- a torch Optimizer --------------------------------------------------------------------------------------
 
@@ -777,15 +777,15 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and own the latents of the restored model."""
         super().__setstate__(state)
-        self.latents_of.claim(self)
+        self._latents.claim(self)
 
     def _release(self) -> None:
-        if self.latents_of.sharded:
+        if self._latents.sharded:
             raise RuntimeError(
                 "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "
                 "model of its own first."
             )
-        self.latents_of.release()
+        self._latents.release()
 
     # --- small questions ----------------------------------------------------------------------------------------
 
@@ -821,26 +821,26 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self._check_for_foreign_writes()
 
     def _check_for_foreign_writes(self) -> None:
-        self.latents_of.check(lambda flag: self.ranks.any(flag, self.latents_of))
+        self._latents.check(lambda flag: self.ranks.any(flag, self._latents))
 
     def _join_processes(self) -> None:
         """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""
         if in_process_group():
-            self.latents_of.settle(self.base)
-            self.ranks.meet(self.latents_of, self.steps, self.param_groups)
+            self._latents.settle(self.base)
+            self.ranks.meet(self._latents, self.steps, self.param_groups)
 
     def _refuse_inside_block(self, verb: str) -> None:
-        if "latents_of" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
+        if "_latents" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
             raise RuntimeError(
                 f"{verb}() was called on a wrapper of the optimizer: use qsam.unwrap(optimizer).{verb}()."
             )
-        self.latents_of.guard.check_attached()
+        self._latents.guard.check_attached()
         if self._block is not None:
             raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")
 
     def _refuse_second_point(self) -> None:
         """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""
-        for slot in self.latents_of.slots:
+        for slot in self._latents.slots:
             grad = slot.parameter.grad
             if slot.shift is not None and grad is not None and bool(local(grad).any()):
                 raise RuntimeError(

@@ -58,7 +58,7 @@ class QAT(QuantizedOptimizer):
     @torch.no_grad()
     def _let_base_call(self, closure: Closure) -> Any:
         """Step a base that calls the closure itself (LBFGS): each call sees Q(w) and leaves dw on the latents."""
-        latents = self.latents_of
+        latents = self._latents
         scale_grads: dict[int, Tensor] = {}
         self._check_weights()
 
@@ -85,7 +85,7 @@ class QAT(QuantizedOptimizer):
         """Put dw on each latent, and leave p as it is."""
         for slot in slots:
             assert slot.parameter.grad is not None
-            dw, ds = self.latents_of.pull_back(slot, slot.parameter.grad)
+            dw, ds = self._latents.pull_back(slot, slot.parameter.grad)
             if self.ste == "clipped":
                 slot.latent.grad, slot.parameter.grad = dw, None
             else:

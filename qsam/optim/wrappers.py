@@ -55,7 +55,7 @@ def _is_ours(optimizer: Any) -> bool:
     from qsam.optim.optimizer import QuantizedOptimizer  # which gives each optimizer the class below
 
     # Lightning's proxy borrows the class of what it wraps, and has no state of its own.
-    return isinstance(optimizer, QuantizedOptimizer) and "latents_of" in vars(optimizer)
+    return isinstance(optimizer, QuantizedOptimizer) and "_latents" in vars(optimizer)
 
 
 class ScaleFacade(Optimizer):

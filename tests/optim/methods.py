@@ -173,6 +173,6 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
 
 def assert_on_grid(optimizer: QuantizedOptimizer) -> None:
     """Assert that each p is exactly Q(w)."""
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         q = slot.quantizer(slot.latent.detach()).to(slot.parameter.dtype)
         assert torch.equal(slot.parameter.detach().nan_to_num(7e7), q.nan_to_num(7e7)), slot.path

@@ -53,7 +53,7 @@ def run(model: nn.Module, optimizer: Any, steps: int) -> int:
 
 def gradient_and_perturbation(model: nn.Module, optimizer: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return g_Q of a first pass and the e that the perturbed pass adds, one tensor a slot."""
-    slots = optimizer.latents_of.slots
+    slots = optimizer._latents.slots
     with optimizer.first_pass():
         loss_of(model).backward()
     g = [slot.parameter.grad.clone() for slot in slots]
@@ -79,7 +79,7 @@ def test_sam_is_the_gradient_at_length_rho() -> None:
 
 def test_asam_is_steepest_ascent_in_units_of_each_weight() -> None:
     model, optimizer = build(direction="asam")
-    units = [slot.latent.detach().abs() + 0.01 for slot in optimizer.latents_of.slots]
+    units = [slot.latent.detach().abs() + 0.01 for slot in optimizer._latents.slots]
     g, e = gradient_and_perturbation(model, optimizer)
     norm = flat([t * x for t, x in zip(units, g, strict=True)]).norm()
     close(e, [RHO * t.square() * x / norm for t, x in zip(units, g, strict=True)])
@@ -94,7 +94,7 @@ def test_grid_is_steepest_ascent_in_units_of_the_step_size(granularity: str) -> 
     group_size = 4 if granularity == "per_group" else None
     qsam.quantize_(model, granularity=granularity, group_size=group_size, activations=None)
     optimizer = qsam.SAQ(model, torch.optim.AdamW, rho=RHO, direction="grid")
-    slots = optimizer.latents_of.slots
+    slots = optimizer._latents.slots
     with optimizer.first_pass():
         model(torch.ones(2, 8)).square().sum().backward()
     units = [slot.quantizer.dequantize(torch.ones_like(slot.latent)) for slot in slots]
@@ -109,7 +109,7 @@ def test_grid_needs_a_step_size() -> None:
     model, optimizer = build(direction="grid", perturb="all")
     with pytest.raises(ValueError, match=r"direction 'grid' needs a step size, and '0\.bias' has none"):
         gradient_and_perturbation(model, optimizer)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         assert torch.equal(slot.parameter, slot.quantized())
 
 
@@ -179,10 +179,10 @@ def test_previous_is_the_gradient_of_the_last_step_in_one_pass(backend: str) -> 
     with using(backend):
         model, optimizer = build(direction="previous", bits=2)
         loss_of(model).backward()
-        h = [slot.parameter.grad.clone() for slot in optimizer.latents_of.slots]
+        h = [slot.parameter.grad.clone() for slot in optimizer._latents.slots]
         optimizer.step()
         with optimizer.perturbed():
-            e = [slot.parameter.detach() - slot.quantized() for slot in optimizer.latents_of.slots]
+            e = [slot.parameter.detach() - slot.quantized() for slot in optimizer._latents.slots]
             loss_of(model).backward()
         optimizer.step()
     close(e, [RHO * x / flat(h).norm() for x in h])
@@ -195,22 +195,22 @@ def test_momentum_looks_ahead_to_where_the_base_is_going(base: Any, key: str, ma
     settings = {"momentum": 0.9} if base is torch.optim.SGD else {}
     model, optimizer = build(direction="momentum", base=base, maximize=maximize, **settings)
     run(model, optimizer, 2)
-    moments = [optimizer.base.state[slot.latent][key].clone() for slot in optimizer.latents_of.slots]
+    moments = [optimizer.base.state[slot.latent][key].clone() for slot in optimizer._latents.slots]
     with optimizer.perturbed():
-        e = [slot.parameter.detach() - slot.quantized() for slot in optimizer.latents_of.slots]
+        e = [slot.parameter.detach() - slot.quantized() for slot in optimizer._latents.slots]
         loss_of(model).backward()
     close(e, [-RHO * x / flat(moments).norm() for x in moments])
-    after = [optimizer.base.state[slot.latent][key] for slot in optimizer.latents_of.slots]
+    after = [optimizer.base.state[slot.latent][key] for slot in optimizer._latents.slots]
     assert all(torch.equal(a, b) for a, b in zip(moments, after, strict=True))
 
 
 def test_momentum_never_writes_the_moments_of_the_base_even_if_they_are_not_finite() -> None:
     model, optimizer = build(direction="momentum")
     run(model, optimizer, 1)
-    moment = optimizer.base.state[optimizer.latents_of.slots[0].latent]["exp_avg"]
+    moment = optimizer.base.state[optimizer._latents.slots[0].latent]["exp_avg"]
     moment[0, 0] = float("nan")
     with optimizer.perturbed():
-        assert all(torch.equal(slot.parameter, slot.quantized()) for slot in optimizer.latents_of.slots)
+        assert all(torch.equal(slot.parameter, slot.quantized()) for slot in optimizer._latents.slots)
         loss_of(model).backward()
     assert moment.isnan().sum() == 1
 
@@ -258,7 +258,7 @@ def test_reuse_takes_the_last_perturbation_again() -> None:
     _, first = gradient_and_perturbation(model, optimizer)
     optimizer.step()
     with optimizer.perturbed():
-        again = [slot.parameter.detach() - slot.quantized() for slot in optimizer.latents_of.slots]
+        again = [slot.parameter.detach() - slot.quantized() for slot in optimizer._latents.slots]
         loss_of(model).backward()
     close(again, first)
 

@@ -181,7 +181,7 @@ def test_a_tied_weight_steps_once(method):
     train(optimizer, model, TIED, 1)
     assert model.a.weight is model.b.weight
     assert torch.equal(latents(optimizer, model)["a.weight"], before.sub(gradient, alpha=0.1))
-    assert sum(slot.parameter is model.a.weight for slot in optimizer.latents_of.slots) == method.quantizes
+    assert sum(slot.parameter is model.a.weight for slot in optimizer._latents.slots) == method.quantizes
 
 
 @each_method
@@ -366,7 +366,7 @@ def test_inside_latents_the_model_holds_w(method):
     train(optimizer, model, MLP, 2)
     p = {name: t.clone() for name, t in model.state_dict().items()}
     with optimizer.latents():
-        for slot in optimizer.latents_of.slots:
+        for slot in optimizer._latents.slots:
             assert torch.equal(slot.parameter, slot.latent)
         w = {name: t.clone() for name, t in model.state_dict().items()}  # may be saved here
     assert_same(model.state_dict(), p)

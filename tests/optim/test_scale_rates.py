@@ -65,10 +65,10 @@ def test_the_relative_step_of_the_scales_is_that_of_the_weights(granularity):
     model = BERT.quantized(granularity=granularity)
     optimizer = QAT(model, AdamW, lr=1e-4, weight_decay=0.0)
     train(optimizer, model, BERT, 6)
-    w = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    w = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     s = {name: t.clone() for name, t in scales_of(model).items() if "weight_quantizer" in name}
     train(optimizer, model, BERT, 1, start=6)
-    moved_w = sum(float((slot.latent.detach() - w[slot.path]).square().sum()) for slot in optimizer.latents_of.slots)
+    moved_w = sum(float((slot.latent.detach() - w[slot.path]).square().sum()) for slot in optimizer._latents.slots)
     relative_w = math.sqrt(moved_w / sum(float(t.square().sum()) for t in w.values()))
     steps = torch.cat([((t - s[name]) / s[name]).flatten() for name, t in scales_of(model).items() if name in s])
     relative_s = float(steps.square().mean().sqrt())

@@ -60,7 +60,7 @@ class Training:
         return list(self.passes)
 
     def everything(self) -> dict[str, Tensor]:
-        latents = {f"w.{i}": slot.latent for i, slot in enumerate(self.optimizer.latents_of.slots)}
+        latents = {f"w.{i}": slot.latent for i, slot in enumerate(self.optimizer._latents.slots)}
         return latents | dict(self.model.named_parameters())
 
 
