@@ -24,7 +24,6 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
-from tests.reliability import fault
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
@@ -128,11 +127,6 @@ def test_a_copy_s_scales_are_the_copy_s(method):
 # --- an optimizer that hands its model over -----------------------------------------------------------------------
 
 
-@fault(
-    "a second optimizer is built on the model of one that still lives",
-    happens="RuntimeError that names `release()`; after that the second one takes over",
-    kept="latents, scales and Q(w), bit for bit; the first optimizer refuses every verb from then on",
-)
 @each_quantizing
 def test_release_hands_the_model_over_with_its_scales_and_latents(method):
     model = method.model(MLP)
