@@ -156,7 +156,7 @@ def _refuse_foreign(paths: list[str]) -> None:
 
 
 def _say_if_on_grid(slots: Sequence[Slot]) -> None:
-    rows = [slot for slot in slots if not (slot.lacks_scale or isinstance(slot.quantizer, Identity))]
+    rows = [slot for slot in slots if not isinstance(slot.quantizer, Identity)]
     found = [is_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
     if found and all(found):
         warnings.warn(
