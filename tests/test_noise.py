@@ -233,7 +233,7 @@ def test_state_and_scale_survive_a_cast_of_the_model(name):
     before = copy.deepcopy(q.state_dict())
     q.half()
     assert_same(before, q.state_dict())
-    assert sorted(before) == ["noise.seed", "noise.step", "scale"]
+    assert sorted(before) == ["limits", "noise.seed", "noise.step", "scale"]
 
 
 @each_noisy
