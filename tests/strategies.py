@@ -31,9 +31,10 @@ class Setting(NamedTuple):
 
 
 def settings_of_the_registry() -> list[Setting]:
-    """Return every registered quantizer in every granularity that it takes."""
+    """Return every registered quantizer in every granularity that it takes; an alias is no other quantizer."""
     kinds = [("per_tensor", True), ("per_tensor", False), ("per_channel", False), ("per_group", False)]
-    return [s for name in QUANTIZERS for s in (Setting(name, *kind) for kind in kinds) if _takes(s)]
+    names = [name for name in QUANTIZERS if not QUANTIZERS.options(name)]
+    return [s for name in names for s in (Setting(name, *kind) for kind in kinds) if _takes(s)]
 
 
 def _takes(setting: Setting) -> bool:

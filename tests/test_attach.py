@@ -147,7 +147,7 @@ class TestQuantize:
         keys = [key for key in model.state_dict() if "_quantizer." in key]
         inputs = [row for row in coverage.inputs if row.quantizer is not None]
         assert len(keys) == 2 * (len(coverage.quantized) + len(inputs))
-        assert all(key.endswith(".scale") for key in keys)
+        assert all(key.endswith((".scale", ".limits")) for key in keys)
 
     @zoo
     def test_float_weights_on_float_inputs_give_the_float_output(self, build, batch):

@@ -1,5 +1,6 @@
 """Each law is proved by quantizers that break it: the plants, wrong in one place each, and named by what is wrong."""
 
+import dataclasses
 import re
 from typing import ClassVar
 
@@ -164,9 +165,9 @@ class RunsAlongTheWrongAxis(LSQ):
     other = 1
 
     def init_(self, x):
-        axis, self.axis = self.axis, self.other
+        spec, self.spec = self.spec, dataclasses.replace(self.spec, axis=self.other)
         super().init_(x)
-        self.axis = axis
+        self.spec = spec
 
 
 @breaks("channels_commute", "on_the_grid", "codes_by_true_division", granularities=["per_channel"], axes=[0])
