@@ -254,8 +254,7 @@ def set_owner(coverage: Coverage, owner: Any | None) -> None:
 
 
 def keep_released_latents(coverage: Coverage, latents: dict[str, nn.Parameter]) -> None:
-    """Let nobody own these weights, and keep their latents, by path, for the next optimizer."""
-    set_owner(coverage, None)
+    """Keep the latents of weights that no optimizer owns, by path, for the next one."""
     coverage.status.released.update(latents)
 
 

@@ -499,7 +499,7 @@ def _owned(latents: Latents) -> Iterable[Tensor]:
     """Yield the tensors that DDP does not know of, which must be equal before it averages anything."""
     for slot in latents.slots:
         yield slot.latent.detach()
-    for quantizer in latents.quantizers:
+    for quantizer in latents.coverage.quantizers.values() if latents.coverage is not None else ():
         yield from quantizer.state_dict(keep_vars=True).values()
 
 

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from qsam.coverage import Coverage, refuse_changed
 from qsam.distributed import local, norms, whole
-from qsam.inputs import NAME as INPUT_NAME
 from qsam.quantizers import Identity, Quantizer
 
 if TYPE_CHECKING:
@@ -153,9 +152,7 @@ def _links(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
 
 def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:
     """Return every quantizer with the module and the name where it is attached."""
-    weights = ((row.module, f"{row.attr}_quantizer", row.quantizer) for row in coverage.weights)
-    inputs = ((row.module, INPUT_NAME, row.quantizer) for row in coverage.inputs)
-    return [(module, name, quantizer) for module, name, quantizer in (*weights, *inputs) if quantizer is not None]
+    return [(module, name, getattr(module, name)) for module, name, _ in coverage.places]
 
 
 def _refuse_foreign(paths: list[str]) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
@@ -24,8 +25,6 @@ from qsam import distributed
 from qsam.attach import quantize_, refuse_overflow
 from qsam.coverage import (
     Coverage,
-    Input,
-    Weight,
     coverage_of,
     keep_released_latents,
     owner_of,
@@ -191,27 +190,18 @@ class Latents:
         self.noisy = False
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
-        self.guard = Guard(coverage, self.root)
         if coverage is not None:
             _refuse_taken(coverage, self.root)
+        self.guard = Guard(coverage, self.root)
         distributed.refuse_unknown(self.root)
         if coverage is not None:
             self.slots = _new_slots(coverage)
-            self._input_noises = list(_noises(coverage.inputs))
-            self.noises = [*_noises(coverage.quantized), *self._input_noises]
+            self._input_noises = _noises(row.quantizer for row in coverage.inputs)
+            self.noises = _noises(slot.quantizer for slot in self.slots) + self._input_noises
             self.set_owner(owner)
         distributed.follow_fsdp(self)
         if coverage is not None:
             self.write()
-
-    @property
-    def quantizers(self) -> list[Quantizer]:
-        """All quantizers, weights' first."""
-        rows = self.coverage.inputs if self.coverage is not None else ()
-        return [
-            *(slot.quantizer for slot in self.slots),
-            *(row.quantizer for row in rows if row.quantizer is not None),
-        ]
 
     # --- write ----------------------------------------------------------------------------------------------------
 
@@ -452,10 +442,10 @@ class Latents:
         Args:
             agree: Tells whether a flag is set in any process; None if the other processes may not be asking.
         """
-        self.guard.check(self.slots, agree, self._any_process if self.sharded else None)
-
-    def _any_process(self, flag: bool) -> bool:
-        return distributed.any_process(flag, self.root.parameters())
+        among = (
+            functools.partial(distributed.any_process, tensors=list(self.root.parameters())) if self.sharded else None
+        )
+        self.guard.check(self.slots, agree, among)
 
     def _compare(self, slot: Slot) -> None:
         self.guard.compare(slot, slot.quantized())
@@ -483,19 +473,17 @@ class Latents:
         if self.coverage is not None and not self.guard.released:
             set_owner(self.coverage, owner)
 
-    def release_into_model(self) -> None:
-        """Write the latents into the model and give up ownership."""
-        self.write_latents()
+    def release(self, *, into_model: bool) -> None:
+        """Give up ownership, and write the latents into the model, or else keep them with it for the next optimizer."""
+        if into_model:
+            self.write_latents()
+        else:
+            self.guard.released = True
         if self.coverage is not None:
             set_owner(self.coverage, None)
+            if not into_model:
+                keep_released_latents(self.coverage, {slot.path: slot.latent for slot in self.slots})
         self.slots, self.noises, self._input_noises = [], [], []
-
-    def release_to_next_owner(self) -> None:
-        """Give up ownership and keep the latents with the model for the next optimizer; p goes on holding Q(w)."""
-        if self.coverage is not None:
-            keep_released_latents(self.coverage, {slot.path: slot.latent for slot in self.slots})
-        self.slots, self.noises, self._input_noises = [], [], []
-        self.guard.released = True
 
 
 def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
@@ -590,8 +578,6 @@ def _take_released(slots: Sequence[Slot], released: Mapping[str, nn.Parameter]) 
             slot.latent = present
 
 
-def _noises(rows: Iterable[Weight | Input]) -> Iterator[Noise]:
-    """Yield the streams of noise that the quantizers of these rows hold."""
-    for row in rows:
-        if row.quantizer is not None:
-            yield from (module for module in row.quantizer.modules() if isinstance(module, Noise))
+def _noises(quantizers: Iterable[Quantizer | None]) -> list[Noise]:
+    """Return the streams of noise that these quantizers hold."""
+    return [m for q in quantizers if q is not None for m in q.modules() if isinstance(m, Noise)]

@@ -146,7 +146,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
             self._build_scale_optimizer(scale_lr, scale_optimizer)
         except BaseException:
-            self._latents.release_into_model()
+            self._latents.release(into_model=True)
             raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
@@ -718,7 +718,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self._refuse_inside_block("release")
         follow_fsdp(self._latents, self.base)
         self._drop_gradients()
-        self._latents.release_to_next_owner()
+        self._latents.release(into_model=False)
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
@@ -774,7 +774,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "
                 "model of its own first."
             )
-        self._latents.release_into_model()
+        self._latents.release(into_model=True)
 
     # --- small questions ----------------------------------------------------------------------------------------
 

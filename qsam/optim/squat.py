@@ -79,7 +79,7 @@ class SQuAT(QuantizedOptimizer):
         self._steps_since_scales = 1 if schedule == "fused" else 0
         assert self.perturbation is not None
         if schedule == "fused" and self.perturbation.direction.passes == 1:
-            self._latents.release_into_model()
+            self._latents.release(into_model=True)
             raise ValueError(
                 "schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks."
             )
