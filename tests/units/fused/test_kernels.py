@@ -312,7 +312,6 @@ def test_a_kernel_is_its_formula(name, rows, dtype):
     p.copy_(w + 0.1 * values((12, 40), dtype, seed=2))
     rows_of = {
         "write": (p,),
-        "distance": (p,),
         "backward": (grad, p),
         "pull_back": (grad, p),
         "scale_gradient": (grad, p),
@@ -346,9 +345,8 @@ def test_the_verbs_are_the_gradients_of_fake_quantization(rows, dtype):
     given = grad.clone()
     assert sweeps.write_([Weight(w, p, grid)]) == [True]
     assert torch.equal(p, q)
-    assert sweeps.holds([Weight(w, p, grid)]) == [True]
-    ((found, same),) = sweeps.scale_gradients([Weight(w, p, grid)], [grad])
-    ((pulled, same_too),) = sweeps.pull_back_([Weight(w, p, grid)], [grad])
+    ((found, same),) = sweeps.pull_back_([Weight(w, p, grid)], [grad], overwrite=False)
+    ((pulled, same_too),) = sweeps.pull_back_([Weight(w, p, grid)], [grad], overwrite=True)
     assert same
     assert same_too
     assert same_bits(found, pulled)
@@ -379,7 +377,7 @@ def test_weights_that_fit_are_swept_and_the_others_are_left_alone():
     held = torch.zeros_like(p)
     weights = [Weight(other.t(), held, grid), Weight(w, p, grid), Weight(other, held, None)]
     assert sweeps.write_(weights) == [False, True, False]
-    found = sweeps.pull_back_(weights, [grad.t(), grad, grad.clone()])
+    found = sweeps.pull_back_(weights, [grad.t(), grad, grad.clone()], overwrite=True)
     assert [each is not None for each in found] == [False, True, False]
     assert torch.equal(p, w)
     assert not held.any()
@@ -395,9 +393,8 @@ def test_channels_last_weights_are_swept(rows):
     assert sweeps.write_([weight]) == [True]
     with using("eager"):
         assert torch.equal(p, fake_quantize(w, scale, -2, 1))
-    assert sweeps.holds([weight]) == [True]
-    assert sweeps.pull_back_([weight], [g.contiguous()]) == [None], "a gradient of another layout"
-    assert sweeps.pull_back_([weight], [g])[0][1] is True
+    assert sweeps.pull_back_([weight], [g.contiguous()], overwrite=True) == [None], "a gradient of another layout"
+    assert sweeps.pull_back_([weight], [g], overwrite=True)[0][1] is True
     assert torch.equal(p, w)
 
 
@@ -440,9 +437,8 @@ def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expecte
     w, grid, grad, p = verbs(rows)
     sweeps.write_([Weight(w, p, grid)])
     p[3, 7] = entry
-    assert sweeps.holds([Weight(w, p, grid)]) == [expected]
-    assert sweeps.scale_gradients([Weight(w, p, grid)], [grad])[0][1] is expected
-    assert sweeps.pull_back_([Weight(w, p, grid)], [grad])[0][1] is expected
+    assert sweeps.pull_back_([Weight(w, p, grid)], [grad], overwrite=False)[0][1] is expected
+    assert sweeps.pull_back_([Weight(w, p, grid)], [grad], overwrite=True)[0][1] is expected
 
 
 @pytest.mark.usefixtures("compiled")
@@ -505,10 +501,11 @@ def test_what_a_gpu_is_given_computes_the_same(rows, monkeypatch):
     def run(weight: Weight, grad: Tensor) -> list[object]:
         out, dx, ds = passed("compiled", weight.w, grid.scale, (grid.quant_min, grid.quant_max))
         assert sweeps.write_([weight]) == [True]
-        found = [out, dx, ds, weight.p.clone(), bool(sweeps.holds([weight])[0])]
+        found = [out, dx, ds, weight.p.clone()]
         found += [bool(sweeps.perturb_([weight], [step], [coefficient])[0]), weight.p.clone()]
         sweeps.write_([weight])
-        for ((ds, same),) in (sweeps.scale_gradients([weight], [grad]), sweeps.pull_back_([weight], [grad])):
+        for overwrite in (False, True):
+            ((ds, same),) = sweeps.pull_back_([weight], [grad], overwrite=overwrite)
             found += [ds, bool(same)]
         return [*found, grad, weight.p]
 
@@ -567,7 +564,7 @@ def test_a_weight_of_another_size_is_an_error_and_writes_no_memory(rows):
     grid = optimizer._latents.slots[0].quantizer.grid(before)
     weights = [Weight(before, torch.zeros(32), grid)]
     assert sweeps.write_(weights) == [False]
-    assert sweeps.holds(weights) == [None]
+    assert sweeps.pull_back_(weights, [before], overwrite=False) == [None]
 
 
 @pytest.mark.usefixtures("compiled")
