@@ -50,12 +50,13 @@ def test_dequantized_is_the_weight_bit_for_bit(kind, bits, granularity, weights,
         assert (record.codes.dtype, record.codes.shape, record.bits, record.signed) == (torch.int8, p.shape, bits, True)
         assert low <= int(record.codes.min()) <= int(record.codes.max()) <= high
         assert record.scale.dtype == torch.float32 and bool((record.scale > 0).all())
+        assert (record.axis is None) == (granularity == "per_tensor")
         assert record.scale.numel() == 1 or granularity != "per_tensor"
         assert record.dequantized().dtype == dtype
         assert torch.equal(record.dequantized(), p)
 
 
-@pytest.mark.parametrize(("method", "lives"), zip(QUANTIZING, itertools.cycle([True, False])), ids=str)
+@pytest.mark.parametrize(("method", "lives"), list(zip(QUANTIZING, itertools.cycle([True, False]))), ids=str)
 def test_after_training_the_record_computes_what_the_model_computes(method, lives):
     """A float copy with the dequantized weights, whose inputs are rounded by hand, gives the model's outputs."""
     model = MLP.quantized(bits=3, granularity="per_channel")

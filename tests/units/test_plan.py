@@ -91,8 +91,8 @@ def reasons(coverage):
     return {row.name: row.reason for row in coverage.weights if row.quantizer is None and len(row.shape) >= 2}
 
 
-def timm_model(name, **arguments):
-    return pytest.importorskip("timm").create_model(name, **arguments)
+VIT = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
 
 
 def hf_model(kind, **arguments):
@@ -106,78 +106,53 @@ def hf_model(kind, **arguments):
     return getattr(transformers, kind)(config)
 
 
-class TestLayers:
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_per_channel_quantizes_each_output_channel_alone(self, build, attr, axis):
-        layer = build()
-        before = getattr(layer, attr).detach().clone()
-        qsam.quantize_(layer, bits=3, granularity="per_channel", init="absmax", rules=[("*", {})])
-        qsam.write_(layer)
-        for channel, alone in zip(getattr(layer, attr).unbind(axis), before.unbind(axis), strict=True):
-            q = qsam.quantizers.LSQ(bits=3)
-            q.init = "absmax"  # a maximum does not depend on the order of its terms: bitwise
-            q.observe_(alone)
-            assert torch.equal(channel, q(alone))
+# --- layers -----------------------------------------------------------------------------------------------------------
 
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_per_tensor_quantizes_all_entries_with_one_scale(self, build, attr, axis):
-        layer = build()
-        before = getattr(layer, attr).detach().flatten()
-        qsam.quantize_(layer, bits=3, init="absmax", rules=[("*", {})])
-        qsam.write_(layer)
-        scale = before.abs().max() / 3
-        expected = scale * torch.round(before / scale)
-        torch.testing.assert_close(getattr(layer, attr).detach().flatten(), expected)
 
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_quantized_by_default(self, build, attr, axis):
-        assert attr in bits(qsam.quantize_(build()))
+@pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
+def test_each_layer_is_quantized_by_default_and_its_output_channels_alone(build, attr, axis):
+    """Each channel, and each group within one, as a tensor of its own. A maximum knows no order: bit for bit."""
+    layer = build()
+    before = getattr(layer, attr).detach().clone()
+    assert attr in bits(qsam.quantize_(layer, bits=3, init="absmax", rules=[("*", {})]))
+    scale = before.abs().max() / 3
+    torch.testing.assert_close(getattr(layer, f"{attr}_quantizer").scale, scale[None])
+    qsam.dequantize_(layer)
+    rows = before.movedim(axis, 0).flatten(1)
+    groups = 3 if rows.shape[1] % 2 else 2
+    grouped = {"granularity": "per_group", "group_size": rows.shape[1] // groups, "activations": None}
+    qsam.quantize_(layer, init="absmax", rules=[(attr, {"bits": 3, **grouped})])
+    expected = rows.unflatten(1, (groups, -1)).abs().amax(-1) / 3
+    close = dict(rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+    torch.testing.assert_close(getattr(layer, f"{attr}_quantizer").scale.squeeze(-1), expected, **close)
+    qsam.dequantize_(layer)
+    assert attr in bits(qsam.quantize_(layer, bits=3, granularity="per_channel", init="absmax"))
+    qsam.write_(layer)
+    for channel, alone in zip(getattr(layer, attr).unbind(axis), before.unbind(axis), strict=True):
+        q = qsam.quantizers.LSQ(bits=getattr(layer, f"{attr}_quantizer").bits)
+        q.init = "absmax"
+        q.observe_(alone)
+        assert torch.equal(channel, q(alone))
 
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_a_group_lies_within_one_output_channel(self, build, attr, axis):
-        layer = build()
-        before = getattr(layer, attr).detach().movedim(axis, 0).flatten(1)
-        groups = 3 if before.shape[1] % 2 else 2
-        group = before.shape[1] // groups
-        qsam.quantize_(
-            layer,
-            bits=3,
-            init="absmax",
-            activations=None,
-            rules=[(attr, dict(granularity="per_group", group_size=group))],
-        )
-        scale = getattr(layer, f"{attr}_quantizer").scale
-        expected = before.unflatten(1, (groups, group)).abs().amax(-1) / 3
-        torch.testing.assert_close(scale.squeeze(-1), expected, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
 
-    def test_embedding_by_rule_has_a_scale_a_row(self):
-        layer = nn.Embedding(5, 4)
-        qsam.quantize_(layer, granularity="per_channel", rules=[(nn.Embedding, {})])
-        assert layer.weight_quantizer.scale.shape == (5, 1)
+def test_embedding_by_rule_has_a_scale_per_row():
+    layer = nn.Embedding(5, 4)
+    qsam.quantize_(layer, granularity="per_channel", rules=[(nn.Embedding, {})])
+    assert layer.weight_quantizer.scale.shape == (5, 1)
 
-    def test_recurrent_layers_have_a_quantizer_for_each_matrix(self):
-        layer = nn.LSTM(4, 6, num_layers=2, bidirectional=True)
-        coverage = qsam.quantize_(layer)
-        assert set(bits(coverage)) == {
-            name for name, p in layer.named_parameters() if name.startswith("weight") and "." not in name
-        }
 
-    def test_a_group_that_does_not_divide_is_refused_with_the_path(self, model):
-        with pytest.raises(ValueError, match=r"'stem.weight': `group_size` must divide the 6 entries"):
-            qsam.quantize_(model, granularity="per_group", group_size=4)
-
-    def test_a_group_size_without_groups_is_refused(self, model):
-        with pytest.raises(ValueError, match=r"'stem.weight': `group_size` belongs to granularity 'per_group'"):
-            qsam.quantize_(model, group_size=4)
+def test_recurrent_layers_have_a_quantizer_for_each_matrix():
+    layer = nn.LSTM(4, 6, num_layers=2, bidirectional=True)
+    names = {name for name, _ in layer.named_parameters() if name.startswith("weight")}
+    assert set(bits(qsam.quantize_(layer))) == names
 
 
 class TestDefaultPolicy:
-    def test_every_parameter_is_listed_in_order(self, model):
+    def test_every_parameter_is_listed_in_order_and_float_ones_have_a_reason(self, model):
         names = [name for name, _ in model.named_parameters()]
-        assert [row.name for row in qsam.quantize_(model).weights] == names
-
-    def test_float_parameters_have_a_reason(self, model):
-        assert all(row.reason for row in qsam.quantize_(model).weights if row.quantizer is None)
+        rows = qsam.quantize_(model).weights
+        assert [row.name for row in rows] == names
+        assert all(row.reason for row in rows if row.quantizer is None)
 
     def test_the_last_layer_is_the_head_and_gets_8_bits(self, model):
         coverage = qsam.quantize_(model, bits=2, activation_bits=4)
@@ -239,50 +214,31 @@ class TestDefaultPolicy:
         }
         names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
         assert bits(coverage) == {f"transformer.h.{i}.{name}.weight": 4 for i in range(2) for name in names}
-
-    def test_untied_gpt2_gives_its_head_8_bits(self):
-        assert bits(qsam.quantize_(hf_model("GPT2LMHeadModel", tie_word_embeddings=False)))["lm_head.weight"] == 8
-
-    def test_vit(self):
-        coverage = qsam.quantize_(timm_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2))
-        assert set(reasons(coverage)) == {"cls_token", "pos_embed"}
-        assert {name for name, width in bits(coverage).items() if width == 8} == {
-            "patch_embed.proj.weight",
-            "head.weight",
-        }
-
-    def test_a_headless_vit_gives_8_bits_to_its_patches_only(self):
-        coverage = qsam.quantize_(timm_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2, num_classes=0))
-        assert [name for name, width in bits(coverage).items() if width == 8] == ["patch_embed.proj.weight"]
-
-    def test_resnet(self):
-        coverage = qsam.quantize_(timm_model("resnet18"), init="absmax")
-        assert not reasons(coverage)
-        assert {name for name, width in bits(coverage).items() if width == 8} == {"conv1.weight", "fc.weight"}
-        assert len(bits(coverage)) == 21
+        untied = qsam.quantize_(hf_model("GPT2LMHeadModel", tie_word_embeddings=False))
+        assert bits(untied)["lm_head.weight"] == 8
 
     @pytest.mark.parametrize(
-        ("name", "arguments", "ends"),
+        ("name", "arguments", "ends", "stays"),
         [
-            ("mobilenetv2_035", {}, {"conv_stem.weight", "classifier.weight"}),
+            ("vit_tiny_patch16_224", VIT, {"patch_embed.proj.weight", "head.weight"}, {"cls_token", "pos_embed"}),
             (
-                "convnext_atto",
-                {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
-                {"stem.0.weight", "head.fc.weight"},
+                "vit_tiny_patch16_224",
+                {**VIT, "num_classes": 0},
+                {"patch_embed.proj.weight"},
+                {"cls_token", "pos_embed"},
             ),
+            ("resnet18", {}, {"conv1.weight", "fc.weight"}, set()),
+            ("convnext_atto", CONVNEXT, {"stem.0.weight", "head.fc.weight"}, set()),
         ],
+        ids=["ViT", "ViT without a head", "ResNet", "ConvNeXt"],
     )
-    def test_stem_and_classifier_of_convolutional_models_get_8_bits(self, name, arguments, ends):
-        coverage = qsam.quantize_(timm_model(name, **arguments), init="absmax")
-        assert not reasons(coverage)
+    def test_stem_and_head_of_timm_models_get_8_bits(self, name, arguments, ends, stays):
+        model = pytest.importorskip("timm").create_model(name, **arguments)
+        coverage = qsam.quantize_(model, init="absmax")
+        assert set(reasons(coverage)) == stays
         assert {name for name, width in bits(coverage).items() if width == 8} == ends
-        assert {row.reason for row in coverage.quantized if row.name in ends} == {"input layer", "head"}
-
-    def test_transformer_encoder(self):
-        layer = nn.TransformerEncoderLayer(8, 2, 16)
-        coverage = qsam.quantize_(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
-        assert not reasons(coverage)
-        assert len(bits(coverage)) == 2 * 4
+        roles = {row.reason for row in coverage.quantized if row.name in ends}
+        assert roles == ({"input layer"} if len(ends) == 1 else {"input layer", "head"})
 
     def test_tied_linear_layers_share_one_quantizer(self):
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
@@ -323,16 +279,13 @@ WRONG_RULES = {
         "'bodi' matches no parameter .* Did you mean 'body.weight'",
     ),
     "no match, nothing near": ([("xyz", None)], ValueError, "'xyz' matches .* There are: stem.weight, body.weight"),
-    "no match among types": ([(nn.Conv2d, None)], ValueError, "Conv2d.* matches no parameter of two or more dim"),
     "a vector": ([("*.bias", {})], ValueError, "matches no parameter of two or more dimensions"),
     "unknown key": ([("body", {"bit": 2})], TypeError, "cannot override 'bit'. Did you mean 'bits'"),
-    "unlike any key": ([("body", {"zzz": 2})], TypeError, "cannot override 'zzz'. Known: .*'activation_bits'"),
     "bad value": (
         [("body", {"bits": 9})],
         ValueError,
         r"in the rule 'body': `bits` must be an integer in \[2, 8\], got 9",
     ),
-    "bad kind": ([("body", {"bits": 4.0})], TypeError, r"in the rule 'body': `bits` must be an integer"),
     "unknown quantizer": ([("body", {"weights": "lsk"})], ValueError, "no quantizer 'lsk'. Did you mean 'lsq'"),
     "a class for a name": (
         [("body", {"weights": nn.Linear})],
@@ -341,12 +294,8 @@ WRONG_RULES = {
     ),
     "overrides of a wrong kind": ([("body", 4)], TypeError, r"must be None \(float\) or a dict .*, got 4"),
     "selector of a wrong kind": ([(3, None)], TypeError, "selector must be a glob, .*, got 3"),
-    "type that is no module": ([(int, None)], TypeError, "selector must be a glob, .*, got <class 'int'>"),
     "module for its type": ([(nn.Linear(2, 2), None)], TypeError, "selector must be a glob"),
     "regular expression": ([("re:(", None)], ValueError, re.escape("'re:(' is not a regular expression")),
-    "dict of rules": ({"body": None}, TypeError, r"sequence of pairs \(selector, overrides\), got {'body'"),
-    "one bare rule": (("body", None), TypeError, r"sequence of pairs \(selector, overrides\), got 'body' in it"),
-    "a string": ("body", TypeError, r"sequence of pairs \(selector, overrides\), got 'body'"),
 }
 
 
@@ -444,19 +393,7 @@ BAD_VALUES = {
         r"`activation_bits` must be an integer in \[2, 8\], got 9",
     ),
     "init": (dict(init="msee"), ValueError, "`init` must be one of mse, .*, got 'msee'. Did you mean 'mse'"),
-    "init, weights float": (dict(init="msee", weights=None), ValueError, "`init` must be one of"),
-    "granularity": (
-        dict(granularity="channel"),
-        ValueError,
-        "'stem.weight': `granularity` must be one of per_tensor",
-    ),
     "unknown weights": (dict(weights="lsg"), ValueError, "There is no quantizer 'lsg'. Did you mean 'lsq'"),
-    "unknown activations": (dict(activations="lsg"), ValueError, "There is no quantizer 'lsg'"),
-    "activations of a wrong kind": (
-        dict(activations=4),
-        TypeError,
-        "the input of 'stem': a quantizer is a registered",
-    ),
     "activations per channel": (
         dict(activations="per_channel"),
         ValueError,
