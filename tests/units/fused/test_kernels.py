@@ -119,7 +119,14 @@ SPECIAL = [0.0, -0.0, float("inf"), -float("inf"), float("nan"), 1e-45, 6e-8, 3e
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize(
     ("dtype", "where"),
-    [(torch.float32, "x"), (torch.float64, "grad"), (torch.bfloat16, "scale"), (torch.float16, "x"), (torch.float32, "scale"), (torch.bfloat16, "grad")],
+    [
+        (torch.float32, "x"),
+        (torch.float64, "grad"),
+        (torch.bfloat16, "scale"),
+        (torch.float16, "x"),
+        (torch.float32, "scale"),
+        (torch.bfloat16, "grad"),
+    ],
     ids=str,
 )
 def test_special_values_are_the_eager_ones(dtype, where):
@@ -177,19 +184,6 @@ def test_a_sum_of_many_terms_is_as_exact_as_one_block_is():
 
 
 @pytest.mark.usefixtures("compiled")
-def test_only_the_gradients_that_are_asked_for_are_returned():
-    x = values((16, 16))
-    scale = torch.tensor([0.3], requires_grad=True)
-    (ds,) = torch.autograd.grad(fake_quantize(x, scale, -4, 3).sum(), scale)
-    leaf = x.clone().requires_grad_()
-    (dx,) = torch.autograd.grad(fake_quantize(leaf, scale.detach(), -4, 3).sum(), leaf)
-    assert ds.shape == (1,)
-    v = x / scale.detach()
-    assert torch.equal(dx, ((v > -4) & (v < 3)).float())
-    assert not fake_quantize(x, scale.detach(), -4, 3).requires_grad
-
-
-@pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("layout", ["transposed", "channels_last", "sliced"])
 @pytest.mark.parametrize("scales", [(1,), (4, 1, 1, 1)], ids=str)
 def test_every_layout_gives_what_its_copy_gives(layout, scales):
@@ -221,7 +215,11 @@ def test_a_channels_last_tensor_is_for_a_kernel_and_stays_it():
 @TANGENTS
 @pytest.mark.parametrize(
     ("backend", "kind"),
-    [("compiled", {}), ("compiled", {"granularity": "per_channel", "axis": 0}), ("eager", {"granularity": "per_channel", "axis": 1})],
+    [
+        ("compiled", {}),
+        ("compiled", {"granularity": "per_channel", "axis": 0}),
+        ("eager", {"granularity": "per_channel", "axis": 1}),
+    ],
 )
 def test_transforms_of_torch_func_agree_with_each_other(backend, kind):
     """The tangent is the straight-through one: jvp and jacfwd are jacrev, per-sample gradients those of a loop."""
@@ -264,22 +262,6 @@ def test_a_quantized_model_has_a_tangent(backend="compiled"):
             (_, again) = torch.autograd.forward_ad.unpack_dual(dual)
     torch.testing.assert_close(tangent, torch.tensordot(jacobian, t, dims=2))
     torch.testing.assert_close(again, tangent)
-
-
-@pytest.mark.usefixtures("compiled")
-def test_a_second_derivative_goes_the_eager_way():
-    x = values((6, 12))
-    q = LSQ(bits=3)
-    q.observe_(x)
-
-    def second(t):
-        leaf = t.clone().requires_grad_()
-        (first,) = torch.autograd.grad(q(leaf).pow(3).sum(), leaf, create_graph=True)
-        return torch.autograd.grad(first.sum(), leaf)[0]
-
-    fused = second(x)
-    with using("eager"):
-        assert torch.equal(fused, second(x))
 
 
 @pytest.mark.usefixtures("compiled")
@@ -595,23 +577,6 @@ def test_a_quantizer_has_a_grid_only_where_scales_belong_to_rows():
     assert q.grid(x) is None
 
 
-class Narrow(LSQ):
-    """Symmetric: as many codes below 0 as above."""
-
-    @property
-    def quant_min(self) -> int:
-        return -self.quant_max
-
-
-@pytest.mark.parametrize("backend", ["compiled", "eager"])
-def test_a_subclass_with_limits_of_its_own_keeps_them(backend):
-    needs_kernels()
-    q = Narrow(bits=2)
-    q.observe_(values((300, 300)))
-    with using(backend):
-        assert q(values((300, 300))).div(q.scale).round().unique().tolist() == [-1.0, 0.0, 1.0]
-
-
 @pytest.mark.usefixtures("compiled")
 def test_what_memory_does_not_tell_goes_the_eager_way():
     """A lazy negation; batched gradients; a trace and a mode, which would not see a kernel."""
@@ -668,26 +633,31 @@ def test_a_second_derivative_counts_what_an_input_was_made_of_once(backend):
 
 
 class Narrowing(LSQ):
-    """A grid that gets smaller."""
+    """A symmetric grid that gets smaller."""
 
     levels = 7
+
+    @property
+    def quant_min(self) -> int:
+        return -self.levels
 
     @property
     def quant_max(self) -> int:
         return self.levels
 
 
-def test_limits_that_move_are_looked_up_each_time():
+@pytest.mark.usefixtures("compiled")
+def test_a_subclass_with_limits_of_its_own_keeps_them_and_they_are_looked_up_each_time():
     x = values((64, 40))
     q = Narrowing(bits=4)
     q.observe_(x)
-    for levels in (7, 3):
+    for levels in (7, 1):
         q.levels = levels
         assert q.grid(x).quant_max == levels
+        assert q(x).div(q.scale).round().unique().tolist() == list(range(-levels, levels + 1))
 
 
-@pytest.mark.parametrize("backend", ["compiled", "eager"])
-def test_no_tensor_stays_behind_after_a_step(backend):
+def test_no_tensor_stays_behind_after_a_step(backend="compiled"):
     needs_kernels()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))

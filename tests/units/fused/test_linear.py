@@ -178,7 +178,12 @@ def test_what_others_write_into_the_weight_is_seen_at_once(products):
 
 @pytest.mark.parametrize(
     ("granularity", "on_grid", "shape"),
-    [("per_tensor", True, (130, 96)), ("per_channel", False, (13, 10, 96)), ("per_channel", True, (2, 5, 13, 96)), ("per_tensor", False, (3, 96))],
+    [
+        ("per_tensor", True, (130, 96)),
+        ("per_channel", False, (13, 10, 96)),
+        ("per_channel", True, (2, 5, 13, 96)),
+        ("per_tensor", False, (3, 96)),
+    ],
 )
 def test_gradients_are_those_of_the_formula(granularity, on_grid, shape):
     """Of x, W and b bit for bit; of s, a sum of all entries, to rounding."""
