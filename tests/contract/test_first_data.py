@@ -11,7 +11,6 @@ from torch import nn
 import qsam
 from qsam.quantizers import build_quantizer
 from tests.models import mlp, vectors
-from tests.reliability import fault
 
 X = vectors(0)["x"]
 
@@ -26,7 +25,6 @@ def quantizer_of(model):
 
 
 class TestInputs:
-    @fault("a first batch of zeros", happens="the input passes in float", kept="the next batch sets scale and sign")
     def test_zeros_leave_an_input_uncalibrated(self):
         model, other = mlp(), mlp()
         qsam.quantize_(model)
@@ -47,11 +45,6 @@ class TestInputs:
         model.train()(X)
         assert quantizer_of(model).calibrated
 
-    @fault(
-        "a first batch without a negative entry (ones from a summary tool), then negative ones",
-        happens="they become 0; one warning names the input and `calibrate`",
-        kept="after `calibrate` the input is signed",
-    )
     def test_negative_entries_at_an_unsigned_input_are_told_once_and_the_cure_works(self):
         model = mlp()
         qsam.quantize_(model)
@@ -82,11 +75,6 @@ class TestFreshBatchNorms:
             *[nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(12)]
         )
 
-    @fault(
-        "`calibrate` of a model whose BatchNorms have seen nothing",
-        happens="they normalize by the batch while it runs",
-        kept="their buffers",
-    )
     def test_scales_do_not_shrink_with_depth(self):
         model, x = self.deep(), torch.randn(8, 4, 6, 6)
         trained = copy.deepcopy(model)
@@ -166,11 +154,6 @@ class TestWeightsOfZeros:
             loss = optimizer.step(closure).item()
         return loss, layer, optimizer
 
-    @fault(
-        "a weight that is initialised to zeros",
-        happens="it has no scale until a step makes it differ from 0",
-        kept="the loss falls as in float",
-    )
     @pytest.mark.parametrize(
         ("method", "granularity"),
         [
