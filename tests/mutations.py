@@ -114,7 +114,7 @@ MUTATIONS = [
     Mutation("qsam/fused/sweeps.c", "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "(bits + 0x8000) >> 16"),
     Mutation("qsam/fused/sweeps.c", "p[i] = q + d[i] * coefficient;", "p[i] += d[i] * coefficient;"),
     Mutation("qsam/fused/kernels.py", "if not alike or not t.is_contiguous(memory_format=layout)", "if not alike"),
-    Mutation("qsam/fused/sweeps.py", "torch.autograd.graph.increment_version(t)", "pass"),
+    Mutation("qsam/fused/kernels.py", "torch.autograd.graph.increment_version(t)", "pass"),
     Mutation("qsam/fused/linear.py", "if torch.is_grad_enabled() and not (x.requires_grad or grid.scale.requires_grad):", "if x.numel() == 0:"),
     # statistics and measures
     Mutation("qsam/batchnorm.py", "            norm.momentum = None", "            norm.momentum = 0.5"),

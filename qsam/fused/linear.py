@@ -26,7 +26,7 @@ from torch.autograd.function import FunctionCtx
 from torch.nn import functional
 
 from qsam.functional import Grid, fake_quantize, fake_quantize_vjp
-from qsam.fused import backend, kernels, native
+from qsam.fused import kernels, native
 from qsam.private import ask, has_global_hook
 from qsam.quantizers.base import Quantizer
 
@@ -98,7 +98,7 @@ def _quantized(value: Any) -> Any:
 def _linear(pending: Pending, weight: Tensor, bias: Tensor | None) -> Tensor:
     x, scale = pending.x, pending.grid.scale
     others = [t for t in (weight, bias) if t is not None]
-    plain = all(t.dtype == x.dtype and t.device == x.device and backend.is_plain(t) for t in others)
+    plain = all(t.dtype == x.dtype and t.device == x.device and kernels.is_plain(t) for t in others)
     fits = weight.dim() == 2 and weight.shape[1] == x.shape[-1] and len(weight) > 0
     unpacked: Callable[[Tensor], Any] = forward_ad.unpack_dual
     with_tangent = any(unpacked(t).tangent is not None for t in (x, scale, *others))
@@ -140,7 +140,7 @@ class _Linear(torch.autograd.Function):
         grid: Grid = ctx.grid  # type: ignore[attr-defined]
         needs_x, needs_s, needs_w, needs_b = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
         # With create_graph=True and is_grads_batched=True nothing may be written in place.
-        in_place = not torch.is_grad_enabled() and backend.is_plain(grad)
+        in_place = not torch.is_grad_enabled() and kernels.is_plain(grad)
         rows = grad.reshape(-1, grad.shape[-1])
         quantized = _on_grid(x, scale, grid).view(-1, x.shape[-1])
         dw = rows.t() @ quantized if needs_w else None

@@ -110,7 +110,7 @@ class Quantizer(nn.Module):
     def __init__(self, **setting: Any) -> None:
         super().__init__()
         self.spec = Spec(**setting)
-        self.register_buffer(LIMITS, torch.zeros(2, dtype=torch.float32))
+        self.register_buffer("limits", torch.zeros(2, dtype=torch.float32))
 
     # --- what a subclass implements -----------------------------------------------------------------------------
 

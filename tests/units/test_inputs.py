@@ -640,7 +640,7 @@ class TestSharded:
         shard(model)
         with pytest.raises(RuntimeError, match=r"input of '0' has no scale yet, and under FSDP2 .* before fully_shard"):
             model(x)
-        with pytest.raises(RuntimeError, match="sharded already, .* with it: call calibrate before fully_shard"):
+        with pytest.raises(RuntimeError, match=r"sharded already, .* with it: call calibrate before fully_shard"):
             qsam.calibrate(model, [x])
         with pytest.raises(RuntimeError, match="sharded already: call quantize_ before fully_shard"):
             qsam.quantize_(shard(mlp()))

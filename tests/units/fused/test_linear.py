@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 import qsam
 from qsam.functional import fake_quantize
 from qsam.fused import linear
-from qsam.fused.backend import using
+from qsam.fused.kernels import using
 from tests.optim.methods import QUANTIZING
 
 EPS = torch.finfo(torch.float32).eps
