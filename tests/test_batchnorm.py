@@ -10,8 +10,8 @@ from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
 import qsam
+from tests.methods import QUANTIZING, assert_on_grid, assert_same, buffers_of, closure_of, everything, train
 from tests.models import CONV, EVERYWHERE
-from tests.optim.methods import QUANTIZING, assert_on_grid, assert_same, buffers_of, closure_of, everything, train
 from tests.reliability import fault
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")

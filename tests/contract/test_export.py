@@ -10,8 +10,8 @@ from torch import nn
 
 import qsam
 from qsam.functional import integer_limits
+from tests.methods import QUANTIZING, train
 from tests.models import MLP, TIED
-from tests.optim.methods import QUANTIZING, train
 
 transformers_utils = pytest.importorskip("transformers.pytorch_utils")
 

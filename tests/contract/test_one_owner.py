@@ -12,9 +12,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
-from tests.models import CONV, MLP
-from tests.optim.methods import (
-    METHODS,
+from tests.methods import (
+    KINDS,
     QUANTIZING,
     assert_on_grid,
     assert_same,
@@ -24,9 +23,10 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
+from tests.models import CONV, MLP
 from tests.reliability import fault
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+each_method = pytest.mark.parametrize("method", KINDS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 ON_GRID = "the model's weights are on the quantization grid already"
 

@@ -8,10 +8,10 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
 from tests.integrations.frameworks import steps_by_hand
+from tests.methods import KINDS, METHODS, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import MLP
-from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+each_method = pytest.mark.parametrize("method", KINDS, ids=str)
 
 
 def prepared(method, **settings):

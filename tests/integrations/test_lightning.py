@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 import qsam
 from qsam.integrations.lightning import LightningMixin
 from tests.integrations.frameworks import Rows
+from tests.methods import KINDS, METHODS, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import CONV, MLP
-from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
@@ -95,7 +95,7 @@ def by_closure(method, task=MLP, base=AdamW, batches=4, autocast=False, **option
 SQUAT = next(m for m in METHODS if str(m) == "squat-same_batch")
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", KINDS, ids=str)
 def test_a_fit_is_a_loop_of_closures(method, tmp_path):
     module = Lit(method, CONV)
     trainer = fit(tmp_path, module)

@@ -20,8 +20,8 @@ from qsam.fused import formulas, kernels, native, sweeps
 from qsam.fused.backend import SMALLEST, using
 from qsam.fused.sweeps import Weight
 from qsam.quantizers import LSQ
+from tests.methods import KINDS, QUANTIZING, assert_on_grid, latents, train
 from tests.models import CONV, MLP
-from tests.optim.methods import METHODS, QUANTIZING, assert_on_grid, latents, train
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TANGENTS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
@@ -453,7 +453,7 @@ def test_a_write_counts_as_one_for_autograd():
     assert p._version > version
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("method", KINDS, ids=str)
 @pytest.mark.parametrize("granularity", ["per_tensor", pytest.param("per_channel", marks=pytest.mark.long)])
 def test_training_agrees_between_the_back_ends(method, granularity):
     needs_kernels()

@@ -16,9 +16,8 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.measure.probe import probing
-from tests.models import BERT, CONV, EVERYWHERE, MLP
-from tests.optim.methods import (
-    METHODS,
+from tests.methods import (
+    KINDS,
     QUANTIZING,
     assert_on_grid,
     assert_same,
@@ -27,10 +26,11 @@ from tests.optim.methods import (
     long_but,
     train,
 )
+from tests.models import BERT, CONV, EVERYWHERE, MLP
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-SOME = [method for method in METHODS if str(method) in {"sam", "squat-same_batch"}]
-each_method_long_but_two = pytest.mark.parametrize("method", long_but(SOME, METHODS), ids=str)
+each_method = pytest.mark.parametrize("method", KINDS, ids=str)
+SOME = [method for method in KINDS if str(method) in {"sam", "squat-same_batch"}]
+each_method_long_but_two = pytest.mark.parametrize("method", long_but(SOME, KINDS), ids=str)
 
 
 class Quadratic(nn.Module):
@@ -323,7 +323,7 @@ def test_training_goes_on_as_if_nothing_had_been_measured(method, measure):
 
 
 def test_all_evaluations_see_the_same_dropout_and_batch_norm():
-    optimizer, model = trained(METHODS[0], CONV)
+    optimizer, model = trained(KINDS[0], CONV)
     closure = closure_of(optimizer, model, CONV, CONV.batch(8))
     sharp = qsam.sharpness(optimizer, closure, steps=2)
     line = qsam.loss_slice(optimizer, closure, points=5)
@@ -473,7 +473,7 @@ def test_a_slice_of_a_quadratic_is_a_parabola():
 
 
 def test_the_random_direction_follows_from_its_seed():
-    optimizer, model = trained(METHODS[0], MLP)
+    optimizer, model = trained(KINDS[0], MLP)
     closure = closure_of(optimizer, model, MLP, MLP.batch(3))
     first, again, other = (qsam.loss_slice(optimizer, closure, "random", points=3, seed=s) for s in (0, 0, 1))
     assert torch.equal(first.losses["random"], again.losses["random"])

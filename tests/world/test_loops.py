@@ -1,39 +1,36 @@
-"""What people put round a model and a loop: averages, LoRA, hooks, checkpointing, dropped layers, modules used twice."""
+"""What people put round a model and a loop: averages, hooks, checkpointing, dropped layers, modules used twice."""
 
 import copy
 import functools
+import math
 import pickle
+import warnings
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import (
+    OneCycleLR,
+)
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import qsam
-from tests.models import BERT, MLP, Task, cross_entropy, seeded, vectors
-from tests.optim.methods import (
-    METHODS,
-    PERTURBING,
-    QUANTIZING,
+from tests.methods import (
     assert_on_grid,
     assert_same,
-    closure_of,
+    each_kind,
+    each_perturbing,
+    each_quantizing,
     everything,
     latents,
     train,
 )
-
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
-each_perturbing = pytest.mark.parametrize("method", PERTURBING, ids=str)
+from tests.models import BERT, CONV, GPT2, MLP, RESNET, Task, cross_entropy, seeded, vectors
 
 
-# --- averages -----------------------------------------------------------------------------------------------------
-
-
-@each_method
+@each_kind
 def test_an_average_taken_inside_latents_is_the_average_of_the_latents(method):
     """AveragedModel copies the model it is given: build it and update it where the model holds w."""
     model = method.model(MLP)
@@ -60,26 +57,7 @@ def test_an_average_taken_inside_latents_is_the_average_of_the_latents(method):
         )
 
 
-@each_quantizing
-def test_a_copied_average_is_written_on_its_own_grid(method):
-    """The averaged model carries its scales: write_ makes it the model to deploy."""
-    model = method.model(MLP)
-    optimizer = method(model, lr=1e-2)
-    with optimizer.latents():
-        average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5))
-    for i in range(3):
-        train(optimizer, model, MLP, 1, start=i)
-        with optimizer.latents():
-            average.update_parameters(model)
-    before = everything(optimizer, model)
-    qsam.write_(average.module)
-    weight = average.module[0].weight
-    assert len(weight.unique()) <= 16
-    assert torch.equal(average.module[0].weight_quantizer(weight), weight)
-    assert_same(everything(optimizer, model), before)
-
-
-@each_method
+@each_kind
 def test_stochastic_weight_averaging_with_its_scheduler(method):
     """SWA at the end: the averaged latents become the model's, and Q of them is written."""
     model = method.model(MLP)
@@ -104,10 +82,7 @@ def test_stochastic_weight_averaging_with_its_scheduler(method):
     train(optimizer, model, MLP, 1, start=3)
 
 
-# --- gradients ----------------------------------------------------------------------------------------------------
-
-
-@each_method
+@each_kind
 def test_a_hook_on_a_gradient_acts_in_every_pass(method):
     """One that doubles dL/dp is a loss of twice the size."""
     ends = []
@@ -129,21 +104,6 @@ def test_a_hook_on_a_gradient_acts_in_every_pass(method):
             optimizer.step(closure)
         ends.append(everything(optimizer, model))
     assert_same(*ends)
-
-
-@each_method
-def test_a_hook_after_accumulation_sees_each_pass_once(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    seen = []
-    model[0].weight.register_post_accumulate_grad_hook(lambda p: seen.append(p.grad is not None))
-    calls = []
-    closure = closure_of(optimizer, model, MLP, MLP.batch(0))
-    optimizer.step(lambda: calls.append(1) or closure())
-    assert seen == [True] * len(calls)
-
-
-# --- activation checkpointing -------------------------------------------------------------------------------------
 
 
 class Checkpointed(nn.Module):
@@ -169,7 +129,7 @@ def checkpointed(reentrant):
     return Task("checkpointed", build, vectors, cross_entropy)
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("reentrant", [True, False], ids=["reentrant", "non-reentrant"])
 def test_recomputed_activations_change_nothing(method, reentrant):
     """Both ways: the backward runs inside the block, at the weights of its forward."""
@@ -182,9 +142,6 @@ def test_recomputed_activations_change_nothing(method, reentrant):
         losses = train(optimizer, model, task, 3)
         ends.append(everything(optimizer, model) | {"losses": torch.tensor(losses)})
     assert_same(*ends)
-
-
-# --- layers that come and go --------------------------------------------------------------------------------------
 
 
 class LayerDrop(nn.Module):
@@ -208,7 +165,7 @@ class LayerDrop(nn.Module):
 LAYER_DROP = Task("layer-drop", seeded(LayerDrop), vectors, cross_entropy)
 
 
-@each_method
+@each_kind
 def test_all_passes_of_a_step_skip_the_same_layers(method):
     model = method.model(LAYER_DROP)
     optimizer = method(model)
@@ -266,7 +223,7 @@ class Unrolled(Twice):
         return self.head(torch.relu(self.b(torch.relu(again))))
 
 
-@each_method
+@each_kind
 def test_a_module_that_is_called_twice_has_one_gradient_and_one_that_is_never_called_none(method):
     ends = []
     for cls in (Twice, Unrolled):
@@ -296,69 +253,7 @@ def test_a_quantized_layer_that_is_never_called_stays_where_it_is(method):
     assert_on_grid(optimizer)
 
 
-# --- LoRA ---------------------------------------------------------------------------------------------------------
-
-
-peft = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
-
-
-def lora(trained_base):
-    """Return BERT with real LoRA adapters in its attention; the base quantized, frozen or trained."""
-    from peft import LoraConfig, get_peft_model
-
-    model = get_peft_model(BERT.build(), LoraConfig(r=2, target_modules=["query", "value"], lora_dropout=0.1)).train()
-    with torch.no_grad():  # peft starts B at 0, where A has no gradient
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.02)
-    if trained_base:
-        for name, p in model.named_parameters():
-            if "base_layer.weight" in name:
-                p.requires_grad_(True)
-    return model
-
-
-@peft
-@pytest.mark.parametrize("method", [m for m in METHODS if str(m) in ("qat", "sam", "squat-same_batch")], ids=str)
-@pytest.mark.parametrize("trained_base", [False, True], ids=["frozen", "trained"])
-def test_lora_trains_on_a_quantized_base(method, trained_base):
-    torch.manual_seed(0)
-    model = lora(trained_base)
-    options = {"perturb": "all"} if method.perturbs else {}
-    optimizer = method(model, lr=1e-2, **options)
-    before = latents(optimizer, model)
-    factors = [name for name in before if "lora_" in name]
-    bases = [name for name in before if "base_layer.weight" in name]
-    assert factors and bases
-    if method.quantizes:
-        quantized = {slot.path for slot in optimizer._latents.slots}
-        assert set(bases) <= quantized and not quantized & set(factors)
-    train(optimizer, model, BERT, 4)
-    after = latents(optimizer, model)
-    assert all(not torch.equal(before[name], after[name]) for name in factors)
-    assert all(torch.equal(before[name], after[name]) != trained_base for name in bases)
-    if method.quantizes:
-        assert_on_grid(optimizer)
-
-
-@peft
-@pytest.mark.parametrize("method", [m for m in PERTURBING if m.name == "saq"], ids=str)
-def test_a_perturbation_of_frozen_weights_alone_says_that_it_perturbs_nothing(method):
-    """perturb="quantized" with a frozen base: every quantized weight lacks a gradient."""
-    torch.manual_seed(0)
-    model = lora(trained_base=False)
-    for name, p in model.named_parameters():
-        if "base_layer" not in name and "lora_" not in name:
-            p.requires_grad_(False)
-    optimizer = method(model, lr=1e-2)
-    with pytest.warns(UserWarning, match=r"nothing is perturbed: .* use perturb='all'"):
-        train(optimizer, model, BERT, 3)
-
-
-# --- copies -------------------------------------------------------------------------------------------------------
-
-
-@each_method
+@each_kind
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_under_a_scheduler(method, how):
     """A scheduler patches ``step`` of the instance, which must not come along."""
@@ -374,22 +269,102 @@ def test_a_copy_goes_on_under_a_scheduler(method, how):
     assert_same(everything(other, twin), everything(optimizer, model))
 
 
-@peft
-def test_a_base_of_adam_s_kind_and_one_without_state_train_the_same_lora():
-    """The adapters may have a base of their own, in one optimizer, by groups."""
+@each_kind
+def test_inside_latents_the_model_holds_w(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    train(optimizer, model, MLP, 2)
+    p = {name: t.clone() for name, t in model.state_dict().items()}
+    with optimizer.latents():
+        for slot in optimizer._latents.slots:
+            assert torch.equal(slot.parameter, slot.latent)
+        w = {name: t.clone() for name, t in model.state_dict().items()}  # may be saved here
+    assert_same(model.state_dict(), p)
+    assert (w["0.weight"] != p["0.weight"]).any() == method.quantizes
+
+
+@each_kind
+def test_what_is_written_inside_latents_is_undone(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    before = everything(optimizer, model)
+    with pytest.raises(ZeroDivisionError), optimizer.latents():
+        if method.quantizes:
+            model[0].weight.data.zero_()
+        1 / 0
+    assert_on_grid(optimizer)
+    assert_same(everything(optimizer, model), before)
+
+
+STEPS = {"mlp": 40, "bert": 40, "gpt2": 30, "resnet18": 3}
+
+
+def mean_loss(task, model, optimizer):
+    """Return the loss over a few batches, at the weights that will be deployed, in eval mode."""
+    model.eval()
+    with torch.no_grad():
+        loss = sum(float(task.loss(model, task.batch(i))) for i in range(4)) / 4
+    model.train()
+    return loss
+
+
+@pytest.mark.parametrize(
+    "task", [MLP, BERT, *[pytest.param(task, marks=pytest.mark.long) for task in (GPT2, RESNET)]], ids=str
+)
+def test_squat_alone_trains_a_model(task):
+    """The expected layers at the expected bits; on the grid throughout; the loss of the deployed weights falls."""
+    model = task.build()
     torch.manual_seed(0)
-    model = lora(trained_base=True)
-    qsam.quantize_(model)
-    scales = {id(p) for name, p in model.named_parameters() if "quantizer" in name}
-    trained = [(n, p) for n, p in model.named_parameters() if p.requires_grad and id(p) not in scales]
-    groups = [
-        {"params": [p for n, p in trained if "lora_" in n], "lr": 1e-2},
-        {"params": [p for n, p in trained if "lora_" not in n], "lr": 1e-4, "rho": 0.05},
-    ]
-    optimizer = qsam.SQuAT(model, AdamW, lr=1e-3, params=groups, perturb="all")
-    before = latents(optimizer, model)
-    train(optimizer, model, BERT, 2)
-    after = latents(optimizer, model)
-    moved = {name: float((after[name] - before[name]).abs().max()) for name in after}
-    assert all(moved[n] > 5e-3 for n, _ in trained if "lora_" in n)
-    assert all(0 < moved[n] < 5e-4 for n, _ in trained if "lora_" not in n)
+    optimizer = qsam.SQuAT(model, AdamW, rho=0.1, lr=1e-3)
+    expected = COVERED.get(task.name) or bits_of_resnet(model)
+    assert {row.name: row.quantizer.bits for row in optimizer.coverage.quantized} == expected
+    train(optimizer, model, task, 1)
+    before = mean_loss(task, model, optimizer)
+    scales = [slot.quantizer.scale.clone() for slot in optimizer._latents.slots]
+    train(optimizer, model, task, STEPS[task.name], start=1)
+    assert_on_grid(optimizer)
+    assert mean_loss(task, model, optimizer) < before
+    assert all(
+        not torch.equal(slot.quantizer.scale, s) for slot, s in zip(optimizer._latents.slots, scales, strict=True)
+    )
+    assert all(row.quantizer.calibrated for row in optimizer.coverage.inputs if row.quantizer is not None)
+    for slot in optimizer._latents.slots:
+        q = slot.quantizer
+        assert torch.equal(q.dequantize(q.codes(slot.latent.detach())), slot.parameter)
+
+
+@each_quantizing
+def test_every_method_runs_with_its_defaults_alone(method):
+    model = CONV.build()
+    optimizer = method.cls(model, AdamW, **({} if method.schedule is None else {"schedule": method.schedule}))
+    losses = train(optimizer, model, CONV, 2)
+    assert all(math.isfinite(loss) for loss in losses)
+    assert_on_grid(optimizer)
+
+
+@each_kind
+def test_resuming_with_a_scheduler_is_as_if_nothing_had_stopped(method):
+    def build():
+        model = method.model(MLP)
+        optimizer = method(model)
+        return model, optimizer, OneCycleLR(optimizer, max_lr=0.01, total_steps=10)
+
+    def run(model, optimizer, scheduler, steps, start):
+        for i in range(start, start + steps):
+            train(optimizer, model, MLP, 1, start=i)
+            scheduler.step()
+
+    model, optimizer, scheduler = build()
+    run(model, optimizer, scheduler, 4, 0)
+    saved = model.state_dict(), optimizer.state_dict(), scheduler.state_dict()
+    saved = torch.utils._pytree.tree_map(lambda t: t.clone() if isinstance(t, torch.Tensor) else t, saved)
+    run(model, optimizer, scheduler, 4, 4)
+
+    other_model, other, other_scheduler = build()
+    other_model.load_state_dict(saved[0])
+    other.load_state_dict(saved[1])
+    with warnings.catch_warnings():
+        other_scheduler.load_state_dict(saved[2])
+    run(other_model, other, other_scheduler, 4, 4)
+    assert_same(everything(other, other_model), everything(optimizer, model))
+    assert [g["lr"] for g in other.param_groups] == [g["lr"] for g in optimizer.param_groups]

@@ -7,10 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from tests.methods import assert_same, buffers_of, closure_of, each_kind, each_perturbing, train
 from tests.models import BERT, CONV
-from tests.optim.methods import METHODS, PERTURBING, assert_same, buffers_of, closure_of, train
-
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 def draws_of(model):
@@ -41,7 +39,7 @@ def seed():
     random.seed(0)
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("rng", ["shared", "independent"])
 def test_buffers_and_random_numbers_move_once_a_step(method, rng):
     buffers, torch_state, python_state = after_one_forward(method)
@@ -58,7 +56,7 @@ def test_buffers_and_random_numbers_move_once_a_step(method, rng):
     assert len(set(draws)) == (1 if rng == "shared" else len(draws))
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("task", [CONV, BERT], ids=str)
 def test_all_passes_of_a_step_see_the_same_dropout(method, task):
     model = method.model(task)
@@ -75,16 +73,7 @@ def test_all_passes_of_a_step_see_the_same_dropout(method, task):
     assert len(seen) == 6
 
 
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
-def test_independent_passes_see_different_dropout(method):
-    model = method.model(CONV)
-    optimizer = method(model, rng="independent")
-    draws = draws_of(model)
-    optimizer.step(closure_of(optimizer, model, CONV, CONV.batch(0)))
-    assert len({tuple(draw.tolist()) for draw in draws}) == len(draws)
-
-
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
+@each_perturbing
 def test_by_hand_each_micro_batch_keeps_its_own_dropout(method):
     model = method.model(CONV)
     optimizer = method(model)
@@ -106,7 +95,7 @@ def test_by_hand_each_micro_batch_keeps_its_own_dropout(method):
         assert starts[0] != starts[2]
 
 
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
+@each_perturbing
 def test_a_first_pass_that_failed_leaves_no_random_state_behind(method):
     model = method.model(CONV)
     optimizer = method(model)
@@ -129,47 +118,7 @@ def test_a_first_pass_that_failed_leaves_no_random_state_behind(method):
     assert draws[4].equal(draws[6])
 
 
-@each_method
-def test_the_momentum_of_batch_norm_is_never_touched(method):
-    model = method.model(CONV)
-    optimizer = method(model)
-    closure = closure_of(optimizer, model, CONV, CONV.batch(0))
-    seen = []
-    optimizer.step(
-        lambda: seen.append([m.momentum for m in model.modules() if isinstance(m, nn.BatchNorm2d)]) or closure()
-    )
-    assert all(momenta == [0.1, 0.1] for momenta in seen)
-
-
-@each_method
-def test_a_replaced_buffer_is_put_back(method):
-    """A module that assigns its buffer, in place of writing it, in every forward."""
-
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.register_buffer("count", torch.zeros((), dtype=torch.long))
-
-        def forward(self, x):
-            self.count = self.count + 1
-            return x
-
-    model = method.model(CONV)
-    model.append(Counter())
-    optimizer = method(model)
-    train(optimizer, model, CONV, 4)
-    assert model[-1].count == 4
-
-
-@each_method
-def test_a_buffer_that_cannot_be_written_does_no_harm(method):
-    model = method.model(CONV)
-    model.register_buffer("mask", torch.ones(1, 1).expand(3, 3))
-    train(method(model), model, CONV, 2)
-    assert torch.equal(model.mask, torch.ones(3, 3))
-
-
-@each_method
+@each_kind
 def test_an_optimizer_does_not_grow_with_its_steps(method):
     model = method.model(CONV)
     optimizer = method(model)
@@ -177,18 +126,3 @@ def test_an_optimizer_does_not_grow_with_its_steps(method):
     few = len(pickle.dumps(optimizer))
     train(optimizer, model, CONV, 8)
     assert len(pickle.dumps(optimizer)) < few + 5000  # the state of torch's generator alone has 5056 bytes
-
-
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
-def test_an_input_is_never_calibrated_in_a_later_pass(method):
-    """The scale of an uncalibrated input comes from the first pass, at Q(w), not from Q(w) + e."""
-    if not method.quantizes:
-        pytest.skip("SAM has no inputs to calibrate")
-    found = []
-    for rho in (0.0, 5.0):
-        model = CONV.build()
-        optimizer = method(model, rho=rho, lr=0.0, scale_lr=0.0)
-        torch.manual_seed(0)
-        train(optimizer, model, CONV, 1)
-        found.append({row.name: row.quantizer.scale.detach() for row in optimizer.coverage.inputs})
-    assert_same(*found)

@@ -8,13 +8,12 @@ from torch.optim import SGD, AdamW
 
 from qsam import coverage_of
 from qsam.optim import OPTIMIZERS
-from tests.models import BERT, CONV, MLP, TIED
-from tests.optim.methods import (
-    ALTERNATING,
+from tests.methods import (
     METHODS,
-    QUANTIZING,
     assert_same,
     buffers_of,
+    each_kind,
+    each_quantizing,
     everything,
     latents,
     long_but,
@@ -22,6 +21,7 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
+from tests.models import BERT, CONV, MLP, TIED
 from tests.reference.in_graph import Grid
 from tests.reference.joint import JointSAM
 from tests.reference.qat import QAT
@@ -38,18 +38,19 @@ TWINS = {
     "squat-next_batch": NextBatch,
     "squat-fused": Fused,
 }
+
+
 BASES = {AdamW: {"lr": 1e-3, "weight_decay": 0.1}, SGD: {"lr": 0.05, "momentum": 0.9}}
+
+
 VARIANTS = {"case 1": ({"case": 1}, Case1), "case 2": ({"case": 2}, Case2)}
+
+
 VARIANTS |= {"normalized": ({"normalize_weights": True}, NormalizedWeights)}
 """Options of SAQ that have a twin of their own."""
-STEPS = 20
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-GRANULARITIES = ["per_tensor", "per_channel", "per_group"]
-each_granularity = pytest.mark.parametrize("granularity", GRANULARITIES)
-each_base = pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
-crosswise = pytest.mark.parametrize(("bits", "base"), [(2, AdamW), (4, SGD)], ids=["2-AdamW", "4-SGD"])
-the_other_way = pytest.mark.parametrize(("bits", "base"), [(4, AdamW), (2, SGD)], ids=["4-AdamW", "2-SGD"])
+
+STEPS = 20
 
 
 def twin_of(method, task, model, base, cls=None, **options):
@@ -97,18 +98,11 @@ def test_every_registered_method_has_a_twin():
     assert {method.name for method in METHODS} == set(OPTIMIZERS)
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("granularity", long_but(["per_channel"], GRANULARITIES))
 @crosswise
 def test_a_method_equals_its_twin_on_an_mlp(method, granularity, bits, base):
     assert_equals_its_twin(method, MLP, base, quantization={"granularity": granularity, "bits": bits})
-
-
-@each_method
-@pytest.mark.parametrize("granularity", long_but(["per_group"], GRANULARITIES))
-@pytest.mark.parametrize(("bits", "base"), [(2, AdamW), pytest.param(4, SGD, marks=pytest.mark.long)])
-def test_a_method_equals_its_twin_with_batch_norm_and_dropout(method, granularity, bits, base):
-    assert_equals_its_twin(method, CONV, base, quantization={"granularity": granularity, "bits": bits})
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -120,37 +114,14 @@ def test_a_variant_of_saq_equals_its_twin(variant, task, base):
     assert_equals_its_twin(saq, task, base, variant=variant, rho=0.3, quantization={"bits": 3}, steps=steps)
 
 
-@pytest.mark.long
-@each_method
-@each_granularity
-@the_other_way
-@pytest.mark.parametrize("task", [MLP, CONV], ids=str)
-def test_a_method_equals_its_twin_at_the_other_bits(method, granularity, bits, base, task):
-    assert_equals_its_twin(method, task, base, quantization={"granularity": granularity, "bits": bits})
-
-
-@each_method
-@pytest.mark.long
-def test_a_method_equals_its_twin_on_a_w4a8_bert(method):
-    assert_equals_its_twin(method, BERT, AdamW, steps=6)
-
-
-@pytest.mark.long
-@each_method
-@each_granularity
-@crosswise
-def test_a_method_equals_its_twin_on_a_bert_of_any_granularity(method, granularity, bits, base):
-    assert_equals_its_twin(method, BERT, base, quantization={"granularity": granularity, "bits": bits})
-
-
 # Rates that carry no scale past 0: there |s| is in force, and the twin writes the formula for positive scales only.
-@each_method
+@each_kind
 @pytest.mark.parametrize("scale_lr", long_but([(0.02, 0.002)], [0.05, (0.02, 0.002)]), ids=["number", "pair"])
 def test_a_method_equals_its_twin_at_a_given_rate_of_the_scales(method, scale_lr):
     assert_equals_its_twin(method, MLP, AdamW, scale_lr=scale_lr)
 
 
-@pytest.mark.parametrize("method", QUANTIZING, ids=str)
+@each_quantizing
 def test_the_two_rates_are_the_weights_and_the_inputs(method):
     for scale_lr, moved, still in [
         ((0.1, 0.0), "weight_quantizer", "input"),
@@ -164,34 +135,12 @@ def test_the_two_rates_are_the_weights_and_the_inputs(method):
         assert not any(same[name] for name in same if moved in name)
 
 
-@pytest.mark.parametrize(
-    "method", long_but([m for m in METHODS if str(m) in {"qat", "squat-same_batch"}], METHODS), ids=str
-)
-def test_max_grad_norm_clips_as_the_twin_clips(method):
-    assert_equals_its_twin(method, MLP, SGD, max_grad_norm=0.1)
-    clipped, unclipped = (train_both(method, MLP, SGD, max_grad_norm=norm)[0] for norm in (0.1, None))
-    assert clipped[2] != unclipped[2]
-
-
-@pytest.mark.parametrize("method", ALTERNATING, ids=str)
-@pytest.mark.parametrize("period", [2, 3])
-def test_a_period_equals_its_twin(method, period):
-    assert_equals_its_twin(method, CONV, AdamW, period=period)
-
-
-@each_method
+@each_kind
 def test_a_method_equals_its_twin_on_tied_weights(method):
     assert_equals_its_twin(method, TIED, AdamW, quantization={"activations": None})
 
 
-@each_method
-@pytest.mark.parametrize("rho", [0.0, 0.5])
-@pytest.mark.long
-def test_a_method_equals_its_twin_at_any_radius(method, rho):
-    assert_equals_its_twin(method, MLP, AdamW, rho=rho)
-
-
-@each_method
+@each_kind
 @pytest.mark.parametrize("base", long_but([AdamW], BASES))
 @pytest.mark.parametrize("task", long_but([CONV], [CONV, BERT]), ids=str)
 @pytest.mark.long
@@ -206,7 +155,7 @@ def test_by_hand_equals_step_closure(method, base, task):
     assert_same(*runs)
 
 
-@pytest.mark.parametrize("method", QUANTIZING, ids=str)
+@each_quantizing
 @each_base
 @pytest.mark.parametrize("task", long_but([MLP], [MLP, CONV, BERT]), ids=str)
 def test_no_default_leaves_every_scale_where_it_began(method, base, task):

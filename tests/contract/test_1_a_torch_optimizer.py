@@ -1,4 +1,4 @@
-"""Contract 1: the groups, whatever the base is: class, instance or factory."""
+"""Contract 1: a torch Optimizer, whose groups and state schedulers and checkpoints read as those of any other."""
 
 import functools
 import warnings
@@ -7,23 +7,31 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, Adadelta, Adam, AdamW
+from torch.optim.lr_scheduler import (
+    CosineAnnealingLR,
+    CosineAnnealingWarmRestarts,
+    CyclicLR,
+    LambdaLR,
+    LinearLR,
+    OneCycleLR,
+    ReduceLROnPlateau,
+    SequentialLR,
+)
 
 import qsam
-from tests.models import MLP, TIED
-from tests.optim.methods import (
-    METHODS,
-    PERTURBING,
-    QUANTIZING,
+from tests.methods import (
     assert_on_grid,
     assert_same,
+    each_kind,
+    each_perturbing,
+    each_quantizing,
     everything,
     latents,
+    long_but,
     scales_of,
     train,
 )
-
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
+from tests.models import MLP, TIED
 
 
 def own(model):
@@ -36,7 +44,7 @@ def ids(params):
     return [id(p) for p in params]
 
 
-@each_method
+@each_kind
 def test_the_base_s_groups_come_first_then_the_scales(method):
     model = method.model(MLP)
     optimizer = method(model)
@@ -51,15 +59,7 @@ def test_the_base_s_groups_come_first_then_the_scales(method):
     )
 
 
-@each_method
-def test_every_entry_of_ours_has_the_prefix(method):
-    optimizer = method(method.model(MLP))
-    bare = set(AdamW([nn.Parameter(torch.zeros(1))]).param_groups[0])
-    for group in optimizer.param_groups:
-        assert {key for key in group if not key.startswith("qsam_")} - bare <= {"normalized"}
-
-
-@each_method
+@each_kind
 def test_the_groups_are_one_live_list(method):
     model = method.model(MLP)
     optimizer = method(model)
@@ -74,7 +74,7 @@ def test_the_groups_are_one_live_list(method):
     assert_same(latents(optimizer, model), before)
 
 
-@each_method
+@each_kind
 def test_class_instance_and_factory_are_the_same(method):
     ends = []
     for kind in ("class", "instance", "partial", "factory"):
@@ -97,26 +97,7 @@ def schedule(method):
     return {} if method.schedule is None else {"schedule": method.schedule}
 
 
-@each_quantizing
-def test_scales_in_the_groups_of_an_instance_are_moved_and_that_is_said_once(method):
-    ends = []
-    for careless in (True, False):
-        model = method.model(MLP)
-        if careless:
-            base = AdamW(model.parameters(), lr=1e-3)  # after quantize_: the scales are among them
-            with pytest.warns(
-                UserWarning, match=r"6 scales were in the base optimizer's groups and are moved to the scale optimizer"
-            ) as caught:
-                optimizer = method(model, base)
-            assert len(caught) == 1
-        else:
-            optimizer = method(model, AdamW(own(model), lr=1e-3))
-        train(optimizer, model, MLP, 4)
-        ends.append(everything(optimizer, model))
-    assert_same(*ends)
-
-
-@each_method
+@each_kind
 def test_groups_with_settings_of_their_own(method):
     model = method.model(MLP)
     matrices, vectors = ([p for p in own(model) if p.dim() == d] for d in (2, 1))
@@ -128,7 +109,7 @@ def test_groups_with_settings_of_their_own(method):
     assert {name for name in after if torch.equal(after[name], before[name])} == {"0.weight", "2.weight", "4.weight"}
 
 
-@each_method
+@each_kind
 def test_trainable_parameters_that_nobody_owns_are_named(method):
     model = method.model(MLP)
     matrices = [p for p in own(model) if p.dim() == 2]
@@ -168,7 +149,7 @@ def test_a_frozen_weight_stays_and_its_scale_too(method):
     assert_on_grid(optimizer)
 
 
-@each_method
+@each_kind
 def test_a_tied_weight_steps_once(method):
     """With one step of plain SGD the latent moves by lr times the sum over both uses, once."""
     model = method.model(TIED, activations=None)
@@ -184,7 +165,7 @@ def test_a_tied_weight_steps_once(method):
     assert sum(slot.parameter is model.a.weight for slot in optimizer._latents.slots) == method.quantizes
 
 
-@each_method
+@each_kind
 def test_a_group_may_be_added(method):
     """A frozen layer joins later, in the order of arrival, with its latent and its scale."""
     model = method.model(MLP)
@@ -242,28 +223,7 @@ def test_scales_in_an_added_group_stay_with_the_scale_optimizer_and_that_is_said
     assert_same(*ends)
 
 
-def test_a_scale_alone_is_no_group_of_the_base():
-    model = MLP.quantized()
-    optimizer = qsam.QAT(model, AdamW)
-    with pytest.warns(UserWarning, match="1 scales were in the base optimizer's groups"):
-        optimizer.add_param_group({"params": model[2].weight_quantizer.scale})
-    assert not optimizer.param_groups[-1]["params"]
-    train(optimizer, model, MLP, 1)
-
-
-@each_quantizing
-def test_scales_among_named_parameters_are_moved_with_their_names(method):
-    model = method.model(MLP)
-    with pytest.warns(UserWarning, match="6 scales were in the base optimizer's groups and are moved"):
-        optimizer = method(model, params=model.named_parameters())
-    group = optimizer.param_groups[0]
-    assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
-    assert ids(group["params"]) == ids(own(model))
-    train(optimizer, model, MLP, 2)
-    optimizer.load_state_dict(optimizer.state_dict())
-
-
-@each_method
+@each_kind
 def test_a_base_with_a_rho_of_its_own_keeps_it(method):
     """Adadelta's rho is a decay, not a radius."""
     model = method.model(MLP)
@@ -274,7 +234,7 @@ def test_a_base_with_a_rho_of_its_own_keeps_it(method):
         assert optimizer.param_groups[0]["qsam_rho"] == 0.1
 
 
-@each_method
+@each_kind
 def test_an_instance_that_has_stepped_keeps_its_moments(method):
     """Wrapping in mid-run: the state moves to the latents."""
     model = method.model(MLP)
@@ -289,67 +249,6 @@ def test_an_instance_that_has_stepped_keeps_its_moments(method):
     optimizer.load_state_dict(optimizer.state_dict())
     train(optimizer, model, MLP, 1)
     assert all(int(optimizer.state[p]["step"]) == 2 for p in own(model))
-
-
-@each_method
-def test_a_module_whose_name_ends_in_quantizer_trains_like_any_other(method):
-    """Only qsam's own quantizers hold scales."""
-
-    class Vector(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vector_quantizer = nn.Linear(8, 8)
-            self.head = nn.Linear(8, 4)
-
-        def forward(self, x):
-            return self.head(self.vector_quantizer(x))
-
-    torch.manual_seed(0)
-    model = Vector()
-    if method.quantizes:
-        qsam.quantize_(model, activations=None)
-    optimizer = method(model, **({"perturb": "all", "rho": 0.1} if method.perturbs else {}))
-    before = latents(optimizer, model)
-    with optimizer.first_pass():
-        MLP.loss(model, MLP.batch(0)).backward()
-    if method.perturbs:
-        biases = model.vector_quantizer.bias.detach().clone()
-        with optimizer.perturbed():
-            assert not torch.equal(model.vector_quantizer.bias, biases)
-    optimizer.zero_grad()
-    train(optimizer, model, MLP, 1)
-    after = latents(optimizer, model)
-    assert not any(torch.equal(after[name], before[name]) for name in after)
-
-
-@each_method
-def test_options_reach_the_base(method):
-    optimizer = method(method.model(MLP), SGD, lr=0.5, momentum=0.3, nesterov=True, dampening=0)
-    group = optimizer.param_groups[0]
-    assert (group["lr"], group["momentum"], group["nesterov"]) == (0.5, 0.3, True)
-    assert optimizer.defaults["momentum"] == 0.3
-
-
-# --- one owner -----------------------------------------------------------------------------------------------------
-
-
-@each_quantizing
-def test_a_second_optimizer_is_refused_and_names_the_way_out(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    before = everything(optimizer, model)
-    with pytest.raises(
-        RuntimeError,
-        match=r"another qsam optimizer owns the weights of this model: call its release\(\) first, which hands the model "
-        r"over with its scales and latents, or qsam\.dequantize_\(model, optimizer\), which takes the quantizers off",
-    ):
-        method(model)
-    assert_same(everything(optimizer, model), before)
-    with pytest.raises(
-        RuntimeError, match=r"the model is quantized already: call qsam\.dequantize_\(model, optimizer\) first"
-    ):
-        qsam.quantize_(model)
-    train(optimizer, model, MLP, 1)
 
 
 @each_quantizing
@@ -377,27 +276,6 @@ def test_dequantize_wants_the_owner(method):
     train(optimizer, model, MLP, 1)
 
 
-@each_quantizing
-@pytest.mark.long
-def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    train(optimizer, model, MLP, 1)
-    saved = optimizer.state_dict()
-    del optimizer
-    optimizer = method(model)
-    with pytest.warns(
-        UserWarning,
-        match=r"the model's weights are on the quantization grid already: training starts from rounded weights",
-    ):
-        train(optimizer, model, MLP, 1)
-    train(optimizer, model, MLP, 1)
-    del optimizer
-    resumed = method(model)
-    resumed.load_state_dict(saved)  # it brings the full-precision weights: there is nothing to say
-    train(resumed, model, MLP, 1)
-
-
 def test_sam_refuses_a_quantized_model():
     with pytest.raises(
         RuntimeError,
@@ -406,55 +284,7 @@ def test_sam_refuses_a_quantized_model():
         qsam.SAM(MLP.quantized(), AdamW)
 
 
-# --- the latents in the model --------------------------------------------------------------------------------------
-
-
-@each_method
-def test_inside_latents_the_model_holds_w(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    train(optimizer, model, MLP, 2)
-    p = {name: t.clone() for name, t in model.state_dict().items()}
-    with optimizer.latents():
-        for slot in optimizer._latents.slots:
-            assert torch.equal(slot.parameter, slot.latent)
-        w = {name: t.clone() for name, t in model.state_dict().items()}  # may be saved here
-    assert_same(model.state_dict(), p)
-    assert (w["0.weight"] != p["0.weight"]).any() == method.quantizes
-
-
-@each_method
-def test_what_is_written_inside_latents_is_undone(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    before = everything(optimizer, model)
-    with pytest.raises(ZeroDivisionError), optimizer.latents():
-        if method.quantizes:
-            model[0].weight.data.zero_()
-        1 / 0
-    assert_on_grid(optimizer)
-    assert_same(everything(optimizer, model), before)
-
-
-@each_quantizing
-def test_an_average_of_the_latents_goes_back_through_sync_latents(method):
-    """EMA: average inside latents(), write the average, sync."""
-    model = method.model(MLP)
-    optimizer = method(model)
-    with optimizer.latents():
-        average = model[0].weight.detach().clone()
-    for i in range(3):
-        train(optimizer, model, MLP, 1, start=i)
-        with optimizer.latents():
-            average.lerp_(model[0].weight.detach(), 0.5)
-    with torch.no_grad():
-        model[0].weight.copy_(average)
-    optimizer.sync_latents()
-    assert torch.equal(latents(optimizer, model)["0.weight"], average)
-    assert_on_grid(optimizer)
-
-
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
+@each_perturbing
 def test_a_radius_of_a_group_is_checked(method):
     model = method.model(MLP)
     with pytest.raises(ValueError, match=r"`rho` must be finite and >= 0, got -1"):
@@ -463,3 +293,130 @@ def test_a_radius_of_a_group_is_checked(method):
     with pytest.raises(ValueError, match=r"`rho` must be finite and >= 0, got inf"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.zeros(1))], "rho": float("inf")})
     assert len(optimizer.base.param_groups) == 1
+
+
+RELATIVE = {
+    "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
+    "cosine": lambda o: CosineAnnealingLR(o, T_max=4),
+    "restarts": lambda o: CosineAnnealingWarmRestarts(o, T_0=2),
+    "warm-up": lambda o: SequentialLR(o, [LinearLR(o, 0.1, 1.0, 2), CosineAnnealingLR(o, 4)], milestones=[2]),
+}
+"""They multiply each group's own rate."""
+
+
+ABSOLUTE = {
+    "one-cycle": lambda o: OneCycleLR(o, max_lr=0.01, total_steps=6),
+    "cyclic": lambda o: CyclicLR(o, base_lr=1e-4, max_lr=1e-3, step_size_up=2),
+}
+"""They set each group's rate, and the base's momentum or betas too."""
+
+
+def rates(scheduler_of, model, optimizer, steps=5):
+    """Return the groups' rates after each step."""
+    scheduler = scheduler_of(optimizer)
+    found = []
+    for i in range(steps):
+        train(optimizer, model, MLP, 1, start=i)
+        scheduler.step()
+        found.append([group["lr"] for group in optimizer.param_groups])
+    return found
+
+
+def bare_rates(scheduler_of, base, steps=5):
+    """Return what the scheduler gives a bare base optimizer, and its group."""
+    model = MLP.build()
+    optimizer = base(model.parameters(), lr=1e-3)
+    scheduler = scheduler_of(optimizer)
+    found = []
+    for _ in range(steps):
+        optimizer.step()
+        scheduler.step()
+        found.append(optimizer.param_groups[0]["lr"])
+    return found, optimizer.param_groups[0]
+
+
+@each_kind
+@pytest.mark.parametrize("name", RELATIVE)
+def test_a_relative_scheduler_scales_all_rates_alike(method, name):
+    model = method.model(MLP)
+    optimizer = method(model)
+    first = [group["lr"] for group in optimizer.param_groups]
+    found = rates(RELATIVE[name], model, optimizer)
+    expected, _ = bare_rates(RELATIVE[name], AdamW)
+    assert [row[0] for row in found] == expected
+    for row in found:
+        for rate, start in zip(row, first, strict=True):
+            assert rate == pytest.approx(start * row[0] / first[0], rel=1e-6, abs=1e-12)  # torch rounds in float64
+
+
+@each_kind
+@pytest.mark.parametrize("name", ABSOLUTE)
+@pytest.mark.parametrize("base", long_but([SGD], [AdamW, SGD]))
+def test_an_absolute_scheduler_sets_the_base_s_rate_and_momentum(method, name, base):
+    model = method.model(MLP)
+    options = {"momentum": 0.9} if base is SGD else {}
+    optimizer = method(model, base, **options)
+    found = rates(ABSOLUTE[name], model, optimizer)
+    expected, group = bare_rates(ABSOLUTE[name], lambda params, lr: base(params, lr=lr, **options))
+    assert [row[0] for row in found] == expected
+    for key in ("betas", "momentum"):
+        assert optimizer.param_groups[0].get(key) == group.get(key)
+    assert everything(optimizer, model)
+
+
+@each_quantizing
+def test_one_cycle_takes_a_list_of_rates_with_the_scales_among_them(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    peaks = [0.01, 0.002, 0.003]
+    highest = [
+        max(column)
+        for column in zip(
+            *rates(lambda o: OneCycleLR(o, peaks, total_steps=6, pct_start=0.5), model, optimizer), strict=True
+        )
+    ]
+    assert highest == pytest.approx(peaks)
+
+
+@each_kind
+def test_reduce_on_plateau_lowers_every_group(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    first = [group["lr"] for group in optimizer.param_groups]
+    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+    for i in range(3):
+        train(optimizer, model, MLP, 1, start=i)
+        scheduler.step(1.0)
+    assert [group["lr"] for group in optimizer.param_groups] == [rate / 4 for rate in first]
+
+
+@each_kind
+def test_a_rate_of_zero_moves_nothing(method):
+    """The scales' own optimizer reads the scheduled rate."""
+    model = method.model(MLP)
+    optimizer = method(model, AdamW, weight_decay=0.0)
+    LambdaLR(optimizer, lambda step: 0.0)
+    w, s = latents(optimizer, model), {name: t.clone() for name, t in scales_of(model).items()}
+    train(optimizer, model, MLP, 4)
+    assert_same(latents(optimizer, model), w)
+    assert_same(scales_of(model), s)
+    assert optimizer.steps == (2 if method.schedule == "next_batch" else 4)
+
+
+@each_quantizing
+def test_the_scales_step_with_the_scheduled_rate(method):
+    """Half the rate is half the step, with plain descent on the first step of the scales."""
+    moved = []
+    for factor in (1.0, 0.5):
+        model = method.model(MLP)
+        optimizer = method(model, scale_lr=0.125)
+        LambdaLR(optimizer, lambda step, factor=factor: factor)
+        optimizer.param_groups[0]["lr"] = 0.0  # w stays, so that both see the same gradients
+        before = {name: s.clone() for name, s in scales_of(model).items()}
+        train(optimizer, model, MLP, 2 if method.schedule == "next_batch" else 1)
+        moved.append({name: (s - before[name]).double() for name, s in scales_of(model).items()})
+    eps = torch.finfo(torch.float32).eps
+    for name in moved[0]:
+        assert bool(moved[0][name].any())
+        # Each difference of two numbers near 1 is rounded once.
+        assert torch.allclose(moved[0][name], 2 * moved[1][name], rtol=0, atol=2 * eps)

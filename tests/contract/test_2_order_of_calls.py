@@ -1,25 +1,115 @@
-"""Contract 2: the verbs refuse a wrong order, and leave everything as it was when they do."""
+"""Contract 2: how often the closure is called and what it returns; the verbs refuse a wrong order and change nothing then."""
+
+import contextlib
+import pickle
 
 import pytest
 import torch
-from torch.optim import AdamW
+from torch import nn
+from torch.optim import LBFGS, SGD
 
 import qsam
-from tests.models import MLP
-from tests.optim.methods import (
-    ALTERNATING,
+from tests.methods import (
     METHODS,
-    PERTURBING,
     assert_on_grid,
     assert_same,
     closure_of,
+    each_alternating,
+    each_kind,
+    each_perturbing,
     everything,
     train,
 )
+from tests.models import CONV, MLP
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
-each_perturbing = pytest.mark.parametrize("method", PERTURBING, ids=str)
-each_alternating = pytest.mark.parametrize("method", ALTERNATING, ids=str)
+CALLS = {
+    "qat": [1] * 6,
+    "sam": [2] * 6,
+    "joint": [2] * 6,
+    "saq": [2] * 6,
+    "squat-same_batch": [3] * 6,
+    "squat-next_batch": [2, 1] * 3,
+    "squat-fused": [2] * 6,
+}
+
+
+def calls_per_step(method, **options):
+    """Return the number of closure calls of each of six steps."""
+    model = method.model(MLP)
+    optimizer = method(model, **options)
+    closure = closure_of(optimizer, model, MLP, MLP.batch(0))
+    counts = []
+    for _ in range(6):
+        calls = []
+        optimizer.step(lambda calls=calls: calls.append(1) or closure())
+        counts.append(len(calls))
+    return counts
+
+
+@each_kind
+def test_step_calls_the_closure_as_often_as_the_method_has_passes(method):
+    assert calls_per_step(method) == CALLS[str(method)]
+
+
+@each_perturbing
+def test_every_and_start_leave_one_call_to_the_other_steps(method):
+    whole = 3 if method.schedule == "same_batch" else 2
+    if method.schedule == "next_batch":  # w perturbed, s, w plain, and again
+        assert calls_per_step(method, every=2) == [2, 1, 1, 2, 1, 1]
+        assert calls_per_step(method, start=2) == [1, 1, 2, 1, 2, 1]
+    else:
+        assert calls_per_step(method, every=2) == [whole, 1] * 3
+        assert calls_per_step(method, every=3, start=1) == [1, whole, 1, 1, whole, 1]
+        assert calls_per_step(method, start=2) == [1, 1, whole, whole, whole, whole]
+
+
+@each_alternating
+def test_a_period_gives_the_scales_fewer_turns(method):
+    expected = {"same_batch": [2, 2, 3, 2, 2, 3], "next_batch": [2, 2, 2, 1, 2, 2], "fused": [2] * 6}
+    assert calls_per_step(method, period=3) == expected[method.schedule]
+
+
+@each_kind
+def test_step_returns_what_the_closure_returned_in_the_first_pass(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    closure = closure_of(optimizer, model, MLP, MLP.batch(0))
+    for _ in range(2):
+        returned = []
+
+        def numbered(returned=returned):
+            closure()
+            returned.append({"call": len(returned)})
+            return returned[-1]
+
+        assert optimizer.step(numbered) is returned[0]
+
+
+@each_kind
+def test_step_clears_the_gradients_before_each_call(method):
+    """A closure without zero_grad gives the same run; so do gradients that were left over."""
+    runs = []
+    for tidy in (True, False):
+        model = method.model(CONV)
+        optimizer = method(model)
+        torch.manual_seed(0)
+        for i in range(4):
+            closure = closure_of(optimizer, model, CONV, CONV.batch(i))
+            if not tidy:
+                for p in model.parameters():
+                    p.grad = torch.ones_like(p) if p.requires_grad else None
+
+                def closure(batch=CONV.batch(i), model=model):
+                    loss = CONV.loss(model, batch)
+                    loss.backward()
+                    return loss
+
+            first_untidy = not tidy and i == 0
+            says = pytest.warns(UserWarning, match=r"step\(closure\) clears the gradients that it finds: micro-batches")
+            with says if first_untidy else contextlib.nullcontext():
+                optimizer.step(closure)
+        runs.append(everything(optimizer, model))
+    assert_same(*runs)
 
 
 def build(method, **options):
@@ -46,27 +136,6 @@ def test_perturbed_needs_gradients_of_a_first_pass(method):
     assert_on_grid(optimizer)
 
 
-@each_perturbing
-def test_perturbed_does_not_take_gradients_that_were_cleared(method):
-    model, optimizer = build(method)
-    with optimizer.first_pass():
-        backward(model)
-    optimizer.zero_grad()
-    with pytest.raises(RuntimeError, match=r"perturbed\(\) needs gradients of a first pass"):
-        optimizer.perturbed().__enter__()
-
-
-@each_perturbing
-def test_one_first_pass_serves_one_perturbed_pass(method):
-    model, optimizer = build(method)
-    with optimizer.first_pass():
-        backward(model)
-    with optimizer.perturbed():
-        backward(model)
-    with pytest.raises(RuntimeError, match=r"perturbed\(\) needs gradients of a first pass"):
-        optimizer.perturbed().__enter__()
-
-
 def test_qat_has_no_perturbed_pass():
     (method,) = (m for m in METHODS if m.name == "qat")
     model, optimizer = build(method)
@@ -77,7 +146,7 @@ def test_qat_has_no_perturbed_pass():
     optimizer.step()
 
 
-@each_method
+@each_kind
 def test_a_step_needs_a_new_backward(method):
     model, optimizer = build(method)
     with pytest.raises(RuntimeError, match=r"step\(\) found no gradient: run a new backward before each step\."):
@@ -115,32 +184,6 @@ def test_a_step_without_a_first_pass_is_plain_qat_and_says_so_once(method):
     assert_same(*ends)
 
 
-@each_perturbing
-def test_a_step_that_is_not_due_may_come_without_a_first_pass(method):
-    model, optimizer = build(method, start=1)
-    backward(model)
-    optimizer.step()
-    assert optimizer.steps == 1
-
-
-@each_method
-def test_qat_by_hand_is_a_torch_loop(method):
-    if method.name != "qat":
-        pytest.skip("the others need two passes")
-    ends = []
-    for by_hand in (True, False):
-        model, optimizer = build(method)
-        for i in range(3):
-            if by_hand:
-                optimizer.zero_grad()
-                backward(model, i)
-                optimizer.step()
-            else:
-                train(optimizer, model, MLP, 1, start=i)
-        ends.append(everything(optimizer, model))
-    assert_same(*ends)
-
-
 VERBS = {
     "first_pass": lambda o, m: o.first_pass().__enter__(),
     "perturbed": lambda o, m: o.perturbed().__enter__(),
@@ -166,7 +209,7 @@ def verbs_of(method):
     return {name: verb for name, verb in VERBS.items() if name not in missing}
 
 
-@each_method
+@each_kind
 @pytest.mark.parametrize("block", ["first_pass", "perturbed", "scale_phase", "latents"])
 def test_no_verb_is_allowed_inside_a_block(method, block):
     if block not in verbs_of(method):
@@ -252,7 +295,7 @@ def test_the_scales_step_between_the_passes_only_where_they_are_fused(method):
     optimizer.step()
 
 
-@each_method
+@each_kind
 def test_a_refused_verb_inside_a_closure_stops_the_step_cleanly(method):
     model, optimizer = build(method)
     with pytest.raises(RuntimeError, match=r"inside the block|found no gradient"):
@@ -261,9 +304,75 @@ def test_a_refused_verb_inside_a_closure_stops_the_step_cleanly(method):
     train(optimizer, model, MLP, 1)
 
 
-def test_a_scheduler_sees_that_the_optimizer_has_stepped():
-    (method,) = (m for m in METHODS if m.name == "saq")
-    model, optimizer = build(method, base=AdamW)
-    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1)
-    train(optimizer, model, MLP, 1)
-    scheduler.step()  # torch warns where the optimizer has not stepped before
+@each_perturbing
+def test_a_step_that_is_not_due_refuses_a_perturbed_pass(method):
+    model = method.model(MLP)
+    optimizer = method(model, start=1)
+    with optimizer.first_pass():
+        MLP.loss(model, MLP.batch(0)).backward()
+    with pytest.raises(
+        RuntimeError, match=r"step 0 is not perturbed .*: run the blocks that `optimizer\.blocks` names"
+    ):
+        optimizer.perturbed().__enter__()
+    optimizer.step()
+    assert optimizer.blocks == ("first_pass", "perturbed")
+
+
+@each_alternating
+def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weights(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    with optimizer.scale_phase():
+        MLP.loss(model, MLP.batch(0)).backward()
+    optimizer.zero_grad()
+    with optimizer.first_pass():
+        MLP.loss(model, MLP.batch(0)).backward()
+    with optimizer.perturbed():
+        MLP.loss(model, MLP.batch(0)).backward()
+    optimizer.step()
+    assert optimizer.steps == 1
+
+
+@each_kind
+def test_a_model_that_was_moved_is_refused(method):
+    if not method.quantizes:
+        pytest.skip("a method without latents is an ordinary optimizer: torch's own rules hold")
+    model = method.model(MLP)
+    optimizer = method(model)
+    model.to("meta")
+    message = r"moved from cpu to meta \('0\.weight'\), and its latents were not: move the model first, then build"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.first_pass().__enter__()
+    assert all(slot.latent.device.type == "cpu" for slot in optimizer._latents.slots)
+
+
+@each_kind
+def test_unwrap_finds_the_optimizer_inside_its_wrappers(method):
+    optimizer = method(method.model(MLP))
+
+    class Wrapper:
+        def __init__(self, optimizer):
+            self.optimizer = optimizer
+
+    assert qsam.unwrap(optimizer) is optimizer
+    assert qsam.unwrap(Wrapper(Wrapper(optimizer))) is optimizer
+    assert qsam.unwrap(pickle.loads(pickle.dumps(optimizer))).blocks == optimizer.blocks
+
+
+def test_unwrap_refuses_what_holds_no_optimizer_of_ours():
+    plain = SGD(nn.Linear(2, 2).parameters(), lr=0.1)
+    turning = type("Turning", (), {})()
+    turning.optimizer = turning
+    for other, name in ((plain, "SGD"), (turning, "Turning"), (None, "NoneType"), ("adam", "str")):
+        with pytest.raises(
+            TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper around one, got {name}"
+        ):
+            qsam.unwrap(other)
+
+
+def test_a_base_that_calls_its_closure_by_itself_has_no_step_by_hand():
+    model = MLP.quantized()
+    optimizer = qsam.QAT(model, LBFGS, lr=0.1)
+    MLP.loss(model, MLP.batch(0)).backward()
+    with pytest.raises(TypeError, match=r"LBFGS calls its closure by itself: use step\(closure\)"):
+        optimizer.step()

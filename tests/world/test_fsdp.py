@@ -12,13 +12,17 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.shards import is_sharded, local, whole
+from tests.methods import METHODS, Method, closure_of, each_kind, long_but, scales_of
 from tests.models import MLP
-from tests.optim.methods import METHODS, Method, closure_of, long_but, scales_of
 from tests.optim.test_ranks import part
 from tests.processes import Processes, running
 
 SAQ = next(m for m in METHODS if m.name == "saq")
+
+
 QAT = next(m for m in METHODS if m.name == "qat")
+
+
 SQUAT = next(m for m in METHODS if m.schedule == "same_batch")
 
 
@@ -103,7 +107,6 @@ def equals_one_process(
 
 
 SGD_OPTIONS = {"base": SGD, "lr": 0.05}
-ADAM = {"base": AdamW, "lr": 1e-3}
 
 
 @pytest.mark.parametrize("first", ["shard", pytest.param("optimizer", marks=pytest.mark.long)])
@@ -142,11 +145,6 @@ def test_every_option_is_that_of_one_process(options: dict[str, Any], two: Proce
     two(equals_one_process, SAQ, "shard", {**SGD_OPTIONS, "momentum": 0.5, **options}, {})
 
 
-@pytest.mark.long
-def test_adams_moments_are_sharded_too(two: Processes) -> None:
-    two(equals_one_process, SQUAT, "optimizer", ADAM, {}, 3)
-
-
 def two_by_two(rank: int) -> None:
     """Two copies, each in two parts."""
     mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
@@ -165,13 +163,10 @@ def test_copies_of_shards_equal_one_process(four: Processes) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@each_kind
 def test_four_processes_equal_one(method: Method, four: Processes) -> None:
     """The head has 4 rows, a row a process; the smallest scale has one entry, on one process."""
     four(equals_one_process, method, "shard", SGD_OPTIONS, {})
-
-
-# --- order of calls, writes by others, exceptions ------------------------------------------------------------------
 
 
 def step(optimizer: Any, model: nn.Module, number: int, rank: int) -> None:
@@ -243,9 +238,6 @@ def nonfinite(rank: int) -> None:
 
 def test_a_nan_in_one_shard_gives_no_perturbation_on_any(two: Processes) -> None:
     two(nonfinite)
-
-
-# --- refused -----------------------------------------------------------------------------------------------------------
 
 
 def sixteen_bit_scales(rank: int) -> None:

@@ -1,4 +1,4 @@
-"""Contract 8: if somebody else writes a weight or its scale, the next step says so; equal values are no alarm."""
+"""Contract 8: if somebody else writes a weight or its scale, or takes the quantizers off, the next step says so."""
 
 import copy
 
@@ -7,11 +7,19 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from tests.models import MLP, TIED
-from tests.optim.methods import QUANTIZING, assert_on_grid, assert_same, closure_of, latents, train
-from tests.reliability import fault
+import qsam
+from tests.methods import (
+    QUANTIZING,
+    assert_on_grid,
+    assert_same,
+    closure_of,
+    each_quantizing,
+    everything,
+    latents,
+    train,
+)
+from tests.models import MLP
 
-each_method = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 ALARM = r"was written by somebody else since the last step.*optimizer\.sync_latents\(\) to take the present weights"
 
 
@@ -73,12 +81,7 @@ def scale(model):
 WRITES = [in_place, one_entry, load, assign, inference, foreach, from_vector, new_data, new_parameter, scale]
 
 
-@fault(
-    "somebody else writes a quantized weight or its scale (a merge, a load, `vector_to_parameters`)",
-    happens="RuntimeError at the next step; it names the weight and `sync_latents()`",
-    kept="the latents",
-)
-@each_method
+@each_quantizing
 @pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
 def test_a_foreign_write_stops_the_next_step(method, write):
     model, optimizer = build(method)
@@ -87,7 +90,7 @@ def test_a_foreign_write_stops_the_next_step(method, write):
         train(optimizer, model, MLP, 1, start=1)
 
 
-@each_method
+@each_quantizing
 @pytest.mark.parametrize("verb", ["first_pass", "latents"])
 def test_a_foreign_write_stops_the_blocks(method, verb):
     model, optimizer = build(method)
@@ -96,7 +99,7 @@ def test_a_foreign_write_stops_the_blocks(method, verb):
         getattr(optimizer, verb)().__enter__()
 
 
-@each_method
+@each_quantizing
 def test_the_alarm_leaves_what_was_written(method):
     """Also where the first pass of the step is the perturbed one: ``sync_latents`` takes it from there."""
     model = MLP.quantized()
@@ -114,7 +117,7 @@ def test_the_alarm_leaves_what_was_written(method):
         assert torch.equal(model[0].weight, written)
 
 
-@each_method
+@each_quantizing
 def test_the_alarm_names_the_weight(method):
     model, optimizer = build(method)
     one_entry(model)
@@ -126,12 +129,7 @@ def test_the_alarm_names_the_weight(method):
         train(optimizer, model, MLP, 1, start=1)
 
 
-@fault(
-    "somebody else writes through `.data`, which leaves no trace",
-    happens="RuntimeError within two steps",
-    kept="the latents",
-)
-@each_method
+@each_quantizing
 def test_a_write_through_data_is_seen_within_two_steps(method):
     """It leaves no trace but the value, which is compared where Q(w) is computed anyway."""
     model, optimizer = build(method)
@@ -140,7 +138,7 @@ def test_a_write_through_data_is_seen_within_two_steps(method):
         train(optimizer, model, MLP, 2 if method.schedule != "next_batch" else 4, start=1)
 
 
-@each_method
+@each_quantizing
 @pytest.mark.parametrize("options", [{}, {"every": 2}], ids=["", "every"])
 def test_a_weight_without_gradient_is_looked_at_too(method, options):
     if options and not method.perturbs:
@@ -154,7 +152,7 @@ def test_a_weight_without_gradient_is_looked_at_too(method, options):
         train(optimizer, model, MLP, 4, start=2)
 
 
-@each_method
+@each_quantizing
 @pytest.mark.parametrize(
     "write", [w for w in WRITES if w not in (assign, new_parameter, scale)], ids=lambda write: write.__name__
 )
@@ -173,12 +171,7 @@ def test_sync_latents_takes_the_written_weights(method, write):
 UNOWNED = r"the quantized weight '0\.weight' has a gradient, but its Parameter is in no group"
 
 
-@fault(
-    "a Parameter is replaced after the optimizer was built",
-    happens="RuntimeError that names it",
-    kept="the latents",
-)
-@each_method
+@each_quantizing
 @pytest.mark.parametrize("replace", [assign, new_parameter], ids=lambda write: write.__name__)
 def test_a_replaced_parameter_that_no_group_holds_is_refused(method, replace):
     """The base would go on stepping the old one, in silence."""
@@ -190,7 +183,7 @@ def test_a_replaced_parameter_that_no_group_holds_is_refused(method, replace):
     assert_on_grid(optimizer)
 
 
-@each_method
+@each_quantizing
 def test_a_replaced_parameter_in_a_rewritten_group_trains_on(method):
     """Accelerate and FSDP rewrite the groups after they have replaced the Parameters."""
     ends = []
@@ -206,7 +199,7 @@ def test_a_replaced_parameter_in_a_rewritten_group_trains_on(method):
     assert_same(*ends)
 
 
-@each_method
+@each_quantizing
 def test_an_unfrozen_weight_that_no_group_holds_is_refused(method):
     model = MLP.quantized()
     model[0].weight.requires_grad_(False)
@@ -221,7 +214,7 @@ def test_an_unfrozen_weight_that_no_group_holds_is_refused(method):
     assert not torch.equal(latents(optimizer, model)["0.weight"], before)
 
 
-@each_method
+@each_quantizing
 def test_sync_latents_forgets_a_late_alarm(method):
     model, optimizer = build(method)
     model[0].weight.data.mul_(1.1)
@@ -229,7 +222,7 @@ def test_sync_latents_forgets_a_late_alarm(method):
     train(optimizer, model, MLP, 4, start=1)
 
 
-@each_method
+@each_quantizing
 def test_equal_values_are_no_alarm(method):
     """DDP broadcasts, load_state_dict of the own state, and copies write the same values again."""
     ends = []
@@ -245,7 +238,7 @@ def test_equal_values_are_no_alarm(method):
     assert_same(*ends)
 
 
-@each_method
+@each_quantizing
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_model_is_no_alarm(method, dtype):
     model, optimizer = build(method)
@@ -256,7 +249,7 @@ def test_a_cast_model_is_no_alarm(method, dtype):
     assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
 
 
-@each_method
+@each_quantizing
 def test_a_cast_there_and_back_is_an_alarm(method):
     """The values have changed: half precision has dropped digits."""
     model, optimizer = build(method)
@@ -265,27 +258,104 @@ def test_a_cast_there_and_back_is_an_alarm(method):
         train(optimizer, model, MLP, 1, start=1)
 
 
-@each_method
-def test_ordinary_use_is_no_alarm(method):
-    """eval, no_grad forwards, state_dict, requires_grad_, copies, gradients of others."""
-    model, optimizer = build(method, TIED)
-    model.eval()
-    with torch.no_grad():
-        model(TIED.batch(0)["x"])
-    model.train()
-    model.state_dict()
-    copy.deepcopy(model)
-    model.requires_grad_(True)
-    train(optimizer, model, TIED, 2)
-    assert not any(slot.quantizer.scale.requires_grad for slot in optimizer._latents.slots)
-    assert_on_grid(optimizer)
+GONE = (
+    r"the quantizers that this optimizer was built on have been taken off its model \(dequantize_\): it can no longer be "
+    r"used\. Build a new one; to keep its full-precision weights, call qsam\.dequantize_\(model, optimizer\)"
+)
 
 
-@each_method
-def test_the_alarm_leaves_the_latents_alone(method):
-    model, optimizer = build(method)
-    before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
-    in_place(model)
-    with pytest.raises(RuntimeError, match=ALARM):
-        optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(1)))
-    assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
+def built(method, **options):
+    model = MLP.quantized(**options)
+    optimizer = method(model)
+    train(optimizer, model, MLP, 2)
+    return model, optimizer
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def verbs(optimizer, model):
+    closure = closure_of(optimizer, model, MLP, MLP.batch(0))
+
+    def block(context):
+        with context:
+            pass
+
+    def plain_step():
+        closure()
+        optimizer.step()
+
+    return {
+        "step(closure)": lambda: optimizer.step(closure),
+        "step": plain_step,
+        "first_pass": lambda: block(optimizer.first_pass()),
+        "perturbed": lambda: block(optimizer.perturbed()),
+        "scale_phase": lambda: block(optimizer.scale_phase()),
+        "latents": lambda: block(optimizer.latents()),
+        "sync_latents": optimizer.sync_latents,
+        "state_dict": optimizer.state_dict,
+        "load_state_dict": lambda: optimizer.load_state_dict({}),
+        "diagnostics": optimizer.diagnostics,
+        "sharpness": lambda: qsam.sharpness(optimizer, closure, progress=False),
+    }
+
+
+@each_quantizing
+@pytest.mark.parametrize(
+    "again", [None, {"bits": 2, "activations": None}, {"activations": None}], ids=["float", "other bits", "the same"]
+)
+def test_an_optimizer_whose_quantizers_were_taken_off_refuses_every_verb(method, again):
+    model, optimizer = built(method)
+    qsam.dequantize_(model)
+    if again is not None:
+        qsam.quantize_(model, **again)
+    before = snapshot(model)
+    for name, verb in verbs(optimizer, model).items():
+        if name == "perturbed" and not method.perturbs:
+            continue  # QAT has none
+        with pytest.raises(RuntimeError, match=GONE):
+            verb()
+        assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("which", ["weight", "input"])
+def test_a_single_quantizer_that_was_replaced_is_seen(which):
+    model, optimizer = built(QUANTIZING[0])
+    setattr(model[2], f"{which}_quantizer", copy.deepcopy(getattr(model[2], f"{which}_quantizer")))
+    with pytest.raises(RuntimeError, match=GONE):
+        train(optimizer, model, MLP, 1)
+
+
+@each_quantizing
+def test_nothing_of_an_optimizer_stays_on_the_model(method):
+    model, optimizer = built(method)
+    assert not model._state_dict_pre_hooks
+    if method.perturbs:
+        with optimizer.first_pass():
+            MLP.loss(model, MLP.batch(0)).backward()
+        with optimizer.perturbed():
+            assert len(model._state_dict_pre_hooks) == 1
+            MLP.loss(model, MLP.batch(0)).backward()
+    assert not model._state_dict_pre_hooks
+    del optimizer
+    model.zero_grad()
+    second = method(model)
+    with pytest.warns(UserWarning, match="on the quantization grid already"):
+        train(second, model, MLP, 1)
+    assert_on_grid(second)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_quantizers_are_not_taken_off_inside_a_block(given):
+    (method,) = (m for m in QUANTIZING if m.schedule == "same_batch")
+    model, optimizer = built(method)
+    before = everything(optimizer, model)
+    with optimizer.first_pass():
+        MLP.loss(model, MLP.batch(0)).backward()
+    with (
+        optimizer.perturbed(),
+        pytest.raises(RuntimeError, match=r"dequantize_\(\) inside the block perturbed\(\): leave the block first\."),
+    ):
+        qsam.dequantize_(model, *([optimizer] if given else []))
+    assert_same(everything(optimizer, model), before)

@@ -1,13 +1,23 @@
-"""Stock mixed precision: GradScaler with infinities in either pass, fp16 and bf16 autocast, 16-bit models."""
+"""Stock mixed precision: GradScaler with infinities in either pass, fp16 and bf16 autocast."""
 
 import pytest
 import torch
-from torch.optim import AdamW
+from torch.nn.utils import clip_grad_norm_
 
+from tests.methods import (
+    METHODS,
+    PERTURBING,
+    assert_on_grid,
+    assert_same,
+    buffers_of,
+    each_kind,
+    everything,
+    latents,
+    long_but,
+    scales_of,
+    train_by_hand,
+)
 from tests.models import CONV, MLP
-from tests.optim.methods import METHODS, PERTURBING, assert_on_grid, assert_same, everything, train
-
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 
 
 def scaled_step(method, optimizer, model, scaler, number, bad=(), autocast=None):
@@ -56,7 +66,7 @@ def weights_and_scales(state):
     return {k: v for k, v in state.items() if k.startswith("latent.") or k.endswith("quantizer.scale")}
 
 
-@each_method
+@each_kind
 def test_an_overflow_in_the_pass_of_the_update_skips_the_step_and_training_goes_on(method):
     """The weights stay, the loss scale is halved, the next steps move them again."""
     last = 1 if method.perturbs else 0
@@ -91,16 +101,7 @@ def test_an_overflow_in_a_fused_first_pass_skips_the_scales_step():
     assert scales == [2.0**8, 2.0**7, 2.0**7] and optimizer.steps == 3
 
 
-@each_method
-def test_an_overflow_in_both_passes_leaves_everything_but_the_scale(method):
-    _, states, scales = run(method, bad_step=0, bad=(0, 1), steps=1)
-    model = method.model(CONV)
-    optimizer = method(model)
-    assert_same(weights_and_scales(states[0]), weights_and_scales(everything(optimizer, model)))
-    assert scales == [2.0**7]
-
-
-@each_method
+@each_kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast_with_a_scaler_that_is_a_power_of_two_is_autocast(method, dtype):
     """Loss scaling changes no digit of bf16; in fp16 it saves small gradients: there the run only stays close."""
@@ -130,37 +131,118 @@ def test_autocast_with_a_scaler_that_is_a_power_of_two_is_autocast(method, dtype
         assert torch.allclose(ends[0][1], ends[1][1], rtol=3e-2)
 
 
-@each_method
-@pytest.mark.filterwarnings("ignore:16-bit parameters round the perturbation away")
-def test_a_model_in_bf16_trains_by_blocks_as_by_closure(method):
+@each_kind
+@pytest.mark.parametrize("perturb", long_but([None], [None, "all"]))
+def test_a_grad_scaler_changes_nothing(method, perturb):
+    """Powers of two cancel without rounding; the scale grows on the way."""
+    options = {"perturb": perturb} if perturb and method.perturbs else {}
     ends = []
-    for by_hand in (True, False):
-        model = method.model(MLP).bfloat16()
-        optimizer = method(model, AdamW, rho=1.0) if method.perturbs else method(model, AdamW)
-
-        class Task:
-            @staticmethod
-            def batch(number):
-                return {**MLP.batch(number), "x": MLP.batch(number)["x"].bfloat16()}
-
-            @staticmethod
-            def loss(forward, batch):
-                return MLP.loss(lambda x: forward(x).float(), batch)
-
-        if by_hand:
-            for i in range(3):
-                for number, block in enumerate(optimizer.blocks):
-                    if number and optimizer.scales_due:
-                        optimizer.step_scales()
-                    with getattr(optimizer, block)():
-                        Task.loss(model, Task.batch(i)).backward()
-                optimizer.step()
-                if method.schedule == "same_batch":
-                    with optimizer.scale_phase():
-                        Task.loss(model, Task.batch(i)).backward()
-                    optimizer.step()
-        else:
-            train(optimizer, model, Task, 3)
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), None):
+        model = method.model(CONV)
+        optimizer = method(model, **options)
+        torch.manual_seed(0)
+        train_by_hand(method, optimizer, model, CONV, 6, scaler=scaler)
         ends.append(everything(optimizer, model))
-        assert all(p.dtype is torch.bfloat16 for n, p in model.named_parameters() if "quantizer" not in n)
     assert_same(*ends)
+
+
+@each_kind
+def test_a_grad_scaler_may_unscale_before_clipping(method):
+    """scaler.unscale_, then stock clip_grad_norm_: it sees dL/dQ of the second pass."""
+    ends = []
+    for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**8), None):
+        model = method.model(MLP)
+        optimizer = method(model)
+        with optimizer.first_pass():
+            loss = MLP.loss(model, MLP.batch(0))
+            (loss if scaler is None else scaler.scale(loss)).backward()
+        if method.perturbs:
+            with optimizer.perturbed():
+                loss = MLP.loss(model, MLP.batch(0))
+                (loss if scaler is None else scaler.scale(loss)).backward()
+        if scaler is not None:
+            scaler.unscale_(optimizer)
+        clip_grad_norm_(model.parameters(), 0.05)
+        optimizer.step() if scaler is None else scaler.step(optimizer)
+        ends.append(everything(optimizer, model))
+    assert_same(*ends)
+
+
+def overflow_by_hand(method, optimizer, model, scaler):
+    """Make one iteration whose update gradients overflow, up to the step that the scaler skips."""
+    batch = CONV.batch(3)
+    with optimizer.first_pass():
+        scaler.scale(CONV.loss(model, batch)).backward()
+    if method.perturbs:
+        with optimizer.perturbed():
+            scaler.scale(CONV.loss(model, batch) * float("inf")).backward()
+    else:
+        for p in model.parameters():
+            if p.grad is not None:
+                p.grad.fill_(float("inf"))
+    scaler.step(optimizer)
+
+
+@each_kind
+def test_a_skipped_step_of_a_grad_scaler_changes_nothing(method):
+    """An overflow in one batch: the run goes on as if that batch had not been there."""
+    ends = []
+    for overflow in (True, False):
+        model = method.model(CONV)
+        optimizer = method(model)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+        torch.manual_seed(0)
+        train_by_hand(method, optimizer, model, CONV, 2, scaler=scaler)
+        if overflow:
+            before = everything(optimizer, model)
+            overflow_by_hand(method, optimizer, model, scaler)
+            scaler.update(2.0**10)
+            assert_on_grid(optimizer)
+            with torch.no_grad():  # the skipped batch may move these
+                for name, buffer in buffers_of(model).items():
+                    buffer.copy_(before[f"model.{name}"])
+            assert_same(everything(optimizer, model), before)
+        torch.manual_seed(1)
+        train_by_hand(method, optimizer, model, CONV, 2, start=2, scaler=scaler)
+        ends.append(everything(optimizer, model))
+    assert_same(*ends)
+
+
+def test_the_scales_may_step_after_a_skipped_step_of_the_weights():
+    (method,) = (m for m in METHODS if m.schedule == "same_batch")
+    model = method.model(CONV)
+    optimizer = method(model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    w, s = latents(optimizer, model), {name: scale.clone() for name, scale in scales_of(model).items()}
+    overflow_by_hand(method, optimizer, model, scaler)
+    with optimizer.scale_phase():
+        scaler.scale(CONV.loss(model, CONV.batch(3))).backward()
+    scaler.step(optimizer.scales)
+    assert_same(latents(optimizer, model), w)
+    assert all(
+        bool(torch.isfinite(scale).all()) and not torch.equal(scale, s[name])
+        for name, scale in scales_of(model).items()
+    )
+
+
+@each_kind
+def test_an_autocast_context_round_the_step_sees_the_written_weights(method):
+    """Autocast caches 16-bit copies of weights: a stale one would serve the perturbed pass the unperturbed weights."""
+    losses = []
+    for outside in (True, False):
+        model = method.model(MLP)
+        optimizer = method(model)
+        found = []
+
+        def closure(optimizer=optimizer, model=model, found=found, outside=outside):
+            optimizer.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=True, cache_enabled=True):
+                loss = MLP.loss(model, MLP.batch(0))
+            loss.backward()
+            found.append(float(loss.detach()))
+
+        for _ in range(3):
+            with torch.autocast("cpu", torch.bfloat16, enabled=outside):
+                optimizer.step(closure)
+        losses.append(found)
+    assert losses[0] == losses[1]

@@ -14,13 +14,26 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 from qsam.shards import whole
-from tests.models import EVERYWHERE, MLP
-from tests.optim.methods import METHODS, Method, closure_of, long_but
+from tests.methods import (
+    METHODS,
+    Method,
+    assert_same,
+    closure_of,
+    each_kind,
+    each_quantizing,
+    everything,
+    latents,
+    long_but,
+    train,
+)
+from tests.models import CONV, EVERYWHERE, MLP
 from tests.optim.test_ranks import part
 from tests.optim.test_shards import close, gathered, shard_
 from tests.processes import Processes, running
 
 KINDS = [m for m in METHODS if m.name in {"qat", "squat"} and m.schedule != "same_batch"]
+
+
 STEPS = 3
 
 
@@ -91,12 +104,6 @@ def test_two_processes_go_on_to_the_same_bits(method: Method, base: Any, two: Pr
 
 
 @pytest.mark.long
-def test_shards_go_on_as_one_process(two: Processes, one: Processes, tmp_path: Path) -> None:
-    two(save, tmp_path, KINDS[-1], "fsdp", AdamW)
-    one(load, tmp_path, KINDS[-1], "none", AdamW, False)
-
-
-@pytest.mark.long
 def test_shards_go_on_as_copies_and_as_one_process(two: Processes, one: Processes, tmp_path: Path) -> None:
     two(save, tmp_path, KINDS[-1], "fsdp", AdamW)
     two(load, tmp_path, KINDS[-1], "ddp", AdamW, False)
@@ -160,3 +167,72 @@ def plain_state_dicts(rank: int) -> None:
 
 def test_a_process_may_keep_its_own_part(two: Processes) -> None:
     two(plain_state_dicts)
+
+
+BASES = {AdamW: {}, SGD: {"momentum": 0.9}}
+
+
+def zero_gradients(optimizer):
+    """Do what torch.distributed.checkpoint does before it loads: zero gradients, every lr 0, one step."""
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+        for p in group["params"]:
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p)
+    optimizer.step(closure=None)
+
+
+@each_kind
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
+def test_a_step_with_every_lr_zero_creates_the_state_only(method, base):
+    model = method.model(CONV)
+    optimizer = method(model, base, **BASES[base])
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    w = latents(optimizer, model)
+    zero_gradients(optimizer)
+    assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters()}
+    assert optimizer.steps == 0
+    assert optimizer.param_groups[0]["qsam_phase"] == method(method.model(CONV)).param_groups[0]["qsam_phase"]
+    assert_same(model.state_dict(), before)
+    assert_same(latents(optimizer, model), w)
+
+
+@each_quantizing
+def test_the_initialising_step_does_not_mind_that_the_model_was_just_loaded(method):
+    model = method.model(MLP)
+    optimizer = method(model)
+    model.load_state_dict({name: t + 0.1 for name, t in model.state_dict().items()})
+    zero_gradients(optimizer)
+
+
+@each_kind
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
+@pytest.mark.parametrize("base", [AdamW, pytest.param(SGD, marks=pytest.mark.long)])
+@pytest.mark.parametrize("flat", [pytest.param(False, marks=pytest.mark.long), True], ids=["nested", "flat"])
+@pytest.mark.parametrize("stop", [pytest.param(0, marks=pytest.mark.long), 3])
+def test_resuming_through_distributed_checkpoint(method, base, flat, stop, tmp_path):
+    """SGD without momentum: a base that never has a state of its own."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+
+    def states(model, optimizer):
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=options)
+        return {"model": model_state, "optimizer": optimizer_state}
+
+    model = method.model(MLP)
+    optimizer = method(model, base)
+    train(optimizer, model, MLP, stop)
+    dcp.save(states(model, optimizer), checkpoint_id=tmp_path, no_dist=True)
+    train(optimizer, model, MLP, 4, start=stop)
+
+    new_model = method.model(MLP)
+    new = method(new_model, base)
+    loaded = states(new_model, new)
+    dcp.load(loaded, checkpoint_id=tmp_path, no_dist=True)
+    set_state_dict(
+        new_model, new, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"], options=options
+    )
+    train(new, new_model, MLP, 4, start=stop)
+    assert_same(everything(new, new_model), everything(optimizer, model))
