@@ -66,7 +66,7 @@ KINDS = [method for method in METHODS if str(method) in {"qat", "sam", "saq", "s
 QUANTIZING = [method for method in KINDS if method.quantizes]
 PERTURBING = [method for method in KINDS if method.perturbs]
 BY_NAME = {str(method): method for method in METHODS}
-QAT, SAQ = BY_NAME["qat"], BY_NAME["saq"]
+QAT, SAM, SAQ = BY_NAME["qat"], BY_NAME["sam"], BY_NAME["saq"]
 SQUAT, FUSED = BY_NAME["squat-same_batch"], BY_NAME["squat-fused"]
 
 each_kind = pytest.mark.parametrize("method", KINDS, ids=str)

@@ -23,8 +23,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from qsam.attach import dequantize_, restored_if_refused
+from qsam.coverage import coverage_of, set_owner
 from qsam.inputs import frozen
 from qsam.latent import Latents, coverage_for
+from qsam.layers import unwrap_model
 from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
@@ -137,24 +140,29 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 normalize_weights=normalize_weights, scope=perturbation_scope, masked=self.masked, inside=self.inside,
             )  # fmt: skip
             self.perturbation = Perturbation(options)
+        self._check_own_options()
         self.modules = checked_modules(modules)
         check_options(model, ste, rng, max_grad_norm)
         self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
         self.skip_unused_gradients = skip_unused_gradients
         self._may_skip: bool | None = False if _is_compiled(model) else None  # None until a whole pass has been seen
         self.ranks = Ranks(model, ddp, perturbation_scope)
-        self._latents = Latents(model, self, coverage_for(model, self.quantizes))
-        try:
-            self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
-            self._build_scale_optimizer(scale_lr, scale_optimizer)
-        except BaseException:
-            self._latents.release()
-            raise
+        with _undone_if_refused(unwrap_model(model)):
+            self._latents = Latents(model, self, coverage_for(model, self.quantizes))
+            try:
+                self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
+                self._build_scale_optimizer(scale_lr, scale_optimizer)
+            except BaseException:
+                self._latents.release()
+                raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
         self._leftovers = {id(p.grad) for p in self._parameters() if p.grad is not None}
         self._start_passes()
         self.scales = ScaleFacade(self)
+
+    def _check_own_options(self) -> None:
+        """Refuse what a method cannot do with its perturbation, before anything is touched."""
 
     def _build_base(self, base: Base, params: Iterable[Any] | None, arguments: dict[str, Any], rho: float) -> None:
         keywords = set(QuantizedOptimizer.__init__.__annotations__) - {"model", "base", "arguments", "return"}
@@ -881,6 +889,21 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._losses[name] = loss.detach()
         elif isinstance(loss, int | float):
             self._losses[name] = float(loss)
+
+
+@contextlib.contextmanager
+def _undone_if_refused(root: nn.Module) -> Iterator[None]:
+    """Where the construction fails, leave a plain model plain, and a quantized one with the scales that it had."""
+    coverage = coverage_of(root)
+    rows = coverage.quantized if coverage is not None else ()
+    try:
+        with restored_if_refused([row.quantizer for row in rows if row.quantizer is not None]):
+            yield
+    except BaseException:
+        if coverage is None and (own := coverage_of(root)) is not None:
+            set_owner(own, None)
+            dequantize_(root)
+        raise
 
 
 def _description(latents: Latents) -> dict[str, str]:

@@ -10,7 +10,10 @@ from torch.optim import LBFGS, SGD
 
 import qsam
 from tests.methods import (
+    BY_NAME,
     METHODS,
+    SAQ,
+    SQUAT,
     assert_on_grid,
     assert_same,
     closure_of,
@@ -22,51 +25,41 @@ from tests.methods import (
 )
 from tests.models import CONV, MLP
 
-CALLS = {
-    "qat": [1] * 6,
-    "sam": [2] * 6,
-    "joint": [2] * 6,
-    "saq": [2] * 6,
-    "squat-same_batch": [3] * 6,
-    "squat-next_batch": [2, 1] * 3,
-    "squat-fused": [2] * 6,
-}
+CALLS = [
+    ("qat", {}, [1] * 6),
+    ("sam", {}, [2] * 6),
+    ("joint", {}, [2] * 6),
+    ("saq", {}, [2] * 6),
+    ("squat-same_batch", {}, [3] * 6),
+    ("squat-next_batch", {}, [2, 1] * 3),
+    ("squat-fused", {}, [2] * 6),
+    ("sam", {"start": 2}, [1, 1, 2, 2, 2, 2]),
+    ("saq", {"every": 3, "start": 1}, [1, 2, 1, 1, 2, 1]),
+    ("saq", {"every": 3, "reuse": "perturbation"}, [2, 1, 1, 2, 1, 1]),
+    ("saq", {"direction": "momentum"}, [1] * 6),
+    ("squat-same_batch", {"every": 2}, [3, 1] * 3),
+    ("squat-same_batch", {"direction": "previous"}, [1] + 5 * [2]),
+    ("squat-same_batch", {"period": 3}, [2, 2, 3, 2, 2, 3]),
+    ("squat-next_batch", {"every": 2}, [2, 1, 1, 2, 1, 1]),  # w perturbed, s, w plain, and again
+    ("squat-next_batch", {"start": 2}, [1, 1, 2, 1, 2, 1]),
+    ("squat-next_batch", {"period": 3}, [2, 2, 2, 1, 2, 2]),
+    ("squat-fused", {"period": 3}, [2] * 6),
+]
 
 
-def calls_per_step(method, **options):
-    """Return the number of closure calls of each of six steps."""
+@pytest.mark.parametrize(("name", "options", "calls"), CALLS, ids=str)
+def test_step_calls_the_closure_the_documented_number_of_times(name, options, calls):
+    method = BY_NAME[name]
     model = method.model(MLP)
     optimizer = method(model, **options)
     closure = closure_of(optimizer, model, MLP, MLP.batch(0))
-    counts = []
-    for _ in range(6):
-        calls = []
-        optimizer.step(lambda calls=calls: calls.append(1) or closure())
-        counts.append(len(calls))
-    return counts
-
-
-@each_kind
-def test_step_calls_the_closure_as_often_as_the_method_has_passes(method):
-    assert calls_per_step(method) == CALLS[str(method)]
-
-
-@each_perturbing
-def test_every_and_start_leave_one_call_to_the_other_steps(method):
-    whole = 3 if method.schedule == "same_batch" else 2
-    if method.schedule == "next_batch":  # w perturbed, s, w plain, and again
-        assert calls_per_step(method, every=2) == [2, 1, 1, 2, 1, 1]
-        assert calls_per_step(method, start=2) == [1, 1, 2, 1, 2, 1]
-    else:
-        assert calls_per_step(method, every=2) == [whole, 1] * 3
-        assert calls_per_step(method, every=3, start=1) == [1, whole, 1, 1, whole, 1]
-        assert calls_per_step(method, start=2) == [1, 1, whole, whole, whole, whole]
-
-
-@each_alternating
-def test_a_period_gives_the_scales_fewer_turns(method):
-    expected = {"same_batch": [2, 2, 3, 2, 2, 3], "next_batch": [2, 2, 2, 1, 2, 2], "fused": [2] * 6}
-    assert calls_per_step(method, period=3) == expected[method.schedule]
+    found = []
+    for _ in calls:
+        made = []
+        optimizer.step(lambda made=made: made.append(1) or closure())
+        found.append(len(made))
+        assert all(p.grad is None for p in model.parameters()), "a step leaves no gradient"
+    assert found == calls
 
 
 @each_kind
@@ -233,9 +226,8 @@ def test_no_verb_is_allowed_inside_a_block(method, block):
     train(optimizer, model, MLP, 1)
 
 
-@each_perturbing
-def test_the_model_refuses_its_state_dict_inside_a_perturbed_pass(method):
-    model, optimizer = build(method)
+def test_the_model_refuses_its_state_dict_inside_a_perturbed_pass():
+    model, optimizer = build(SAQ)
     with optimizer.first_pass():
         backward(model)
         model.state_dict()
@@ -248,9 +240,8 @@ def test_the_model_refuses_its_state_dict_inside_a_perturbed_pass(method):
     model.state_dict()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.alternates], ids=str)
-def test_only_squat_has_a_phase_of_the_scales(method):
-    model, optimizer = build(method)
+def test_only_squat_has_a_phase_of_the_scales():
+    model, optimizer = build(SAQ)
     message = r"steps weights and scales together: {}\(\) belongs to SQuAT\."
     with pytest.raises(RuntimeError, match=message.format("scale_phase")):
         optimizer.scale_phase().__enter__()
@@ -259,9 +250,8 @@ def test_only_squat_has_a_phase_of_the_scales(method):
         optimizer.step_scales()
 
 
-@each_alternating
-def test_step_scales_needs_a_backward_of_its_own(method):
-    model, optimizer = build(method)
+def test_step_scales_needs_a_backward_of_its_own():
+    model, optimizer = build(SQUAT)
     message = r"step_scales\(\) found no gradient: run a backward inside `with optimizer\.scale_phase\(\):` before\."
     with pytest.raises(RuntimeError, match=message):
         optimizer.step_scales()
@@ -304,10 +294,9 @@ def test_a_refused_verb_inside_a_closure_stops_the_step_cleanly(method):
     train(optimizer, model, MLP, 1)
 
 
-@each_perturbing
-def test_a_step_that_is_not_due_refuses_a_perturbed_pass(method):
-    model = method.model(MLP)
-    optimizer = method(model, start=1)
+def test_a_step_that_is_not_due_refuses_a_perturbed_pass():
+    model = SAQ.model(MLP)
+    optimizer = SAQ(model, start=1)
     with optimizer.first_pass():
         MLP.loss(model, MLP.batch(0)).backward()
     with pytest.raises(
@@ -318,10 +307,9 @@ def test_a_step_that_is_not_due_refuses_a_perturbed_pass(method):
     assert optimizer.blocks == ("first_pass", "perturbed")
 
 
-@each_alternating
-def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weights(method):
-    model = method.model(MLP)
-    optimizer = method(model)
+def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weights():
+    model = SQUAT.model(MLP)
+    optimizer = SQUAT(model)
     with optimizer.scale_phase():
         MLP.loss(model, MLP.batch(0)).backward()
     optimizer.zero_grad()
@@ -333,12 +321,9 @@ def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weig
     assert optimizer.steps == 1
 
 
-@each_kind
-def test_a_model_that_was_moved_is_refused(method):
-    if not method.quantizes:
-        pytest.skip("a method without latents is an ordinary optimizer: torch's own rules hold")
-    model = method.model(MLP)
-    optimizer = method(model)
+def test_a_model_that_was_moved_is_refused():
+    model = SAQ.model(MLP)
+    optimizer = SAQ(model)
     model.to("meta")
     message = r"moved from cpu to meta \('0\.weight'\), and its latents were not: move the model first, then build"
     with pytest.raises(RuntimeError, match=message):
@@ -346,9 +331,8 @@ def test_a_model_that_was_moved_is_refused(method):
     assert all(slot.latent.device.type == "cpu" for slot in optimizer._latents.slots)
 
 
-@each_kind
-def test_unwrap_finds_the_optimizer_inside_its_wrappers(method):
-    optimizer = method(method.model(MLP))
+def test_unwrap_finds_the_optimizer_inside_its_wrappers():
+    optimizer = SAQ(SAQ.model(MLP))
 
     class Wrapper:
         def __init__(self, optimizer):

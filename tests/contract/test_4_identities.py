@@ -6,14 +6,13 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
-from tests.methods import QUANTIZING, assert_same, everything, train
-from tests.models import CONV, EVERYWHERE, MLP, TIED
+from tests.methods import BY_NAME, assert_same, everything, train
+from tests.models import CONV, EVERYWHERE, MLP
 
-TASKS = pytest.mark.parametrize("task", [MLP, CONV], ids=str)
-
-
-BASES = pytest.mark.parametrize(
-    ("base", "arguments"), [(AdamW, {"lr": 1e-3}), (SGD, {"lr": 0.05, "momentum": 0.9})], ids=["AdamW", "SGD"]
+SETTINGS = pytest.mark.parametrize(
+    ("task", "base", "arguments"),
+    [(MLP, SGD, {"lr": 0.05, "momentum": 0.9}), (CONV, AdamW, {"lr": 1e-3})],
+    ids=["MLP-SGD", "CONV-AdamW"],
 )
 
 
@@ -52,60 +51,55 @@ def unquantized(task):
     return model
 
 
-@TASKS
-@BASES
-@pytest.mark.parametrize(("cls", "options"), [(SAQ, {}), (JointSAM, {"ste": "clipped"})], ids=["SAQ", "JointSAM"])
+@SETTINGS
+@pytest.mark.parametrize(
+    ("cls", "options"),
+    [(SAQ, {}), (SAQ, {"case": 1}), (SAQ, {"case": 2}), (JointSAM, {"ste": "clipped"})],
+    ids=["SAQ", "case1", "case2", "JointSAM"],
+)
 def test_rho_zero_is_qat(task, base, arguments, cls, options):
     qat = run(lambda model: QAT(model, base, **arguments), task)
     assert_same_runs(run(lambda model: cls(model, base, rho=0.0, **options, **arguments), task), qat)
 
 
-@TASKS
-@BASES
+@SETTINGS
+def test_rho_zero_with_the_identity_ste_is_qat_with_it(task, base, arguments):
+    qat = run(lambda model: QAT(model, base, ste="identity", **arguments), task)
+    assert_same_runs(run(lambda model: JointSAM(model, base, rho=0.0, **arguments), task), qat)
+
+
+@SETTINGS
 def test_the_joint_method_with_the_clipped_ste_is_saq(task, base, arguments):
     saq = run(lambda model: SAQ(model, base, **arguments), task)
     assert_same_runs(run(lambda model: JointSAM(model, base, ste="clipped", **arguments), task), saq)
+    assert run(lambda model: JointSAM(model, base, **arguments), task)[0] != saq[0]
 
 
-@TASKS
-@pytest.mark.parametrize("schedule", ["same_batch", "fused"])
+@pytest.mark.parametrize(("task", "schedule"), [(MLP, "same_batch"), (CONV, "fused")], ids=str)
 def test_squat_without_a_scale_rate_is_saq_with_frozen_scales(task, schedule):
     saq = run(lambda model: SAQ(model, AdamW, lr=1e-3, scale_lr=0), task)
-    squat = run(lambda model: SQuAT(model, AdamW, lr=1e-3, scale_lr=0, schedule=schedule), task)
-    assert squat[0] == saq[0]
-    assert_same(squat[1], saq[1])
+    assert_same_runs(run(lambda model: SQuAT(model, AdamW, lr=1e-3, scale_lr=0, schedule=schedule), task), saq)
 
 
-@TASKS
-@BASES
-def test_sam_of_radius_zero_is_the_base_optimizer(task, base, arguments):
-    model = task.build()
+@SETTINGS
+@pytest.mark.parametrize("kind", ["SAM of radius zero", "QAT with the identity quantizer"])
+def test_without_perturbation_or_grid_it_is_the_base_optimizer(task, base, arguments, kind):
+    model = unquantized(task) if kind.startswith("QAT") else task.build()
+    optimizer = QAT(model, base, **arguments) if kind.startswith("QAT") else SAM(model, base, rho=0.0, **arguments)
     torch.manual_seed(3)
-    optimizer = SAM(model, base, rho=0.0, **arguments)
     losses = train(optimizer, model, task, 6)
     expected = bare(base, arguments, task)
     assert losses == expected[0]
     assert_same(dict(model.named_parameters()), expected[1])
 
 
-@pytest.mark.parametrize("task", [MLP, CONV, TIED], ids=str)
-@BASES
-def test_qat_with_the_identity_quantizer_is_the_base_optimizer(task, base, arguments):
-    model = unquantized(task)
-    torch.manual_seed(3)
-    losses = train(QAT(model, base, **arguments), model, task, 6)
-    expected = bare(base, arguments, task)
-    assert losses == expected[0]
-    assert_same(dict(model.named_parameters()), expected[1])
-
-
-@pytest.mark.parametrize("method", [m for m in QUANTIZING if m.perturbs and m.schedule != "next_batch"], ids=str)
-@TASKS
-def test_a_method_with_the_identity_quantizer_is_plain_sam(method, task):
+@pytest.mark.parametrize(
+    ("name", "task"), [("saq", CONV), ("joint", MLP), ("squat-same_batch", MLP), ("squat-fused", CONV)]
+)
+def test_a_method_with_the_identity_quantizer_is_plain_sam(name, task):
     runs = []
-    for cls, model in [(method, unquantized(task)), (SAM, task.build())]:
+    for cls, model in [(BY_NAME[name], unquantized(task)), (SAM, task.build())]:
         torch.manual_seed(3)
         optimizer = cls(model, AdamW, lr=1e-3, perturb="all")
         runs.append((train(optimizer, model, task, 6), {name: p.detach() for name, p in model.named_parameters()}))
-    assert runs[0][0] == runs[1][0]
-    assert_same(runs[0][1], runs[1][1])
+    assert_same_runs(*runs)

@@ -9,10 +9,12 @@ from torch.optim import SGD, AdamW
 from qsam import coverage_of
 from qsam.optim import OPTIMIZERS
 from tests.methods import (
+    BY_NAME,
     METHODS,
+    QUANTIZING,
     assert_same,
     buffers_of,
-    each_kind,
+    each_alternating,
     each_quantizing,
     everything,
     latents,
@@ -50,7 +52,7 @@ VARIANTS |= {"normalized": ({"normalize_weights": True}, NormalizedWeights)}
 """Options of SAQ that have a twin of their own."""
 
 
-STEPS = 20
+STEPS = 12
 
 
 def twin_of(method, task, model, base, cls=None, **options):
@@ -98,27 +100,58 @@ def test_every_registered_method_has_a_twin():
     assert {method.name for method in METHODS} == set(OPTIMIZERS)
 
 
-@each_kind
-@pytest.mark.parametrize("granularity", long_but(["per_channel"], GRANULARITIES))
-@crosswise
-def test_a_method_equals_its_twin_on_an_mlp(method, granularity, bits, base):
-    assert_equals_its_twin(method, MLP, base, quantization={"granularity": granularity, "bits": bits})
+PER_CHANNEL, PER_GROUP = {"granularity": "per_channel", "bits": 2}, {"granularity": "per_group", "bits": 3}
+SETTINGS = {
+    "mlp": (MLP, SGD, {"quantization": PER_CHANNEL}),
+    "batch norm and dropout": (CONV, AdamW, {"quantization": PER_GROUP, "rho": 0.5}),
+    "clipped norm": (CONV, SGD, {"quantization": {"bits": 4}, "max_grad_norm": 0.1}),
+    "tied weights": (TIED, AdamW, {"quantization": {"activations": None}}),
+    # Rates that carry no scale past 0: there |s| is in force, and the twin writes the formula for positive scales only.
+    "rates of the scales": (MLP, AdamW, {"scale_lr": (0.02, 0.002)}),
+    "bert": (BERT, AdamW, {"steps": 6}),
+}
+LONG = {"bert"}
+
+
+@pytest.mark.parametrize("setting", long_but(SETTINGS.keys() - LONG, SETTINGS))
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_a_method_equals_its_twin(method, setting):
+    task, base, options = SETTINGS[setting]
+    assert_equals_its_twin(method, task, base, **options)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("task", long_but([CONV], [MLP, CONV, BERT]), ids=str)
-@pytest.mark.parametrize("base", long_but([AdamW], BASES))
-def test_a_variant_of_saq_equals_its_twin(variant, task, base):
-    (saq,) = (method for method in METHODS if method.name == "saq")
-    steps = 5 if task is BERT else STEPS
-    assert_equals_its_twin(saq, task, base, variant=variant, rho=0.3, quantization={"bits": 3}, steps=steps)
+def test_a_variant_of_saq_equals_its_twin(variant):
+    assert_equals_its_twin(BY_NAME["saq"], CONV, AdamW, variant=variant, rho=0.3, quantization={"bits": 3})
 
 
-# Rates that carry no scale past 0: there |s| is in force, and the twin writes the formula for positive scales only.
-@each_kind
-@pytest.mark.parametrize("scale_lr", long_but([(0.02, 0.002)], [0.05, (0.02, 0.002)]), ids=["number", "pair"])
-def test_a_method_equals_its_twin_at_a_given_rate_of_the_scales(method, scale_lr):
-    assert_equals_its_twin(method, MLP, AdamW, scale_lr=scale_lr)
+@each_alternating
+def test_a_period_equals_its_twin(method):
+    assert_equals_its_twin(method, CONV, AdamW, period=3, steps=8)
+
+
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_by_hand_equals_step_closure(method):
+    """With BatchNorm and dropout: buffers and random numbers too."""
+    runs = []
+    for drive in (train, functools.partial(train_by_hand, method)):
+        model = method.model(CONV)
+        optimizer = method(model)
+        torch.manual_seed(2)
+        drive(optimizer, model, CONV, 6)
+        runs.append(everything(optimizer, model) | {"rng": torch.get_rng_state()})
+    assert_same(*runs)
+
+
+@pytest.mark.parametrize("base", BASES, ids=lambda base: base.__name__)
+def test_no_default_leaves_every_scale_where_it_began(base):
+    for method in QUANTIZING:
+        model = method.model(MLP)
+        before = {name: s.clone() for name, s in scales_of(model).items()}
+        train(method(model, base, **BASES[base]), model, MLP, 20)
+        moved = {name: float(((s - before[name]) / before[name]).abs().max()) for name, s in scales_of(model).items()}
+        assert max(v for name, v in moved.items() if "weight_quantizer" in name) > 1e-3
+        assert max(v for name, v in moved.items() if "input_quantizer" in name) > 1e-3
 
 
 @each_quantizing
@@ -133,35 +166,3 @@ def test_the_two_rates_are_the_weights_and_the_inputs(method):
         same = {name: torch.equal(s, before[name]) for name, s in scales_of(model).items()}
         assert all(same[name] for name in same if still in name)
         assert not any(same[name] for name in same if moved in name)
-
-
-@each_kind
-def test_a_method_equals_its_twin_on_tied_weights(method):
-    assert_equals_its_twin(method, TIED, AdamW, quantization={"activations": None})
-
-
-@each_kind
-@pytest.mark.parametrize("base", long_but([AdamW], BASES))
-@pytest.mark.parametrize("task", long_but([CONV], [CONV, BERT]), ids=str)
-@pytest.mark.long
-def test_by_hand_equals_step_closure(method, base, task):
-    runs = []
-    for drive in (train, functools.partial(train_by_hand, method)):
-        model = method.model(task)
-        optimizer = method(model, base, **BASES[base])
-        torch.manual_seed(2)
-        drive(optimizer, model, task, 6)
-        runs.append(everything(optimizer, model) | {"rng": torch.get_rng_state()})
-    assert_same(*runs)
-
-
-@each_quantizing
-@each_base
-@pytest.mark.parametrize("task", long_but([MLP], [MLP, CONV, BERT]), ids=str)
-def test_no_default_leaves_every_scale_where_it_began(method, base, task):
-    model = method.model(task)
-    before = {name: s.clone() for name, s in scales_of(model).items()}
-    train(method(model, base, **BASES[base]), model, task, 20)
-    moved = {name: float(((s - before[name]) / before[name]).abs().max()) for name, s in scales_of(model).items()}
-    assert max(v for name, v in moved.items() if "weight_quantizer" in name) > 1e-3
-    assert max(v for name, v in moved.items() if "input_quantizer" in name) > 1e-3

@@ -13,7 +13,6 @@ from tests.methods import (
     assert_on_grid,
     assert_same,
     each_kind,
-    each_perturbing,
     everything,
     train,
 )
@@ -61,55 +60,45 @@ BAD_FOR_PERTURBING = [
 ]  # fmt: skip
 
 
-def build(method, model, base=AdamW, **options):
-    if method.schedule is not None:
-        options.setdefault("schedule", method.schedule)
-    return method.cls(model, base, **options)
-
-
 def id_of(value):
     return next(iter(value)) if isinstance(value, dict) else None
 
 
-@each_kind
 @pytest.mark.parametrize(("kind", "options", "message"), BAD_FOR_ALL, ids=id_of)
-def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(method, kind, options, message):
-    model = method.model(MLP)
+def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(kind, options, message):
+    model = MLP.quantized()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(kind, match=message.format(method.cls.__name__)):
-        build(method, model, **options)
+    with pytest.raises(kind, match=message.format("SAQ")):
+        SAQ(model, **{"base": AdamW, **options})
     assert_same(model.state_dict(), before)
-    build(method, model)  # and free: nobody owns it
+    SAQ(model, AdamW)  # and free: nobody owns it
 
 
-@each_perturbing
 @pytest.mark.parametrize(("kind", "options", "message"), BAD_FOR_PERTURBING, ids=id_of)
-def test_a_bad_argument_of_the_perturbation_is_refused(method, kind, options, message):
-    model = method.model(MLP)
+def test_a_bad_argument_of_the_perturbation_is_refused(kind, options, message):
+    model = MLP.quantized()
     with pytest.raises(kind, match=message):
-        build(method, model, **options)
-    build(method, model)
+        SAQ(model, **{"base": AdamW, **options})
+    SAQ(model, AdamW)
 
 
-@each_kind
-def test_the_model_comes_first(method):
+def test_the_model_comes_first():
     with pytest.raises(
         TypeError, match=r"`model` must be a torch\.nn\.Module, got type: the model comes first, then the optimizer\."
     ):
-        build(method, AdamW, MLP.build())
+        SAQ(AdamW, MLP.build())
     with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got list"):
-        build(method, list(MLP.build().parameters()))
+        SAQ(list(MLP.build().parameters()), AdamW)
 
 
-@each_kind
-def test_an_instance_has_its_own_settings(method):
-    model = method.model(MLP)
+def test_an_instance_has_its_own_settings():
+    model = MLP.quantized()
     own = [p for name, p in model.named_parameters() if "quantizer" not in name]
     with pytest.raises(
         TypeError,
         match=r"was given an optimizer instance, which has its own groups and settings: drop \['lr', 'params'\]\.",
     ):
-        build(method, model, AdamW(own), lr=1e-3, params=own)
+        SAQ(model, AdamW(own), lr=1e-3, params=own)
 
 
 @pytest.mark.parametrize("name", ["rho", "direction", "perturb", "every", "start", "reuse", "perturbation_scope"])
@@ -204,3 +193,32 @@ def test_a_plain_model_is_quantized_and_its_coverage_logged(method, caplog):
         assert optimizer.coverage is None
         assert not caplog.text
     train(optimizer, model, MLP, 1)
+
+
+REFUSED = {
+    "an argument": {"lrr": 0.1},
+    "a direction of one pass in a fused schedule": {"schedule": "fused", "direction": "previous"},
+    "a rate of the scales": {"scale_lr": -1.0},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_a_refused_optimizer_leaves_a_plain_model_plain_and_lets_later_weights_set_the_scales(options):
+    model = MLP.build()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises((TypeError, ValueError)):
+        SQuAT(model, AdamW, **options)
+    assert_same(model.state_dict(), before)
+    assert qsam.coverage_of(model) is None
+
+    qsam.quantize_(model, activations=None)
+    with torch.no_grad():
+        model[0].weight.mul_(3.0)
+    with pytest.raises((TypeError, ValueError)):
+        SQuAT(model, AdamW, **options)
+    SQuAT(model, AdamW)
+    other = MLP.build()
+    with torch.no_grad():
+        other[0].weight.mul_(3.0)
+    qsam.quantize_(other, activations=None)
+    assert torch.equal(model[0].weight_quantizer.scale, other[0].weight_quantizer.scale)
