@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from tests.methods import METHODS, assert_same, each_kind, each_perturbing, everything, latents, train
+from tests.methods import SAM, SAQ, SQUAT, assert_same, each_kind, everything, latents, train
 from tests.models import CONV, MLP
 
 BATCHES = (0, 1, 2)
@@ -26,7 +26,7 @@ def accumulate(method, optimizer, model):
                 backward(model, i)
 
 
-@each_perturbing
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_a_closure_over_all_micro_batches_takes_one_e(method):
     """It equals one large batch, up to the rounding of the sum over micro-batches."""
     large = {key: torch.cat([MLP.batch(i)[key] for i in BATCHES]) for key in MLP.batch(0)}
@@ -50,7 +50,7 @@ def test_a_closure_over_all_micro_batches_takes_one_e(method):
         assert torch.allclose(ends[0][name], ends[1][name], rtol=0, atol=1e3 * torch.finfo(torch.float64).eps), name
 
 
-@each_perturbing
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_the_gradient_accumulated_so_far_keeps_its_tensor(method):
     """It is set aside by reference: DDP's gradients are views of its buckets."""
     model = method.model(MLP)
@@ -86,11 +86,10 @@ def test_after_a_first_pass_that_failed_the_accumulated_gradients_are_there_agai
     assert_same(*ends)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.schedule == "same_batch"], ids=str)
-def test_the_phase_of_the_scales_accumulates_too(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    accumulate(method, optimizer, model)
+def test_the_phase_of_the_scales_accumulates_too():
+    model = SQUAT.model(MLP)
+    optimizer = SQUAT(model)
+    accumulate(SQUAT, optimizer, model)
     optimizer.step()
     one, its = copy.deepcopy((model, optimizer))
     with its.scale_phase():

@@ -9,7 +9,10 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 import qsam
 from tests.methods import (
-    QUANTIZING,
+    FUSED,
+    QAT,
+    SAQ,
+    SQUAT,
     assert_on_grid,
     assert_same,
     closure_of,
@@ -81,8 +84,10 @@ def scale(model):
 WRITES = [in_place, one_entry, load, assign, inference, foreach, from_vector, new_data, new_parameter, scale]
 
 
-@each_quantizing
-@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+ONE_FOR_THE_OTHERS = [(QAT, in_place), (SQUAT, scale), (FUSED, one_entry)]
+
+
+@pytest.mark.parametrize(("method", "write"), [*((SAQ, write) for write in WRITES), *ONE_FOR_THE_OTHERS])
 def test_a_foreign_write_stops_the_next_step(method, write):
     model, optimizer = build(method)
     write(model)
@@ -117,13 +122,12 @@ def test_the_alarm_leaves_what_was_written(method):
         assert torch.equal(model[0].weight, written)
 
 
-@each_quantizing
-def test_the_alarm_names_the_weight(method):
-    model, optimizer = build(method)
+def test_the_alarm_names_the_weight():
+    model, optimizer = build(SAQ)
     one_entry(model)
     with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' was written"):
         train(optimizer, model, MLP, 1, start=1)
-    model, optimizer = build(method)
+    model, optimizer = build(SAQ)
     foreach(model)
     with pytest.raises(RuntimeError, match=r"the quantized weight '0\.weight' and 2 more was written"):
         train(optimizer, model, MLP, 1, start=1)
@@ -135,14 +139,11 @@ def test_a_write_through_data_is_seen_within_two_steps(method):
     model, optimizer = build(method)
     model[0].weight.data.mul_(1.1)
     with pytest.raises(RuntimeError, match=ALARM):
-        train(optimizer, model, MLP, 2 if method.schedule != "next_batch" else 4, start=1)
+        train(optimizer, model, MLP, 2, start=1)
 
 
-@each_quantizing
-@pytest.mark.parametrize("options", [{}, {"every": 2}], ids=["", "every"])
+@pytest.mark.parametrize(("method", "options"), [(QAT, {}), (SAQ, {"every": 2}), (SQUAT, {})], ids=str)
 def test_a_weight_without_gradient_is_looked_at_too(method, options):
-    if options and not method.perturbs:
-        pytest.skip("not an option of this method")
     model = MLP.quantized()
     model[2].weight.requires_grad_(False)
     optimizer = method(model, **options)
@@ -152,13 +153,9 @@ def test_a_weight_without_gradient_is_looked_at_too(method, options):
         train(optimizer, model, MLP, 4, start=2)
 
 
-@each_quantizing
-@pytest.mark.parametrize(
-    "write", [w for w in WRITES if w not in (assign, new_parameter, scale)], ids=lambda write: write.__name__
-)
-@pytest.mark.long
-def test_sync_latents_takes_the_written_weights(method, write):
-    model, optimizer = build(method)
+@pytest.mark.parametrize("write", [w for w in WRITES if w not in (assign, new_parameter, scale)])
+def test_sync_latents_takes_the_written_weights(write):
+    model, optimizer = build(SAQ)
     write(model)
     written = model[0].weight.detach().clone()
     optimizer.sync_latents()
@@ -171,24 +168,23 @@ def test_sync_latents_takes_the_written_weights(method, write):
 UNOWNED = r"the quantized weight '0\.weight' has a gradient, but its Parameter is in no group"
 
 
-@each_quantizing
+@pytest.mark.parametrize("method", [SAQ, SQUAT], ids=str)
 @pytest.mark.parametrize("replace", [assign, new_parameter], ids=lambda write: write.__name__)
 def test_a_replaced_parameter_that_no_group_holds_is_refused(method, replace):
     """The base would go on stepping the old one, in silence."""
     model, optimizer = build(method)
     replace(model)
     optimizer.sync_latents()
-    with pytest.raises(RuntimeError, match=UNOWNED if method.schedule != "next_batch" else UNOWNED + "|no gradient"):
+    with pytest.raises(RuntimeError, match=UNOWNED):
         train(optimizer, model, MLP, 2, start=1)
     assert_on_grid(optimizer)
 
 
-@each_quantizing
-def test_a_replaced_parameter_in_a_rewritten_group_trains_on(method):
+def test_a_replaced_parameter_in_a_rewritten_group_trains_on():
     """Accelerate and FSDP rewrite the groups after they have replaced the Parameters."""
     ends = []
     for replaces in (True, False):
-        model, optimizer = build(method, steps=2)
+        model, optimizer = build(SAQ, steps=2)
         if replaces:
             new = nn.Parameter(model[0].weight.detach().clone())
             for group in optimizer.param_groups:
@@ -199,11 +195,10 @@ def test_a_replaced_parameter_in_a_rewritten_group_trains_on(method):
     assert_same(*ends)
 
 
-@each_quantizing
-def test_an_unfrozen_weight_that_no_group_holds_is_refused(method):
+def test_an_unfrozen_weight_that_no_group_holds_is_refused():
     model = MLP.quantized()
     model[0].weight.requires_grad_(False)
-    optimizer = method(model)
+    optimizer = SAQ(model)
     train(optimizer, model, MLP, 2)
     model[0].weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match=UNOWNED):
@@ -214,9 +209,8 @@ def test_an_unfrozen_weight_that_no_group_holds_is_refused(method):
     assert not torch.equal(latents(optimizer, model)["0.weight"], before)
 
 
-@each_quantizing
-def test_sync_latents_forgets_a_late_alarm(method):
-    model, optimizer = build(method)
+def test_sync_latents_forgets_a_late_alarm():
+    model, optimizer = build(SAQ)
     model[0].weight.data.mul_(1.1)
     optimizer.sync_latents()
     train(optimizer, model, MLP, 4, start=1)
@@ -238,10 +232,9 @@ def test_equal_values_are_no_alarm(method):
     assert_same(*ends)
 
 
-@each_quantizing
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_cast_model_is_no_alarm(method, dtype):
-    model, optimizer = build(method)
+def test_a_cast_model_is_no_alarm(dtype):
+    model, optimizer = build(SAQ)
     before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     model.to(dtype)
     optimizer._latents.check()
@@ -249,10 +242,9 @@ def test_a_cast_model_is_no_alarm(method, dtype):
     assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
 
 
-@each_quantizing
-def test_a_cast_there_and_back_is_an_alarm(method):
+def test_a_cast_there_and_back_is_an_alarm():
     """The values have changed: half precision has dropped digits."""
-    model, optimizer = build(method)
+    model, optimizer = build(SAQ)
     model.half().float()
     with pytest.raises(RuntimeError, match=ALARM):
         train(optimizer, model, MLP, 1, start=1)
@@ -321,13 +313,13 @@ def test_an_optimizer_whose_quantizers_were_taken_off_refuses_every_verb(method,
 
 @pytest.mark.parametrize("which", ["weight", "input"])
 def test_a_single_quantizer_that_was_replaced_is_seen(which):
-    model, optimizer = built(QUANTIZING[0])
+    model, optimizer = built(QAT)
     setattr(model[2], f"{which}_quantizer", copy.deepcopy(getattr(model[2], f"{which}_quantizer")))
     with pytest.raises(RuntimeError, match=GONE):
         train(optimizer, model, MLP, 1)
 
 
-@each_quantizing
+@pytest.mark.parametrize("method", [QAT, SAQ], ids=str)
 def test_nothing_of_an_optimizer_stays_on_the_model(method):
     model, optimizer = built(method)
     assert not model._state_dict_pre_hooks
@@ -348,8 +340,7 @@ def test_nothing_of_an_optimizer_stays_on_the_model(method):
 
 @pytest.mark.parametrize("given", [True, False])
 def test_quantizers_are_not_taken_off_inside_a_block(given):
-    (method,) = (m for m in QUANTIZING if m.schedule == "same_batch")
-    model, optimizer = built(method)
+    model, optimizer = built(SQUAT)
     before = everything(optimizer, model)
     with optimizer.first_pass():
         MLP.loss(model, MLP.batch(0)).backward()

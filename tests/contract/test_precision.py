@@ -6,12 +6,13 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import SGD, AdamW
 
 from tests.methods import (
+    QAT,
+    SAM,
+    SAQ,
+    SQUAT,
     assert_on_grid,
     assert_same,
     closure_of,
-    each_kind,
-    each_perturbing,
-    each_quantizing,
     latents,
     train,
 )
@@ -41,7 +42,7 @@ class Cast:
         return self.task.loss(lambda x: forward(x).float(), batch)
 
 
-@each_quantizing
+@pytest.mark.parametrize("method", [QAT, SQUAT], ids=str)
 @quiet
 @pytest.mark.parametrize("base", [AdamW, SGD], ids=lambda base: base.__name__)
 def test_a_bf16_model_trains_fp32_latents(method, base):
@@ -60,7 +61,7 @@ def test_a_bf16_model_trains_fp32_latents(method, base):
     assert_on_grid(optimizer)
 
 
-@each_perturbing
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_perturbed_pass_on_16_bit_parameters_warns_once_with_the_realised_norm(method, dtype):
     model = method.model(MLP).to(dtype)
@@ -73,12 +74,9 @@ def test_a_perturbed_pass_on_16_bit_parameters_warns_once_with_the_realised_norm
     assert 0 < realised < 1
 
 
-@each_quantizing
-def test_the_realised_norm_is_measured(method):
-    if not method.perturbs:
-        pytest.skip("nothing is perturbed")
-    model = method.model(MLP).bfloat16()
-    optimizer = method(model, rho=3.0)
+def test_the_realised_norm_is_measured():
+    model = SAQ.model(MLP).bfloat16()
+    optimizer = SAQ(model, rho=3.0)
     batch = halved(MLP.batch(0), torch.bfloat16)
     with optimizer.first_pass():
         Cast(MLP, torch.bfloat16).loss(model, batch).backward()
@@ -91,7 +89,7 @@ def test_the_realised_norm_is_measured(method):
     )  # 3 digits
 
 
-@each_kind
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_a_double_model_keeps_its_digits(method):
     model = method.model(MLP).double()
     optimizer = method(model)
@@ -105,7 +103,7 @@ def test_a_double_model_keeps_its_digits(method):
     assert_on_grid(optimizer)
 
 
-@each_kind
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_stock_clipping_in_a_closure_is_that_of_plain_sgd(method):
     """The update is lr times the clipped gradient: no longer than lr * max_norm."""
     model = method.model(MLP)
@@ -129,7 +127,7 @@ def test_stock_clipping_in_a_closure_is_that_of_plain_sgd(method):
     )
 
 
-@each_kind
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 @pytest.mark.parametrize("max_norm", [1e-3, 1e9])
 def test_max_grad_norm_is_the_norm_of_the_update_gradient(method, max_norm):
     model = method.model(MLP)

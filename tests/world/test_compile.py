@@ -6,10 +6,8 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import qsam
-from tests.methods import METHODS, assert_on_grid, each_kind, everything, train
+from tests.methods import QAT, SAQ, SQUAT, assert_on_grid, each_alternating, each_kind, everything, train
 from tests.models import CONV, MLP
-
-SQUATS = [m for m in METHODS if m.alternates]
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +18,7 @@ def no_graphs_of_the_last_test():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", SQUATS, ids=str)
+@each_alternating
 @pytest.mark.parametrize("task", [MLP, CONV], ids=str)
 @pytest.mark.long
 def test_squat_s_passes_share_one_whole_graph(method, task):
@@ -38,7 +36,7 @@ def test_squat_s_passes_share_one_whole_graph(method, task):
     assert train(expected, eager, task, 6) == pytest.approx(losses, rel=1e-5)  # other kernels, other sums
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("qat", "saq")], ids=str)
+@pytest.mark.parametrize("method", [QAT, SAQ], ids=str)
 def test_no_method_recompiles_from_step_to_step(method):
     counter = CompileCounterWithBackend("eager")
     model = method.model(CONV)
@@ -57,7 +55,7 @@ def test_no_method_recompiles_from_step_to_step(method):
 
 def test_quantizing_a_compiled_model_drops_its_old_graph():
     """A model that has run compiled before: the inputs' quantizers are in the new graph. Calibrate before a full graph."""
-    method = SQUATS[0]
+    method = SQUAT
     model, eager = MLP.build(), MLP.build()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     MLP.loss(compiled, MLP.batch(0)).backward()
