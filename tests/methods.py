@@ -75,6 +75,12 @@ each_perturbing = pytest.mark.parametrize("method", PERTURBING, ids=str)
 each_alternating = pytest.mark.parametrize("method", ALTERNATING, ids=str)
 
 
+def built(method: Method, task: Task, *args: Any, **options: Any) -> tuple[nn.Module, QuantizedOptimizer]:
+    """Return the model of a task that the method trains, and the optimizer on it."""
+    model = method.model(task)
+    return model, method(model, *args, **options)
+
+
 def closure_of(optimizer: QuantizedOptimizer, model: nn.Module, task: Task, batch: Batch) -> Callable[[], Tensor]:
     """Return torch's closure."""
 

@@ -14,7 +14,6 @@ from torch.optim.lr_scheduler import (
     LambdaLR,
     LinearLR,
     OneCycleLR,
-    ReduceLROnPlateau,
     SequentialLR,
 )
 
@@ -25,6 +24,7 @@ from tests.methods import (
     SQUAT,
     assert_on_grid,
     assert_same,
+    built,
     each_kind,
     each_quantizing,
     everything,
@@ -32,7 +32,7 @@ from tests.methods import (
     scales_of,
     train,
 )
-from tests.models import MLP, TIED
+from tests.models import MLP
 
 
 def own(model):
@@ -47,8 +47,7 @@ def ids(params):
 
 @each_kind
 def test_the_base_s_groups_come_first_then_the_scales(method):
-    model = method.model(MLP)
-    optimizer = method(model)
+    model, optimizer = built(method, MLP)
     assert isinstance(optimizer, torch.optim.Optimizer)
     first, *others = optimizer.param_groups
     assert ids(first["params"]) == ids(own(model))
@@ -62,8 +61,7 @@ def test_the_base_s_groups_come_first_then_the_scales(method):
 
 @each_kind
 def test_the_groups_are_one_live_list(method):
-    model = method.model(MLP)
-    optimizer = method(model)
+    model, optimizer = built(method, MLP)
     groups = optimizer.param_groups
     train(optimizer, model, MLP, 2)
     optimizer.load_state_dict(optimizer.state_dict())
@@ -145,22 +143,6 @@ def test_a_frozen_weight_stays_and_its_scale_too(method):
     assert torch.equal(model[2].weight_quantizer.scale, s)
     assert torch.equal(model[2].weight, p)
     assert_on_grid(optimizer)
-
-
-@each_kind
-def test_a_tied_weight_steps_once(method):
-    """With one step of plain SGD the latent moves by lr times the sum over both uses, once."""
-    model = method.model(TIED, activations=None)
-    options = {"rho": 0.0} if method.perturbs else {}
-    optimizer = method(model, SGD, lr=0.1, ste="identity", scale_lr=0.0, **options)
-    before = latents(optimizer, model)["a.weight"]
-    TIED.loss(model, TIED.batch(0)).backward()
-    gradient = model.a.weight.grad.clone()
-    optimizer.zero_grad()
-    train(optimizer, model, TIED, 1)
-    assert model.a.weight is model.b.weight
-    assert torch.equal(latents(optimizer, model)["a.weight"], before.sub(gradient, alpha=0.1))
-    assert sum(slot.parameter is model.a.weight for slot in optimizer._latents.slots) == method.quantizes
 
 
 @pytest.mark.parametrize("method", [QAT, SQUAT], ids=str)
@@ -330,8 +312,7 @@ def bare_rates(scheduler_of, base, steps=5):
 
 @pytest.mark.parametrize("name", RELATIVE)
 def test_a_relative_scheduler_scales_all_rates_alike(name):
-    model = SQUAT.model(MLP)
-    optimizer = SQUAT(model)
+    model, optimizer = built(SQUAT, MLP)
     first = [group["lr"] for group in optimizer.param_groups]
     found = rates(RELATIVE[name], model, optimizer)
     expected, _ = bare_rates(RELATIVE[name], AdamW)
@@ -354,35 +335,10 @@ def test_an_absolute_scheduler_sets_the_base_s_rate_and_momentum(name, base):
         assert optimizer.param_groups[0].get(key) == group.get(key)
 
 
-def test_one_cycle_takes_a_list_of_rates_with_the_scales_among_them():
-    model = SQUAT.model(MLP)
-    optimizer = SQUAT(model)
-    peaks = [0.01, 0.002, 0.003]
-    highest = [
-        max(column)
-        for column in zip(
-            *rates(lambda o: OneCycleLR(o, peaks, total_steps=6, pct_start=0.5), model, optimizer), strict=True
-        )
-    ]
-    assert highest == pytest.approx(peaks)
-
-
-def test_reduce_on_plateau_lowers_every_group():
-    model = SQUAT.model(MLP)
-    optimizer = SQUAT(model)
-    first = [group["lr"] for group in optimizer.param_groups]
-    scheduler = ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
-    for i in range(3):
-        train(optimizer, model, MLP, 1, start=i)
-        scheduler.step(1.0)
-    assert [group["lr"] for group in optimizer.param_groups] == [rate / 4 for rate in first]
-
-
 @each_kind
 def test_a_rate_of_zero_moves_nothing(method):
     """The scales' own optimizer reads the scheduled rate."""
-    model = method.model(MLP)
-    optimizer = method(model, AdamW, weight_decay=0.0)
+    model, optimizer = built(method, MLP, AdamW, weight_decay=0.0)
     LambdaLR(optimizer, lambda step: 0.0)
     w, s = latents(optimizer, model), {name: t.clone() for name, t in scales_of(model).items()}
     train(optimizer, model, MLP, 4)
@@ -396,8 +352,7 @@ def test_the_scales_step_with_the_scheduled_rate(method):
     """Half the rate is half the step, with plain descent on the first step of the scales."""
     moved = []
     for factor in (1.0, 0.5):
-        model = method.model(MLP)
-        optimizer = method(model, scale_lr=0.125)
+        model, optimizer = built(method, MLP, scale_lr=0.125)
         LambdaLR(optimizer, lambda step, factor=factor: factor)
         optimizer.param_groups[0]["lr"] = 0.0  # w stays, so that both see the same gradients
         before = {name: s.clone() for name, s in scales_of(model).items()}

@@ -16,8 +16,8 @@ from tests.methods import (
     SQUAT,
     assert_on_grid,
     assert_same,
+    built,
     closure_of,
-    each_alternating,
     each_kind,
     each_perturbing,
     everything,
@@ -50,8 +50,7 @@ CALLS = [
 @pytest.mark.parametrize(("name", "options", "calls"), CALLS, ids=str)
 def test_step_calls_the_closure_the_documented_number_of_times(name, options, calls):
     method = BY_NAME[name]
-    model = method.model(MLP)
-    optimizer = method(model, **options)
+    model, optimizer = built(method, MLP, **options)
     closure = closure_of(optimizer, model, MLP, MLP.batch(0))
     found = []
     for _ in calls:
@@ -64,8 +63,7 @@ def test_step_calls_the_closure_the_documented_number_of_times(name, options, ca
 
 @each_kind
 def test_step_returns_what_the_closure_returned_in_the_first_pass(method):
-    model = method.model(MLP)
-    optimizer = method(model)
+    model, optimizer = built(method, MLP)
     closure = closure_of(optimizer, model, MLP, MLP.batch(0))
     for _ in range(2):
         returned = []
@@ -83,8 +81,7 @@ def test_step_clears_the_gradients_before_each_call(method):
     """A closure without zero_grad gives the same run; so do gradients that were left over."""
     runs = []
     for tidy in (True, False):
-        model = method.model(CONV)
-        optimizer = method(model)
+        model, optimizer = built(method, CONV)
         torch.manual_seed(0)
         for i in range(4):
             closure = closure_of(optimizer, model, CONV, CONV.batch(i))
@@ -105,18 +102,13 @@ def test_step_clears_the_gradients_before_each_call(method):
     assert_same(*runs)
 
 
-def build(method, **options):
-    model = method.model(MLP)
-    return model, method(model, **options)
-
-
 def backward(model, number=0):
     MLP.loss(model, MLP.batch(number)).backward()
 
 
 @each_perturbing
 def test_perturbed_needs_gradients_of_a_first_pass(method):
-    model, optimizer = build(method)
+    model, optimizer = built(method, MLP)
     with pytest.raises(RuntimeError, match=r"perturbed\(\) needs gradients of a first pass: run backward inside"):
         optimizer.perturbed().__enter__()
     with optimizer.first_pass():
@@ -131,7 +123,7 @@ def test_perturbed_needs_gradients_of_a_first_pass(method):
 
 def test_qat_has_no_perturbed_pass():
     (method,) = (m for m in METHODS if m.name == "qat")
-    model, optimizer = build(method)
+    model, optimizer = built(method, MLP)
     with optimizer.first_pass():
         backward(model)
     with pytest.raises(RuntimeError, match=r"QAT has no perturbed pass: run one backward, then step\(\)\."):
@@ -141,7 +133,7 @@ def test_qat_has_no_perturbed_pass():
 
 @each_kind
 def test_a_step_needs_a_new_backward(method):
-    model, optimizer = build(method)
+    model, optimizer = built(method, MLP)
     with pytest.raises(RuntimeError, match=r"step\(\) found no gradient: run a new backward before each step\."):
         optimizer.step()
     with optimizer.first_pass():
@@ -160,7 +152,7 @@ def test_a_step_needs_a_new_backward(method):
 def test_a_step_without_a_first_pass_is_plain_qat_and_says_so_once(method):
     ends = []
     for by_hand in (True, False):
-        model, optimizer = build(method, **({} if by_hand else {"start": 9}))
+        model, optimizer = built(method, MLP, **({} if by_hand else {"start": 9}))
         for i in range(3):
             if by_hand:
                 backward(model, i)
@@ -207,7 +199,7 @@ def verbs_of(method):
 def test_no_verb_is_allowed_inside_a_block(method, block):
     if block not in verbs_of(method):
         pytest.skip("no such block")
-    model, optimizer = build(method)
+    model, optimizer = built(method, MLP)
     if block == "perturbed":
         with optimizer.first_pass():
             backward(model)
@@ -227,7 +219,7 @@ def test_no_verb_is_allowed_inside_a_block(method, block):
 
 
 def test_the_model_refuses_its_state_dict_inside_a_perturbed_pass():
-    model, optimizer = build(SAQ)
+    model, optimizer = built(SAQ, MLP)
     with optimizer.first_pass():
         backward(model)
         model.state_dict()
@@ -241,7 +233,7 @@ def test_the_model_refuses_its_state_dict_inside_a_perturbed_pass():
 
 
 def test_only_squat_has_a_phase_of_the_scales():
-    model, optimizer = build(SAQ)
+    model, optimizer = built(SAQ, MLP)
     message = r"steps weights and scales together: {}\(\) belongs to SQuAT\."
     with pytest.raises(RuntimeError, match=message.format("scale_phase")):
         optimizer.scale_phase().__enter__()
@@ -251,7 +243,7 @@ def test_only_squat_has_a_phase_of_the_scales():
 
 
 def test_step_scales_needs_a_backward_of_its_own():
-    model, optimizer = build(SQUAT)
+    model, optimizer = built(SQUAT, MLP)
     message = r"step_scales\(\) found no gradient: run a backward inside `with optimizer\.scale_phase\(\):` before\."
     with pytest.raises(RuntimeError, match=message):
         optimizer.step_scales()
@@ -270,24 +262,9 @@ def test_step_scales_needs_a_backward_of_its_own():
         optimizer.step_scales()
 
 
-@each_alternating
-def test_the_scales_step_between_the_passes_only_where_they_are_fused(method):
-    model, optimizer = build(method)
-    with optimizer.first_pass():
-        backward(model)
-    if method.schedule == "fused":
-        optimizer.step_scales()
-    else:
-        with pytest.raises(RuntimeError, match=r"between the first and the perturbed pass is for schedule='fused'\."):
-            optimizer.step_scales()
-    with optimizer.perturbed():
-        backward(model)
-    optimizer.step()
-
-
 @each_kind
 def test_a_refused_verb_inside_a_closure_stops_the_step_cleanly(method):
-    model, optimizer = build(method)
+    model, optimizer = built(method, MLP)
     with pytest.raises(RuntimeError, match=r"inside the block|found no gradient"):
         optimizer.step(lambda: optimizer.step())
     assert_on_grid(optimizer)
@@ -295,8 +272,7 @@ def test_a_refused_verb_inside_a_closure_stops_the_step_cleanly(method):
 
 
 def test_a_step_that_is_not_due_refuses_a_perturbed_pass():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model, start=1)
+    model, optimizer = built(SAQ, MLP, start=1)
     with optimizer.first_pass():
         MLP.loss(model, MLP.batch(0)).backward()
     with pytest.raises(
@@ -308,8 +284,7 @@ def test_a_step_that_is_not_due_refuses_a_perturbed_pass():
 
 
 def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weights():
-    model = SQUAT.model(MLP)
-    optimizer = SQUAT(model)
+    model, optimizer = built(SQUAT, MLP)
     with optimizer.scale_phase():
         MLP.loss(model, MLP.batch(0)).backward()
     optimizer.zero_grad()
@@ -322,8 +297,7 @@ def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weig
 
 
 def test_a_model_that_was_moved_is_refused():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
+    model, optimizer = built(SAQ, MLP)
     model.to("meta")
     message = r"moved from cpu to meta \('0\.weight'\), and its latents were not: move the model first, then build"
     with pytest.raises(RuntimeError, match=message):

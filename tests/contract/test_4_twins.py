@@ -14,6 +14,7 @@ from tests.methods import (
     QUANTIZING,
     assert_same,
     buffers_of,
+    built,
     each_alternating,
     each_quantizing,
     everything,
@@ -135,8 +136,7 @@ def test_by_hand_equals_step_closure(method):
     """With BatchNorm and dropout: buffers and random numbers too."""
     runs = []
     for drive in (train, functools.partial(train_by_hand, method)):
-        model = method.model(CONV)
-        optimizer = method(model)
+        model, optimizer = built(method, CONV)
         torch.manual_seed(2)
         drive(optimizer, model, CONV, 6)
         runs.append(everything(optimizer, model) | {"rng": torch.get_rng_state()})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.methods import SAQ, SQUAT, assert_same, buffers_of, closure_of, each_kind, train
+from tests.methods import SAQ, SQUAT, assert_same, buffers_of, built, closure_of, each_kind, train
 from tests.models import CONV
 
 
@@ -26,8 +26,7 @@ def draws_of(model):
 
 def after_one_forward(method):
     """Return buffers, torch's and Python's random states after one plain forward of the written model."""
-    model = method.model(CONV)
-    optimizer = method(model)
+    model, optimizer = built(method, CONV)
     seed()
     CONV.loss(model, CONV.batch(0))
     random.random()
@@ -44,8 +43,7 @@ def seed():
 @pytest.mark.parametrize("rng", ["shared", "independent"])
 def test_buffers_and_random_numbers_move_once_a_step(method, rng):
     buffers, torch_state, python_state = after_one_forward(method)
-    model = method.model(CONV)
-    optimizer = method(model, rng=rng)
+    model, optimizer = built(method, CONV, rng=rng)
     closure = closure_of(optimizer, model, CONV, CONV.batch(0))
     draws = []
     seed()
@@ -60,8 +58,7 @@ def test_buffers_and_random_numbers_move_once_a_step(method, rng):
 @each_kind
 def test_all_passes_of_a_step_see_the_same_dropout(method):
     task = CONV
-    model = method.model(task)
-    optimizer = method(model)
+    model, optimizer = built(method, task)
     draws = draws_of(model)
     seen = set()
     for _ in range(3):
@@ -75,8 +72,7 @@ def test_all_passes_of_a_step_see_the_same_dropout(method):
 
 
 def test_by_hand_each_micro_batch_keeps_its_own_dropout():
-    model = SQUAT.model(CONV)
-    optimizer = SQUAT(model)
+    model, optimizer = built(SQUAT, CONV)
     draws = draws_of(model)
     for step in range(2):
         draws.clear()
@@ -96,8 +92,7 @@ def test_by_hand_each_micro_batch_keeps_its_own_dropout():
 
 
 def test_a_first_pass_that_failed_leaves_no_random_state_behind():
-    model = SQUAT.model(CONV)
-    optimizer = SQUAT(model)
+    model, optimizer = built(SQUAT, CONV)
     draws = draws_of(model)
     torch.manual_seed(0)
     for i in range(2):
@@ -118,8 +113,7 @@ def test_a_first_pass_that_failed_leaves_no_random_state_behind():
 
 @pytest.mark.parametrize("method", [SAQ, SQUAT], ids=str)
 def test_an_optimizer_does_not_grow_with_its_steps(method):
-    model = method.model(CONV)
-    optimizer = method(model)
+    model, optimizer = built(method, CONV)
     train(optimizer, model, CONV, 4)
     few = len(pickle.dumps(optimizer))
     train(optimizer, model, CONV, 8)
@@ -128,8 +122,7 @@ def test_an_optimizer_does_not_grow_with_its_steps(method):
 
 def test_all_passes_see_the_same_numbers_of_numpy():
     """Wav2Vec2 draws the spans that it masks from numpy's global generator."""
-    model = SQUAT.model(CONV)
-    optimizer = SQUAT(model)
+    model, optimizer = built(SQUAT, CONV)
     closure = closure_of(optimizer, model, CONV, CONV.batch(0))
     numpy.random.seed(0)
     expected = numpy.random.rand(2)

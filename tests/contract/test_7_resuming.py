@@ -17,6 +17,7 @@ from tests.methods import (
     SQUAT,
     assert_on_grid,
     assert_same,
+    built,
     each_kind,
     each_quantizing,
     everything,
@@ -78,8 +79,7 @@ def assert_resumes(method, task, stop, base=AdamW, build=None):
 
 @each_kind
 def test_a_state_dict_holds_tensors_and_plain_types_only(method):
-    model = method.model(CONV)
-    optimizer = method(model)
+    model, optimizer = built(method, CONV)
     for _ in range(2):
         found = plain_types(optimizer.state_dict())
         assert found <= {dict, list, tuple, str, int, float, bool, type(None), torch.Tensor}
@@ -127,8 +127,7 @@ def test_resuming_in_a_new_process_starts_from_other_weights(method):
 
 
 def test_the_latents_of_the_checkpoint_win_over_the_model():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
+    model, optimizer = built(SAQ, MLP)
     train(optimizer, model, MLP, 2)
     saved = through_a_file(optimizer.state_dict())
     expected = quantized_latents(optimizer)
@@ -138,22 +137,8 @@ def test_the_latents_of_the_checkpoint_win_over_the_model():
     assert_on_grid(optimizer)
 
 
-def test_two_optimizers_that_loaded_one_state_share_no_latents():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
-    train(optimizer, model, MLP, 2)
-    expected = quantized_latents(optimizer)
-    other_model = SAQ.model(MLP)
-    other = SAQ(other_model)
-    other.load_state_dict(optimizer.state_dict())
-    assert_same(quantized_latents(other), expected)
-    train(other, other_model, MLP, 2)
-    assert_same(quantized_latents(optimizer), expected)
-
-
 def test_state_dict_hooks_run():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
+    model, optimizer = built(SAQ, MLP)
     seen = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("save"))
     optimizer.register_state_dict_post_hook(lambda o, state: seen.append("saved") or {**state, "extra": 1})
@@ -198,8 +183,7 @@ def test_a_checkpoint_of_the_bare_base_loads_with_one_warning(method):
 
 
 def test_a_bare_checkpoint_takes_the_present_weights_as_latents():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
+    model, optimizer = built(SAQ, MLP)
     weights = {name: t.clone() for name, t in MLP.build().state_dict().items()}
     weights["0.weight"] += 1.0
     model.load_state_dict(weights, strict=False)
@@ -284,8 +268,7 @@ def test_a_copy_owns_the_weights_of_its_model():
 
 
 def test_a_copy_of_the_model_alone_belongs_to_nobody():
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
+    model, optimizer = built(SAQ, MLP)
     copied = copy.deepcopy(model)
     other = SAQ(copied)
     with pytest.warns(UserWarning, match="on the quantization grid already: training starts from rounded weights"):
@@ -294,8 +277,7 @@ def test_a_copy_of_the_model_alone_belongs_to_nobody():
 
 
 def trained(method, base=Adam, steps=2):
-    model = method.model(MLP)
-    optimizer = method(model, base)
+    model, optimizer = built(method, MLP, base)
     train(optimizer, model, MLP, steps)
     return model, optimizer
 

@@ -15,6 +15,7 @@ from tests.methods import (
     assert_on_grid,
     assert_same,
     buffers_of,
+    built,
     each_kind,
     everything,
     latents,
@@ -51,8 +52,7 @@ def scaled_step(method, optimizer, model, scaler, number, bad=(), autocast=None)
 
 
 def run(method, bad_step=None, bad=(), steps=6, **options):
-    model = method.model(CONV)
-    optimizer = method(model)
+    model, optimizer = built(method, CONV)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=100)
     torch.manual_seed(0)
     states, scales = [], []
@@ -111,8 +111,7 @@ def test_autocast_with_a_scaler_that_is_a_power_of_two_is_autocast(method, dtype
     """Loss scaling changes no digit of bf16; in fp16 it saves small gradients: there the run only stays close."""
     ends = []
     for enabled in (True, False):
-        model = method.model(MLP)
-        optimizer = method(model)
+        model, optimizer = built(method, MLP)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**4, enabled=enabled)
         losses = []
         for i in range(3):
@@ -140,8 +139,7 @@ def test_a_grad_scaler_changes_nothing(method):
     """Powers of two cancel without rounding; the scale grows on the way."""
     ends = []
     for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**8, growth_interval=2), None):
-        model = method.model(CONV)
-        optimizer = method(model)
+        model, optimizer = built(method, CONV)
         torch.manual_seed(0)
         train_by_hand(method, optimizer, model, CONV, 6, scaler=scaler)
         ends.append(everything(optimizer, model))
@@ -153,8 +151,7 @@ def test_a_grad_scaler_may_unscale_before_clipping(method):
     """scaler.unscale_, then stock clip_grad_norm_: it sees dL/dQ of the second pass."""
     ends = []
     for scaler in (torch.amp.GradScaler("cpu", init_scale=2.0**8), None):
-        model = method.model(MLP)
-        optimizer = method(model)
+        model, optimizer = built(method, MLP)
         with optimizer.first_pass():
             loss = MLP.loss(model, MLP.batch(0))
             (loss if scaler is None else scaler.scale(loss)).backward()
@@ -190,8 +187,7 @@ def test_a_skipped_step_of_a_grad_scaler_changes_nothing(method):
     """An overflow in one batch: the run goes on as if that batch had not been there."""
     ends = []
     for overflow in (True, False):
-        model = method.model(CONV)
-        optimizer = method(model)
+        model, optimizer = built(method, CONV)
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
         torch.manual_seed(0)
         train_by_hand(method, optimizer, model, CONV, 2, scaler=scaler)
@@ -212,8 +208,7 @@ def test_a_skipped_step_of_a_grad_scaler_changes_nothing(method):
 
 def test_the_scales_may_step_after_a_skipped_step_of_the_weights():
     method = SQUAT
-    model = method.model(CONV)
-    optimizer = method(model)
+    model, optimizer = built(method, CONV)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     w, s = latents(optimizer, model), {name: scale.clone() for name, scale in scales_of(model).items()}
     overflow_by_hand(method, optimizer, model, scaler)
@@ -231,8 +226,7 @@ def test_an_autocast_context_round_the_step_sees_the_written_weights():
     """Autocast caches 16-bit copies of weights: a stale one would serve the perturbed pass the unperturbed weights."""
     losses = []
     for outside in (True, False):
-        model = SAQ.model(MLP)
-        optimizer = SAQ(model)
+        model, optimizer = built(SAQ, MLP)
         found = []
 
         def closure(optimizer=optimizer, model=model, found=found, outside=outside):

@@ -13,29 +13,21 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from tests.methods import (
+    FUSED,
     METHODS,
+    QAT,
+    SAM,
+    SAQ,
+    SQUAT,
     Method,
     assert_on_grid,
     closure_of,
-    each_kind,
     everything,
     latents,
-    long_but,
     scales_of,
 )
 from tests.models import CONV, MLP, Batch, Task
 from tests.processes import Processes, running
-
-SQUAT = next(m for m in METHODS if m.schedule == "same_batch")
-
-
-FUSED = next(m for m in METHODS if m.schedule == "fused")
-
-
-SAQ = next(m for m in METHODS if m.name == "saq")
-
-
-QAT = next(m for m in METHODS if m.name == "qat")
 
 
 @pytest.fixture(scope="module")
@@ -263,7 +255,7 @@ def saving_on_rank_zero(rank: int) -> None:
     assert_equal_everywhere(everything(ours, model))
 
 
-@pytest.mark.parametrize("method", long_but([QAT, SQUAT, FUSED], METHODS), ids=str)
+@pytest.mark.parametrize("method", [QAT, SAM, SQUAT, FUSED], ids=str)
 def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two: Processes) -> None:
     two(equals_one_process, method, MLP, {}, {})
 
@@ -271,12 +263,12 @@ def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two:
 @pytest.mark.parametrize(
     "wrap", [{"gradient_as_bucket_view": True}, {"static_graph": True}], ids=lambda w: next(iter(w))
 )
-@pytest.mark.parametrize("method", long_but([FUSED], [SQUAT, FUSED]), ids=str)
+@pytest.mark.parametrize("method", [FUSED], ids=str)
 def test_ddps_own_settings_change_nothing(method: Method, wrap: dict[str, Any], two: Processes) -> None:
     two(equals_one_process, method, MLP, wrap, {})
 
 
-@pytest.mark.parametrize("method", long_but([SAQ, FUSED], [m for m in METHODS if m.perturbs]), ids=str)
+@pytest.mark.parametrize("method", [SAM, FUSED], ids=str)
 def test_rank_scope_keeps_the_ranks_equal(method: Method, two: Processes) -> None:
     two(ranks_stay_equal, method, MLP, {}, {})
 
@@ -336,7 +328,7 @@ def test_one_rank_may_save_and_look_alone(two: Processes) -> None:
 
 
 @pytest.mark.long
-@each_kind
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_four_ranks_equal_one_process(method: Method, four: Processes) -> None:
     four(equals_one_process, method, MLP, {}, {})
     if method.perturbs:

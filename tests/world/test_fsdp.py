@@ -12,18 +12,10 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.shards import is_sharded, local, whole
-from tests.methods import METHODS, Method, closure_of, each_kind, long_but, scales_of
+from tests.methods import METHODS, QAT, SAM, SAQ, SQUAT, Method, closure_of, long_but, scales_of
 from tests.models import MLP
-from tests.optim.test_ranks import part
 from tests.processes import Processes, running
-
-SAQ = next(m for m in METHODS if m.name == "saq")
-
-
-QAT = next(m for m in METHODS if m.name == "qat")
-
-
-SQUAT = next(m for m in METHODS if m.schedule == "same_batch")
+from tests.world.test_ddp import part
 
 
 @pytest.fixture(scope="module")
@@ -109,13 +101,12 @@ def equals_one_process(
 SGD_OPTIONS = {"base": SGD, "lr": 0.05}
 
 
-@pytest.mark.parametrize("first", ["shard", pytest.param("optimizer", marks=pytest.mark.long)])
-@pytest.mark.parametrize("method", long_but([QAT, SQUAT], METHODS), ids=str)
+@pytest.mark.parametrize(("method", "first"), [(QAT, "optimizer"), (SAM, "shard"), (SQUAT, "shard")], ids=str)
 def test_shards_equal_one_process(method: Method, first: str, two: Processes) -> None:
     two(equals_one_process, method, first, SGD_OPTIONS, {})
 
 
-@pytest.mark.parametrize("granularity", long_but(["per_channel"], ["per_channel", "per_group"]))
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
 def test_scales_with_rows_of_their_own_are_sharded_like_their_weight(granularity: str, two: Processes) -> None:
     two(equals_one_process, SQUAT, "shard", SGD_OPTIONS, {"granularity": granularity})
 
@@ -163,7 +154,7 @@ def test_copies_of_shards_equal_one_process(four: Processes) -> None:
 
 
 @pytest.mark.long
-@each_kind
+@pytest.mark.parametrize("method", METHODS, ids=str)
 def test_four_processes_equal_one(method: Method, four: Processes) -> None:
     """The head has 4 rows, a row a process; the smallest scale has one entry, on one process."""
     four(equals_one_process, method, "shard", SGD_OPTIONS, {})

@@ -2,36 +2,34 @@
 
 import copy
 import functools
-import math
 import pickle
 
 import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
-from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.checkpoint import checkpoint
 
 import qsam
 from tests.methods import (
-    METHODS,
     SAM,
     SAQ,
     SQUAT,
     assert_on_grid,
     assert_same,
+    built,
     each_kind,
     everything,
     latents,
     train,
 )
-from tests.models import BERT, CONV, GPT2, MLP, RESNET, Task, cross_entropy, seeded, vectors
+from tests.models import BERT, GPT2, MLP, RESNET, Task, cross_entropy, seeded, vectors
 
 
 def test_an_average_taken_inside_latents_is_the_average_of_the_latents():
     """AveragedModel copies the model it is given: build it and update it where the model holds w."""
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model, lr=1e-2)
+    model, optimizer = built(SAQ, MLP, lr=1e-2)
     decay = 0.5
     with optimizer.latents():
         average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay))
@@ -54,37 +52,12 @@ def test_an_average_taken_inside_latents_is_the_average_of_the_latents():
         )
 
 
-def test_stochastic_weight_averaging_with_its_scheduler():
-    """SWA at the end: the averaged latents become the model's, and Q of them is written."""
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model, SGD, lr=0.1)
-    scheduler = SWALR(optimizer, swa_lr=0.05, anneal_epochs=2)
-    with optimizer.latents():
-        average = AveragedModel(model)
-    seen = []
-    for i in range(3):
-        train(optimizer, model, MLP, 1, start=i)
-        scheduler.step()
-        seen.append(latents(optimizer, model))
-        with optimizer.latents():
-            average.update_parameters(model)
-    mean = {name: torch.stack([one[name].double() for one in seen]).mean(0) for name in seen[0]}
-    with torch.no_grad():
-        for p, q in zip(model.parameters(), average.module.parameters(), strict=True):
-            p.copy_(q)
-    optimizer.sync_latents()
-    for name, value in latents(optimizer, model).items():
-        assert torch.allclose(value.double(), mean[name], rtol=0, atol=1e-6)
-    train(optimizer, model, MLP, 1, start=3)
-
-
 @pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_a_hook_on_a_gradient_acts_in_every_pass(method):
     """One that doubles dL/dp is a loss of twice the size."""
     ends = []
     for hooks in (True, False):
-        model = method.model(MLP)
-        optimizer = method(model, SGD, lr=0.1)
+        model, optimizer = built(method, MLP, SGD, lr=0.1)
         if hooks:
             for p in optimizer._parameters():
                 if p.requires_grad:
@@ -132,8 +105,7 @@ def test_recomputed_activations_change_nothing(method, reentrant):
     ends = []
     for way in (reentrant, None):
         task = checkpointed(way)
-        model = method.model(task)
-        optimizer = method(model)
+        model, optimizer = built(method, task)
         torch.manual_seed(0)
         losses = train(optimizer, model, task, 3)
         ends.append(everything(optimizer, model) | {"losses": torch.tensor(losses)})
@@ -163,8 +135,7 @@ LAYER_DROP = Task("layer-drop", seeded(LayerDrop), vectors, cross_entropy)
 
 @pytest.mark.parametrize("method", [SAM, SQUAT], ids=str)
 def test_all_passes_of_a_step_skip_the_same_layers(method):
-    model = method.model(LAYER_DROP)
-    optimizer = method(model)
+    model, optimizer = built(method, LAYER_DROP)
     seen = set()
     for i in range(6):
         model.kept.clear()
@@ -182,21 +153,6 @@ def test_all_passes_of_a_step_skip_the_same_layers(method):
         if method.quantizes:
             assert_on_grid(optimizer)
     assert len(seen) > 1
-
-
-def test_a_skipped_layer_is_not_perturbed():
-    model = SAQ.model(LAYER_DROP)
-    optimizer = SAQ(model, rho=0.5)
-    model.kept.clear()
-    with optimizer.first_pass():
-        LAYER_DROP.loss(model, LAYER_DROP.batch(0)).backward()
-    before = [layer.weight.detach().clone() for layer in model.layers]
-    with optimizer.perturbed():
-        moved = tuple(not torch.equal(layer.weight, w) for layer, w in zip(model.layers, before, strict=True))
-        LAYER_DROP.loss(model, LAYER_DROP.batch(0)).backward()
-    if SAQ.quantizes:
-        assert moved == model.kept[0] and 0 < sum(moved) < 6
-    optimizer.step()
 
 
 class Twice(nn.Module):
@@ -235,23 +191,10 @@ def test_a_module_that_is_called_twice_has_one_gradient_and_one_that_is_never_ca
     assert_same(*ends)
 
 
-def test_a_quantized_layer_that_is_never_called_stays_where_it_is():
-    task = Task("twice", seeded(Twice), vectors, cross_entropy)
-    model = task.build()
-    qsam.quantize_(model, activations=None)
-    optimizer = SAQ(model)
-    slot = next(s for s in optimizer._latents.slots if s.path == "unused.weight")
-    before = slot.latent.detach().clone(), slot.quantizer.scale.detach().clone()
-    train(optimizer, model, task, 3)
-    assert torch.equal(slot.latent, before[0]) and torch.equal(slot.quantizer.scale, before[1])
-    assert_on_grid(optimizer)
-
-
 @pytest.mark.parametrize("how", ["deepcopy", "pickle"])
 def test_a_copy_goes_on_under_a_scheduler(how):
     """A scheduler patches ``step`` of the instance, which must not come along."""
-    model = SAQ.model(MLP)
-    optimizer = SAQ(model)
+    model, optimizer = built(SAQ, MLP)
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.9)
     train(optimizer, model, MLP, 2)
     scheduler.step()
@@ -264,8 +207,7 @@ def test_a_copy_goes_on_under_a_scheduler(how):
 
 @each_kind
 def test_inside_latents_the_model_holds_w(method):
-    model = method.model(MLP)
-    optimizer = method(model)
+    model, optimizer = built(method, MLP)
     train(optimizer, model, MLP, 2)
     p = {name: t.clone() for name, t in model.state_dict().items()}
     with optimizer.latents():
@@ -278,8 +220,7 @@ def test_inside_latents_the_model_holds_w(method):
 
 @each_kind
 def test_what_is_written_inside_latents_is_undone(method):
-    model = method.model(MLP)
-    optimizer = method(model)
+    model, optimizer = built(method, MLP)
     before = everything(optimizer, model)
     with pytest.raises(ZeroDivisionError), optimizer.latents():
         if method.quantizes:
@@ -322,12 +263,3 @@ def test_squat_alone_trains_a_model(task):
     for slot in optimizer._latents.slots:
         q = slot.quantizer
         assert torch.equal(q.dequantize(q.codes(slot.latent.detach())), slot.parameter)
-
-
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_every_method_runs_with_its_defaults_alone(method):
-    model = CONV.build()
-    optimizer = method.cls(model, AdamW, **({} if method.schedule is None else {"schedule": method.schedule}))
-    losses = train(optimizer, model, CONV, 2)
-    assert all(math.isfinite(loss) for loss in losses)
-    assert_on_grid(optimizer)
