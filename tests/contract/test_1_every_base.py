@@ -19,18 +19,12 @@ TORCH = {
     for name, cls in vars(torch.optim).items()
     if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 }
-
-
 OTHERS = {
     f"torch_optimizer.{name}": cls
     for name, cls in vars(torch_optimizer).items()
     if inspect.isclass(cls) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
 }
-
-
 ALL = TORCH | OTHERS
-
-
 REFUSED = {
     "SparseAdam": "steps on sparse gradients only",
     "torch_optimizer.Adahessian": "differentiates the gradients once more",
@@ -43,8 +37,6 @@ ONLY_QAT = {"LBFGS": "calls its closure by itself"}
 
 
 USABLE = [name for name in ALL if name not in REFUSED]
-
-
 IGNORES_ITS_CLOSURE = {"torch_optimizer.Ranger", "torch_optimizer.RangerVA"}
 """Their step takes a closure and does not call it."""
 
@@ -54,8 +46,6 @@ NEEDS_LR = {"LBFGS": 0.1, "torch_optimizer.SGDW": 0.01}
 
 
 INPUTS = torch.randn(32, 6, generator=torch.Generator().manual_seed(0))
-
-
 TARGETS = INPUTS[:, :1].clone()
 
 

@@ -283,19 +283,6 @@ def test_a_step_that_is_not_due_refuses_a_perturbed_pass():
     assert optimizer.blocks == ("first_pass", "perturbed")
 
 
-def test_a_phase_of_the_scales_that_was_cleared_leaves_the_next_step_to_the_weights():
-    model, optimizer = built(SQUAT, MLP)
-    with optimizer.scale_phase():
-        MLP.loss(model, MLP.batch(0)).backward()
-    optimizer.zero_grad()
-    with optimizer.first_pass():
-        MLP.loss(model, MLP.batch(0)).backward()
-    with optimizer.perturbed():
-        MLP.loss(model, MLP.batch(0)).backward()
-    optimizer.step()
-    assert optimizer.steps == 1
-
-
 def test_a_model_that_was_moved_is_refused():
     model, optimizer = built(SAQ, MLP)
     model.to("meta")

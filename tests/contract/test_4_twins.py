@@ -16,7 +16,6 @@ from tests.methods import (
     buffers_of,
     built,
     each_alternating,
-    each_quantizing,
     everything,
     latents,
     long_but,
@@ -41,14 +40,8 @@ TWINS = {
     "squat-next_batch": NextBatch,
     "squat-fused": Fused,
 }
-
-
 BASES = {AdamW: {"lr": 1e-3, "weight_decay": 0.1}, SGD: {"lr": 0.05, "momentum": 0.9}}
-
-
 VARIANTS = {"case 1": ({"case": 1}, Case1), "case 2": ({"case": 2}, Case2)}
-
-
 VARIANTS |= {"normalized": ({"normalize_weights": True}, NormalizedWeights)}
 """Options of SAQ that have a twin of their own."""
 
@@ -152,17 +145,3 @@ def test_no_default_leaves_every_scale_where_it_began(base):
         moved = {name: float(((s - before[name]) / before[name]).abs().max()) for name, s in scales_of(model).items()}
         assert max(v for name, v in moved.items() if "weight_quantizer" in name) > 1e-3
         assert max(v for name, v in moved.items() if "input_quantizer" in name) > 1e-3
-
-
-@each_quantizing
-def test_the_two_rates_are_the_weights_and_the_inputs(method):
-    for scale_lr, moved, still in [
-        ((0.1, 0.0), "weight_quantizer", "input"),
-        ((0.0, 0.1), "input", "weight_quantizer"),
-    ]:
-        model = method.model(MLP)
-        before = {name: s.clone() for name, s in scales_of(model).items()}
-        train(method(model, scale_lr=scale_lr), model, MLP, 4)
-        same = {name: torch.equal(s, before[name]) for name, s in scales_of(model).items()}
-        assert all(same[name] for name in same if still in name)
-        assert not any(same[name] for name in same if moved in name)

@@ -138,7 +138,7 @@ def test_the_latents_of_the_checkpoint_win_over_the_model():
 
 
 def test_state_dict_hooks_run():
-    model, optimizer = built(SAQ, MLP)
+    optimizer = SAQ(SAQ.model(MLP))
     seen = []
     optimizer.register_state_dict_pre_hook(lambda o: seen.append("save"))
     optimizer.register_state_dict_post_hook(lambda o, state: seen.append("saved") or {**state, "extra": 1})

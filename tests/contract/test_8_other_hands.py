@@ -82,8 +82,6 @@ def scale(model):
 
 
 WRITES = [in_place, one_entry, load, assign, inference, foreach, from_vector, new_data, new_parameter, scale]
-
-
 ONE_FOR_THE_OTHERS = [(QAT, in_place), (SQUAT, scale), (FUSED, one_entry)]
 
 

@@ -36,8 +36,6 @@ from tests.world.test_ddp import part
 from tests.world.test_fsdp import close, gathered, shard_
 
 RESUMED = [QAT, BY_NAME["squat-next_batch"], FUSED]
-
-
 STEPS = 3
 
 

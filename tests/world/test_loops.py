@@ -42,8 +42,7 @@ def test_an_average_taken_inside_latents_is_the_average_of_the_latents():
             expected = latents(optimizer, model)
         else:
             expected = {n: torch.lerp(expected[n], now, 1 - decay) for n, now in latents(optimizer, model).items()}
-        if SAQ.quantizes:
-            assert_on_grid(optimizer)
+        assert_on_grid(optimizer)
     found = dict(average.module.named_parameters())
     for name, value in expected.items():
         # Each update rounds once in either order of operations.
@@ -110,49 +109,6 @@ def test_recomputed_activations_change_nothing(method, reentrant):
         losses = train(optimizer, model, task, 3)
         ends.append(everything(optimizer, model) | {"losses": torch.tensor(losses)})
     assert_same(*ends)
-
-
-class LayerDrop(nn.Module):
-    """Layers that are skipped by chance in training, as in Wav2Vec2 and OPT."""
-
-    def __init__(self):
-        super().__init__()
-        self.first, self.head = nn.Linear(8, 12), nn.Linear(12, 4)
-        self.layers = nn.ModuleList(nn.Linear(12, 12) for _ in range(6))
-        self.kept = []
-
-    def forward(self, x):
-        x = torch.relu(self.first(x))
-        kept = [not self.training or float(torch.rand([])) > 0.5 for _ in self.layers]
-        self.kept.append(tuple(kept))
-        for layer, keep in zip(self.layers, kept, strict=True):
-            x = x + torch.relu(layer(x)) if keep else x
-        return self.head(x)
-
-
-LAYER_DROP = Task("layer-drop", seeded(LayerDrop), vectors, cross_entropy)
-
-
-@pytest.mark.parametrize("method", [SAM, SQUAT], ids=str)
-def test_all_passes_of_a_step_skip_the_same_layers(method):
-    model, optimizer = built(method, LAYER_DROP)
-    seen = set()
-    for i in range(6):
-        model.kept.clear()
-        before = latents(optimizer, model)
-        steps = optimizer.steps
-        train(optimizer, model, LAYER_DROP, 1, start=i)
-        assert len(set(model.kept)) == 1
-        seen |= set(model.kept)
-        after = latents(optimizer, model)
-        if optimizer.steps > steps and i == 0:  # later Adam moves what has a moment
-            moved = tuple(
-                not torch.equal(before[n], after[n]) for n in before if n.startswith("layers") and n.endswith("weight")
-            )
-            assert moved == model.kept[0]
-        if method.quantizes:
-            assert_on_grid(optimizer)
-    assert len(seen) > 1
 
 
 class Twice(nn.Module):

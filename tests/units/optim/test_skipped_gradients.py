@@ -73,8 +73,6 @@ def squat(schedule: str) -> Callable[..., QuantizedOptimizer]:
 
 
 WEIGHT, SCALE = {"layer.weight"}, {"layer.input_quantizer.scale"}
-
-
 ALL = {f"{name}.{kind}" for name in ("norm", "head", "layer") for kind in ("weight", "bias")} | {
     "embedding.weight",
     *SCALE,
