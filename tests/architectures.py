@@ -106,7 +106,7 @@ ARCHITECTURES = [
             "resnetv2_50x1_bit": {"channels": (128, 128, 128, 128), "stem_chs": 32},
             "test_nfnet": {},
             "convmixer_768_32": {"dim": 24, "depth": 2, "kernel_size": 3, "patch_size": 7, "parts": "convmixer:ConvMixer"},
-            "convnext_atto": {**STAGES, "default": True},
+            "convnext_atto": STAGES,
             "convnextv2_atto": STAGES,
         },
     ),
@@ -120,7 +120,7 @@ ARCHITECTURES = [
             "cait_xxs24_224": TINY,
             "xcit_nano_12_p16_224": {**TINY, "cls_attn_layers": 1},
             "swin_tiny_patch4_window7_224": {
-                "embed_dim": 24, "depths": (2, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4, "size": 64, "default": True,
+                "embed_dim": 24, "depths": (2, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4, "size": 64,
             },
             "swinv2_tiny_window8_256": {
                 "embed_dim": 24, "depths": (2, 1), "num_heads": (1, 2), "img_size": 64, "window_size": 4, "size": 64,

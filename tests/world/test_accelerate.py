@@ -8,10 +8,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
 from tests.frameworks import steps_by_hand
-from tests.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
+from tests.methods import BY_NAME, METHODS, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import MLP
-
-BY_NAME = {str(method): method for method in METHODS}
 
 
 def prepared(method, **settings):

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import qsam
-from tests.methods import QUANTIZING, assert_on_grid, latents, train
+from tests.methods import QAT, SQUAT, assert_on_grid, latents, train
 from tests.models import MLP
 
 LEFT = r"the coverage has '4\.weight', whose module has left the model since quantize_"
@@ -17,7 +17,7 @@ class Doubled(nn.Module):
         return 2 * w
 
 
-@pytest.mark.parametrize("method", [m for m in QUANTIZING if str(m) in ("qat", "squat-next_batch")], ids=str)
+@pytest.mark.parametrize("method", [QAT, SQUAT], ids=str)
 def test_a_head_replaced_after_quantize_is_refused_by_its_path_and_the_advice_works(method):
     model = MLP.build()
     qsam.quantize_(model)

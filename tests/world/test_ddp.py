@@ -1,6 +1,7 @@
 """DistributedDataParallel on real processes: copies of one model stay one model, and nobody waits for ever."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -12,7 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
 import qsam
+from tests.frameworks import steps_by_hand
 from tests.methods import (
+    BY_NAME,
     FUSED,
     METHODS,
     QAT,
@@ -21,10 +24,12 @@ from tests.methods import (
     SQUAT,
     Method,
     assert_on_grid,
+    assert_same,
     closure_of,
     everything,
     latents,
     scales_of,
+    train,
 )
 from tests.models import CONV, MLP, Batch, Task
 from tests.processes import Processes, running
@@ -375,3 +380,54 @@ def test_without_a_process_group_no_collective_is_called(monkeypatch: pytest.Mon
     optimizer = SQUAT(model)
     optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(0)))
     assert optimizer.steps == 1
+
+
+def ends_alike(rank: int, method: Method, runs: list[tuple[bool, dict[str, Any]]], options: dict[str, Any]) -> None:
+    """Each run ends with equal ranks, and with the bits of the first run; a run is by hand or not, and DDP's options."""
+    task = dataclasses.replace(MLP, batch=lambda i: part(MLP.batch(i), rank))
+    ends = []
+    for by_hand, wrap in runs:
+        ours, model, ddp = parallel(method, MLP, wrap, base=SGD, lr=0.1, momentum=0.9, rho=0.3, **options)
+        if by_hand:
+            steps_by_hand(ours, ddp, task, [[0], [1], [2], [3]])
+        else:
+            train(ours, ddp, task, 4)
+        ends.append(latents(ours, model) | scales_of(model))
+        assert_equal_everywhere(ends[-1])
+        assert_same(ends[-1], ends[0])
+
+
+NEXT, JOINT = BY_NAME["squat-next_batch"], BY_NAME["joint"]
+SCOPED = [
+    (SAQ, {"every": 3, "start": 1}),
+    (SAQ, {"direction": "momentum", "every": 2}),
+    (SQUAT, {"every": 2}),
+    (NEXT, {"start": 2}),
+    (FUSED, {"every": 2}),
+    (JOINT, {"every": 2, "direction": "asam"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), SCOPED, ids=str)
+def test_steps_that_are_not_perturbed_keep_the_ranks_equal_by_hand_as_with_the_closure(
+    method: Method, options: dict[str, Any], two: Processes
+) -> None:
+    """With scope "rank" a first pass is averaged unless a perturbed pass follows it."""
+    two(ends_alike, method, [(False, {}), (True, {})], {"perturbation_scope": "rank", **options})
+
+
+VIEWS = [
+    (SAQ, {"direction": "friendly"}),
+    (SQUAT, {"every": 3, "reuse": "perturbation"}),
+    (JOINT, {"every": 2, "reuse": "perturbation", "direction": "asam", "start": 1}),
+    (FUSED, {"direction": "previous"}),
+]
+
+
+@pytest.mark.parametrize(("method", "options"), VIEWS, ids=str)
+def test_gradients_that_are_views_of_buckets_change_no_bit(
+    method: Method, options: dict[str, Any], two: Processes
+) -> None:
+    """DDP writes the next pass's gradients where the last one's were: what is kept of them must be a copy."""
+    runs = [(by_hand, {"gradient_as_bucket_view": view}) for by_hand in (False, True) for view in (False, True)]
+    two(ends_alike, method, runs, options)

@@ -1,24 +1,13 @@
-"""Mixtures of experts: transformers' Mixtral, and experts that FSDP2 has split."""
-
-from collections.abc import Iterator
+"""Mixtures of experts: transformers' Mixtral. test_fsdp.py has experts that FSDP2 has split."""
 
 import pytest
 import torch
-from torch import distributed, nn
-from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 import qsam
-from qsam.distributed import whole
-from tests.processes import Processes, running
 
 IDS = torch.arange(12).reshape(2, 6)
 RULES = [("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})]
-
-
-@pytest.fixture(scope="module")
-def two() -> Iterator[Processes]:
-    yield from running(2)
 
 
 def mixtral():
@@ -54,42 +43,3 @@ def test_mixtral_warns_that_its_experts_stay_float_and_a_rule_quantizes_them():
     records = {record.name: record for record in qsam.export(model).weights}
     name = "model.layers.0.mlp.experts.gate_up_proj"
     assert torch.equal(records[name].dequantized(), experts.gate_up_proj)
-
-
-class Experts(nn.Module):
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.Parameter(torch.randn(4, 3, 8))
-
-    def forward(self, x):
-        return torch.einsum("bi,eoi->beo", x, self.up)
-
-
-def experts_equal_one_process(rank: int, group_size: int | None) -> None:
-    options = {"granularity": "per_group" if group_size else "per_channel", "group_size": group_size, "axis": (0, 1)}
-    x = torch.linspace(-1, 1, 4 * 8).sin().reshape(4, 8)
-    ends = []
-    for shards in (True, False):
-        model = Experts()
-        qsam.quantize_(model, activations=None, rules=[("up", options)])
-        if shards:
-            fully_shard(model, mesh=distributed.init_device_mesh("cpu", (2,)))
-        optimizer = qsam.SQuAT(model, SGD, lr=0.1, rho=0.05, scale_lr=1e-3, **({} if shards else {"ddp": False}))
-
-        def closure(optimizer=optimizer, model=model, batch=x[rank::2] if shards else x):
-            optimizer.zero_grad()
-            loss = model(batch).square().mean()
-            loss.backward()
-            return loss
-
-        for _ in range(3):
-            optimizer.step(closure)
-        ends.append((whole(model.up.detach()), whole(model.up_quantizer.scale.detach())))
-    for ours, theirs in zip(*ends, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
-
-
-@pytest.mark.parametrize("group_size", [None, 4])
-def test_experts_that_are_sharded_train_as_one_process_does(two, group_size):
-    two(experts_equal_one_process, group_size)

@@ -1,6 +1,7 @@
 """FSDP2 on real processes: latents and scales live in parts, and training equals one process."""
 
 import copy
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.distributed import is_sharded, local, whole
-from tests.methods import METHODS, QAT, SAM, SAQ, SQUAT, Method, closure_of, long_but, scales_of
+from tests.methods import METHODS, QAT, SAM, SAQ, SQUAT, Method, closure_of, long_but, scales_of, train
 from tests.models import MLP
 from tests.processes import Processes, running
 from tests.world.test_ddp import part
@@ -303,3 +304,40 @@ def rank_scope(rank: int) -> None:
 
 def test_rank_scope_is_for_whole_copies_only(two: Processes) -> None:
     two(rank_scope)
+
+
+class Experts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.up = nn.Parameter(torch.randn(4, 3, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("bi,eoi->beo", x, self.up)
+
+
+def mean_square(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    return model(x).square().mean()
+
+
+def experts_equal_one_process(rank: int, group_size: int | None) -> None:
+    options = {"granularity": "per_group" if group_size else "per_channel", "group_size": group_size, "axis": (0, 1)}
+    x = torch.linspace(-1, 1, 4 * 8).sin().reshape(4, 8)
+    ends = []
+    for shards in (True, False):
+        model = Experts()
+        qsam.quantize_(model, activations=None, rules=[("up", options)])
+        if shards:
+            fully_shard(model, mesh=distributed.init_device_mesh("cpu", (2,)))
+        optimizer = qsam.SQuAT(model, SGD, lr=0.1, rho=0.05, scale_lr=1e-3, **({} if shards else {"ddp": False}))
+
+        task = dataclasses.replace(MLP, batch=lambda _, x=x[rank::2] if shards else x: x, loss=mean_square)
+        train(optimizer, model, task, 3)
+        ends.append((whole(model.up.detach()), whole(model.up_quantizer.scale.detach())))
+    for ours, theirs in zip(*ends, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_experts_that_are_sharded_train_as_one_process_does(two: Processes, group_size: int | None) -> None:
+    two(experts_equal_one_process, group_size)

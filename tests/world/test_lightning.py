@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 import qsam
 from qsam.integrations.lightning import LightningMixin
 from tests.frameworks import Rows, steps_by_hand
-from tests.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
+from tests.methods import BY_NAME, SQUAT, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import CONV, MLP
 
 pytestmark = [
@@ -92,10 +92,6 @@ def by_closure(method, task=MLP, base=AdamW, batches=4, autocast=False, **option
         losses.append(float(optimizer.step(closure).detach()))
         scheduler.step()
     return optimizer, model, losses
-
-
-BY_NAME = {str(method): method for method in METHODS}
-SQUAT = BY_NAME["squat-same_batch"]
 
 
 def ours(trainer):

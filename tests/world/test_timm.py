@@ -73,8 +73,7 @@ def test_an_architecture_is_quantized_trained_saved_rebuilt_and_exported(archite
         assert torch.equal(program.module()(x), expected)
 
 
-def test_six_architectures_of_all_families_are_always_run():
-    assert len(DEFAULT) == 6
+def test_an_architecture_of_each_family_is_always_run():
     assert {a.family for a in DEFAULT} == {a.family for a in ARCHITECTURES}
     assert len(ARCHITECTURES) >= 40
     assert set(EXCEPTIONS) <= {a.name for a in ARCHITECTURES}

@@ -13,7 +13,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 import qsam
 from qsam.integrations.trainer import TrainerMixin
 from tests.frameworks import Rows, steps_by_hand
-from tests.methods import METHODS, assert_on_grid, assert_same, everything, long_but, train
+from tests.methods import BY_NAME, assert_on_grid, assert_same, everything, long_but, train
 from tests.models import BERT
 
 BATCH = 8
@@ -51,9 +51,6 @@ def trainer(folder, model, optimizer=None, batches=4, method=None, scheduler=Non
     )
 
 
-BY_NAME = {str(method): method for method in METHODS}
-
-
 def assert_steps_of_a_loop(
     folder, build, numbers=((0,), (1,), (2,), (3,)), *, model=BERT.quantized, loop=None, **options
 ):
@@ -71,9 +68,9 @@ CASES = [
     ("saq", {"every": 2, "start": 1}),
     ("squat-same_batch", {"every": 2, "reuse": "perturbation"}),
     ("squat-next_batch", {}),
-    ("squat-fused", {"period": 2}),
 ]
 LONG_CASES = [
+    ("squat-fused", {"period": 2}),
     ("qat", {}),
     ("sam", {}),
     ("joint", {}),
