@@ -201,9 +201,10 @@ the mechanics hold, not how accurate the quantized model is. No weight was downl
 - `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs. In a depthwise
   transposed convolution each group has its own.
 - Matrices of layers that qsam does not know stay float. If they are most of a model, `quantize_` warns and names them.
-  It does so for the experts of transformers' `MixtralExperts`, for which the rule `("*.experts.*", {"granularity":
-  "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel. It also does so for timm's
-  `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no grid.
+  It does so for the experts of transformers' `MixtralExperts`, for which the rule
+  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel. It
+  also does so for timm's `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no
+  grid.
 - Compute BatchNorm statistics again after training, with [`reestimate_batchnorm`](loops.md#batchnorm).
 """
 
