@@ -110,7 +110,7 @@ class Quantizer(nn.Module):
     def __init__(self, **setting: Any) -> None:
         super().__init__()
         self.spec = Spec(**setting)
-        self.register_buffer(LIMITS, torch.zeros(2, dtype=torch.float32))
+        self.register_buffer("limits", torch.zeros(2, dtype=torch.float32))
 
     # --- what a subclass implements -----------------------------------------------------------------------------
 
@@ -243,8 +243,7 @@ class Quantizer(nn.Module):
 
     def _numbers(self, guard: bool | None) -> tuple[float, float]:
         if torch.compiler.is_exporting():  # a fake tensor has no values
-            low, high = integer_limits(self.bits, self._was_signed is not False)
-            return (low, high) if self._was_calibrated else (0.0, 0.0)
+            return integer_limits(self.bits, self._was_signed is not False) if self._was_calibrated else (0, 0)
         if torch.compiler.is_compiling():
             return _read_while_tracing(self.limits, guard)  # type: ignore[no-any-return]
         low, high = self.readable_limits() or self.limits.tolist()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import qsam
 from qsam import Direction, register_direction
-from qsam.fused.backend import using
+from qsam.fused.kernels import using
 from qsam.optim import DIRECTIONS
 from qsam.optim.directions import Asam, Friendly
 
