@@ -179,32 +179,33 @@ blocks and channels, tiny images, random weights), quantized by the defaults (4-
 one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/world/test_timm.py`. That shows that
 the mechanics hold, not how accurate the quantized model is. No weight was downloaded and nothing was run on a GPU.
 
-- "Quantized" is the share of the entries of all parameters of two or more dimensions, in the small model; in one of
-  full size it is larger, for tables of positions grow less than matrices. Biases, norms, layer scales and other
-  parameters of fewer dimensions are float everywhere.
+- "Quantized" is the quantized share of the entries of all parameters with two or more dimensions, in the small model.
+  In the full model it is larger, because tables of positions grow less than matrices. Biases, norms, layer scales and
+  other parameters with fewer dimensions are float everywhere.
 - The stem (a first convolution or patch embedding) and the classifier have 8 bits, or more if you ask for more.
-- What is quantized of the activations is the inputs of the quantized layers. Sums (shortcuts), norms, softmax, and
-  products of two activations (attention scores and probabilities, gates as in squeeze-and-excitation) are float.
-  Fused attention never holds its probabilities. `print(coverage)` names the modules that are attention as far as
-  their names tell (`*Attention*`, `*Attn*`, `attn`): nothing else in a module does.
-- Calibration decides whether an input is signed: images and what comes out of a norm are; after ReLU, ReLU6 and
-  (hard) sigmoid it is unsigned and uses all levels. After GELU, SiLU and Hardswish it is signed, since their small
-  negative values are real: half of the levels then stand for them. There is no quantizer with an offset.
-- Weight standardization (`StdConv2d`, `ScaledStdConv2d`) is part of the layer's forward: it standardizes Q(w). What
-  the layer multiplies with is then, in each output channel, the grid stretched and shifted, and has to be folded as
-  that where integers are to be used.
-- A layer whose weight another module uses without calling it (`F.linear(x, self.qkv.weight, ...)`) has a quantized
-  weight and a float input: no hook of it ever runs. Those of timm that are known are named below, with the cure; others
-  are named by a warning at the first step.
-- Branches that are summed into one kernel after training (RepVGG's, RepGhostNet's: timm's `reparameterize_model`) give
-  a kernel that is on no grid: sum them before `quantize_`.
-- `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs; in a depthwise
-  one each group has its own.
-- Matrices of layers that qsam does not know stay float. Where they are most of a model, `quantize_` warns and names them:
-  so it does for the experts of transformers' `MixtralExperts`, to which the rule
-  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel, and
-  for timm's `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no grid.
-- BatchNorm's statistics: [`reestimate_batchnorm`](loops.md#batchnorm), after training.
+- Of the activations, the inputs of the quantized layers are quantized. Sums (shortcuts), norms, softmax and products of
+  two activations (attention scores and probabilities, gates as in squeeze-and-excitation) are float. Fused attention
+  never stores its probabilities. `print(coverage)` names the attention modules, which it finds by their names
+  (`*Attention*`, `*Attn*`, `attn`), because nothing else in a module shows that it is attention.
+- Calibration decides whether an input is signed. Images and the outputs of norms are signed. After ReLU, ReLU6 and
+  (hard) sigmoid an input is unsigned and uses all levels. After GELU, SiLU and Hardswish it is signed, because their
+  small negative values are real, and half of the levels stand for these values.
+- Weight standardization (`StdConv2d`, `ScaledStdConv2d`) is part of the forward of the layer and standardizes Q(w). In
+  each output channel the layer then multiplies with the grid stretched and shifted. Fold this into the grid if integers
+  are to be used.
+- If another module uses the weight of a layer without calling the layer (`F.linear(x, self.qkv.weight, ...)`), the
+  weight is quantized and the input stays float, because no hook of the layer runs. The tables below name the known
+  cases in timm with the cure. A warning at the first step names others.
+- If branches are summed into one kernel after training (RepVGG, RepGhostNet, timm's `reparameterize_model`), that
+  kernel is on no grid. Sum them before `quantize_`.
+- `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs. In a depthwise
+  transposed convolution each group has its own.
+- Matrices of layers that qsam does not know stay float. If they are most of a model, `quantize_` warns and names them.
+  It does so for the experts of transformers' `MixtralExperts`, for which the rule
+  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel. It
+  also does so for timm's `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no
+  grid.
+- Compute BatchNorm statistics again after training, with [`reestimate_batchnorm`](loops.md#batchnorm).
 """
 
 
