@@ -175,7 +175,7 @@ def _refuse_moved(slots: Iterable[Slot]) -> None:
 
 
 def _warn_if_on_grid(slots: Sequence[Slot]) -> None:
-    rows = [slot for slot in slots if not (slot.lacks_scale or isinstance(slot.quantizer, Identity))]
+    rows = [slot for slot in slots if not isinstance(slot.quantizer, Identity)]
     rounded = [_is_on_grid(slot) for slot in rows if bool(norms([slot.latent])[0])]
     if rounded and all(rounded):
         warnings.warn(

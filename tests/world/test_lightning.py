@@ -5,14 +5,16 @@ import torch
 import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.plugins import MixedPrecision
 from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import StepLR
 from torch.utils.data import DataLoader
 
 import qsam
 from qsam.integrations.lightning import LightningMixin
-from tests.frameworks import Rows
+from tests.frameworks import Rows, steps_by_hand
 from tests.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import CONV, MLP
 
@@ -92,26 +94,31 @@ def by_closure(method, task=MLP, base=AdamW, batches=4, autocast=False, **option
     return optimizer, model, losses
 
 
-SQUAT = next(m for m in METHODS if str(m) == "squat-same_batch")
+BY_NAME = {str(method): method for method in METHODS}
+SQUAT = BY_NAME["squat-same_batch"]
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_a_fit_is_a_loop_of_closures(method, tmp_path):
-    module = Lit(method, CONV)
-    trainer = fit(tmp_path, module)
-    expected, twin, _ = by_closure(method, CONV)
-    optimizer = qsam.unwrap(trainer.optimizers[0])
-    assert_same(everything(optimizer, module.model), everything(expected, twin))
-    if method.quantizes:
-        assert_on_grid(optimizer)
+def ours(trainer):
+    return qsam.unwrap(trainer.optimizers[0])
+
+
+def assert_is_a_loop_of_closures(folder, module, fit_options=(), **loop):
+    """Fit the module and loop over closures from the same start: the ends must agree bit for bit."""
+    trainer = fit(folder, module, **dict(fit_options))
+    expected, twin, _ = by_closure(module.method, module.task, module.base, **{**module.options, **loop})
+    assert_same(everything(ours(trainer), module.model), everything(expected, twin))
+    if module.method.quantizes:
+        assert_on_grid(ours(trainer))
+
+
+@pytest.mark.parametrize("name", ["sam", "saq", "squat-next_batch", "squat-fused"])
+def test_a_fit_is_a_loop_of_closures(name, tmp_path):
+    assert_is_a_loop_of_closures(tmp_path, Lit(BY_NAME[name], CONV))
 
 
 @pytest.mark.parametrize("cls", [Lit, Plain])
 def test_bf16_mixed_is_autocast(cls, tmp_path):
-    module = cls(SQUAT)
-    trainer = fit(tmp_path, module, precision="bf16-mixed")
-    expected, twin, _ = by_closure(SQUAT, autocast=True)
-    assert_same(everything(qsam.unwrap(trainer.optimizers[0]), module.model), everything(expected, twin))
+    assert_is_a_loop_of_closures(tmp_path, cls(SQUAT), {"precision": "bf16-mixed"}, autocast=True)
 
 
 def test_the_log_is_of_the_first_pass(tmp_path):
@@ -158,8 +165,9 @@ class Measured(Lit):
         self.value = self.accuracy.compute()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("saq", "squat", "qat")], ids=str)
-def test_a_metric_and_a_second_network_count_the_first_pass_only(method, tmp_path):
+@pytest.mark.parametrize("name", ["saq", "squat-same_batch", "squat-next_batch"])
+def test_a_metric_and_a_second_network_count_the_first_pass_only(name, tmp_path):
+    method = BY_NAME[name]
     module = Measured(method, MLP)
     fit(tmp_path, module)
     updates, rows, total = module.counted
@@ -176,13 +184,13 @@ def test_a_metric_and_a_second_network_count_the_first_pass_only(method, tmp_pat
 @pytest.mark.parametrize("own", [None, 0.01])
 def test_clipping_is_the_optimizer_s(own, tmp_path):
     module = Lit(SQUAT, base=SGD, lr=0.1, max_grad_norm=own)
-    trainer = fit(tmp_path, module, gradient_clip_val=0.05)
-    expected, twin, _ = by_closure(SQUAT, base=SGD, lr=0.1, max_grad_norm=0.05 if own is None else own)
-    assert_same(everything(qsam.unwrap(trainer.optimizers[0]), module.model), everything(expected, twin))
+    effective = 0.05 if own is None else own
+    assert_is_a_loop_of_closures(tmp_path, module, {"gradient_clip_val": 0.05}, max_grad_norm=effective)
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("qat", "squat")], ids=str)
-def test_resuming_is_as_if_nothing_had_stopped(method, tmp_path):
+@pytest.mark.parametrize("name", ["qat", "squat-next_batch"])
+def test_resuming_is_as_if_nothing_had_stopped(name, tmp_path):
+    method = BY_NAME[name]
     module = Lit(method)
     whole = fit(tmp_path, module, max_epochs=2, batches=3)
     first = fit(tmp_path, Lit(method), batches=3)
@@ -190,67 +198,64 @@ def test_resuming_is_as_if_nothing_had_stopped(method, tmp_path):
     resumed = Lit(method)
     trainer = fit(tmp_path, resumed, max_epochs=2, batches=3, checkpoint=tmp_path / "last.ckpt")
     assert trainer.global_step == whole.global_step == 6
-    ends = [everything(qsam.unwrap(t.optimizers[0]), m.model) for t, m in ((trainer, resumed), (whole, module))]
+    ends = [everything(ours(t), m.model) for t, m in ((trainer, resumed), (whole, module))]
     assert_same(*ends)
 
 
+def half(scale=2.0**16):
+    return MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
+
+
+class Wrong(Lit):
+    def configure_optimizers(self):
+        return SGD(self.model.parameters(), lr=0.1)
+
+
+LAST_CLOSURE = "gives the optimizer the last micro-batch's closure only"
 REFUSED = {
     "16-mixed": (
-        {"plugins": "scaler"},
+        Lit,
+        lambda: {"plugins": half()},
         r"precision='16-mixed' runs the closure without the optimizer, .*: use precision='bf16-mixed' or 32",
     ),
     "accumulation": (
-        {"accumulate_grad_batches": 2},
-        r"accumulate_grad_batches=2 gives the optimizer the last micro-batch's closure only: use larger batches",
+        Lit,
+        lambda: {"accumulate_grad_batches": 2},
+        f"accumulate_grad_batches=2 {LAST_CLOSURE}: use larger",
     ),
     "scheduled": (
-        {"callbacks": [GradientAccumulationScheduler({0: 1, 3: 4})]},
-        r"accumulate_grad_batches=4 gives the optimizer the last micro-batch's closure only",
+        Lit,
+        lambda: {"callbacks": [GradientAccumulationScheduler({0: 1, 3: 4})]},
+        f"accumulate_grad_batches=4 {LAST_CLOSURE}",
     ),
     "by value": (
-        {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
+        Lit,
+        lambda: {"gradient_clip_val": 1.0, "gradient_clip_algorithm": "value"},
         r"gradient_clip_algorithm='value' would clip dL/dQ, .*: use gradient_clip_algorithm='norm'",
     ),
+    "not ours": (Wrong, dict, r"must be a qsam optimizer or a wrapper around one, got SGD"),
 }
 
 
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_lightning_cannot_do_is_refused_before_training(case, tmp_path):
-    from lightning.pytorch.plugins import MixedPrecision
-
-    options, message = REFUSED[case]
-    if case == "16-mixed":
-        options = {"plugins": MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))}
-    module = Lit(SQUAT)
-    with pytest.raises(ValueError, match=message):
-        fit(tmp_path, module, **options)
+@pytest.mark.parametrize(("cls", "options", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_lightning_cannot_do_is_refused_before_training(cls, options, message, tmp_path):
+    module = cls(SQUAT)
+    with pytest.raises((ValueError, TypeError), match=message):
+        fit(tmp_path, module, **options())
     assert not module.seen
 
 
-def test_an_optimizer_that_is_not_ours_is_refused_before_training(tmp_path):
-    class Wrong(Lit):
-        def configure_optimizers(self):
-            return SGD(self.model.parameters(), lr=0.1)
-
-    module = Wrong(SQUAT)
-    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper around one, got SGD"):
-        fit(tmp_path, module)
-    assert not module.seen
-
-
-def test_without_the_mixin_accumulation_says_what_is_lost(tmp_path):
-    with pytest.warns(
-        UserWarning, match=r"step\(closure\) clears the gradients that it finds: .*accumulate_grad_batches"
-    ):
-        fit(tmp_path, Plain(SQUAT), accumulate_grad_batches=2)
-
-
-def test_without_the_mixin_16_mixed_says_that_it_is_plain_qat(tmp_path):
-    from lightning.pytorch.plugins import MixedPrecision
-
-    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=2.0**8))
-    with pytest.warns(UserWarning, match=r"is a plain QAT step\. A framework .*Lightning with 16-mixed"):
-        fit(tmp_path, Plain(SQUAT), plugins=plugin)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (lambda: {"accumulate_grad_batches": 2}, r"step\(closure\) clears the gradients .*accumulate_grad_batches"),
+        (lambda: {"plugins": half(2.0**8)}, r"is a plain QAT step\. A framework .*Lightning with 16-mixed"),
+    ],
+    ids=["accumulation", "16-mixed"],
+)
+def test_without_the_mixin_what_is_lost_is_said(options, message, tmp_path):
+    with pytest.warns(UserWarning, match=message):
+        fit(tmp_path, Plain(SQUAT), **options())
 
 
 class ByHand(Lit):
@@ -269,24 +274,17 @@ class ByHand(Lit):
             self.optimizers().step()
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("saq", "qat")], ids=str)
-def test_manual_optimization_accumulates_by_hand(method, tmp_path):
+def test_manual_optimization_accumulates_by_hand(tmp_path):
+    method = BY_NAME["saq"]
     module = ByHand(method, MLP)
     trainer = fit(tmp_path, module)
     twin = method.model(MLP)
     expected = method(twin)
-    for pair in ((0, 1), (2, 3)):
-        for i in pair:
-            for block in expected.blocks:
-                with getattr(expected, block)():
-                    (MLP.loss(twin, MLP.batch(i)) / 2).backward()
-        expected.step()
-    assert_same(everything(qsam.unwrap(trainer.optimizers[0]), module.model), everything(expected, twin))
+    steps_by_hand(expected, twin, MLP, [[0, 1], [2, 3]], seed=False)
+    assert_same(everything(ours(trainer), module.model), everything(expected, twin))
 
 
 def test_the_proxy_of_lightning_refuses_the_blocks_and_names_unwrap(tmp_path):
-    from lightning.pytorch.core.optimizer import LightningOptimizer
-
     model = MLP.quantized()
     optimizer = qsam.SQuAT(model, AdamW, lr=1e-3)
     proxy = LightningOptimizer(optimizer)

@@ -22,6 +22,8 @@ from tests.architectures import (
 )
 from tests.methods import assert_on_grid
 
+pytest.importorskip("timm")
+
 EXCEPTIONS = {
     "tf_efficientnet_cc_b0_4e": (
         0.1,

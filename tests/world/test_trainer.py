@@ -52,103 +52,86 @@ def trainer(folder, model, optimizer=None, batches=4, method=None, scheduler=Non
 
 
 BY_NAME = {str(method): method for method in METHODS}
+
+
+def assert_steps_of_a_loop(
+    folder, build, numbers=((0,), (1,), (2,), (3,)), *, model=BERT.quantized, loop=None, **options
+):
+    """Train with the Trainer and by hand from the same start: the ends must agree bit for bit; return the optimizer."""
+    ours, twin = model(), model()
+    optimizer, expected = build(ours), build(twin)
+    schedules = [loop["scheduler"](o) if loop and "scheduler" in loop else None for o in (optimizer, expected)]
+    trainer(folder, ours, optimizer, sum(map(len, numbers)), scheduler=schedules[0], **options).train()
+    steps_by_hand(expected, twin, BERT, numbers, **{**(loop or {}), "scheduler": schedules[1]})
+    assert_same(everything(optimizer, ours), everything(expected, twin))
+    return optimizer
+
+
 CASES = [
-    (BY_NAME["saq"], {"every": 2, "start": 1}),
-    (BY_NAME["squat-same_batch"], {"every": 2, "reuse": "perturbation"}),
-    (BY_NAME["squat-next_batch"], {}),
-    (BY_NAME["squat-fused"], {"period": 2}),
+    ("saq", {"every": 2, "start": 1}),
+    ("squat-same_batch", {"every": 2, "reuse": "perturbation"}),
+    ("squat-next_batch", {}),
+    ("squat-fused", {"period": 2}),
 ]
 LONG_CASES = [
-    (BY_NAME["qat"], {}),
-    (BY_NAME["squat-same_batch"], {}),
-    (BY_NAME["sam"], {}),
-    (BY_NAME["joint"], {}),
-    (BY_NAME["saq"], {}),
-    (BY_NAME["squat-same_batch"], {"period": 2}),
-    (BY_NAME["squat-next_batch"], {"direction": "momentum"}),
-    (BY_NAME["squat-next_batch"], {"every": 2}),
-    (BY_NAME["squat-fused"], {}),
+    ("qat", {}),
+    ("sam", {}),
+    ("joint", {}),
+    ("squat-same_batch", {"period": 2}),
+    ("squat-next_batch", {"direction": "momentum", "every": 2}),
 ]
-CASES += [pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES]
 
 
-def name_of(value):
-    return str(value) if not isinstance(value, dict) else "-".join(value) or "plain"
-
-
-@pytest.mark.parametrize(("method", "options"), CASES, ids=name_of)
-def test_the_trainer_takes_the_steps_of_a_loop(method, options, tmp_path):
-    model = method.model(BERT)
-    optimizer = method(model, **options)
-    trainer(tmp_path, model, optimizer).train()
-    twin = method.model(BERT)
-    expected = method(twin, **options)
-    steps_by_hand(expected, twin, BERT, [[0], [1], [2], [3]])
-    assert_same(everything(optimizer, model), everything(expected, twin))
+@pytest.mark.parametrize(
+    ("name", "options"), [*CASES, *(pytest.param(*case, marks=pytest.mark.long) for case in LONG_CASES)], ids=str
+)
+def test_the_trainer_takes_the_steps_of_a_loop(name, options, tmp_path):
+    method = BY_NAME[name]
+    build = functools.partial(method, **options)
+    optimizer = assert_steps_of_a_loop(tmp_path, build, model=lambda: method.model(BERT))
     assert optimizer.steps > 1
     if method.quantizes:
         assert_on_grid(optimizer)
 
 
+@pytest.mark.parametrize("name", ["saq", "squat-next_batch"])
+@pytest.mark.long
+def test_micro_batches_take_their_own_passes(name, tmp_path):
+    """BERT's loss takes keywords, and the Trainer leaves it undivided then: so does the loop."""
+    loop = {"divide": False}
+    assert_steps_of_a_loop(tmp_path, BY_NAME[name], [[0, 1], [2, 3]], loop=loop, gradient_accumulation_steps=2)
+
+
 @pytest.mark.parametrize(
-    "method", [BY_NAME[name] for name in ("qat", "saq", "squat-same_batch", "squat-next_batch")], ids=str
+    ("loop", "options"),
+    [
+        ({"scheduler": lambda optimizer: LambdaLR(optimizer, lambda step: 1 / (1 + step))}, {}),
+        ({"autocast": torch.bfloat16}, {"bf16": True}),
+    ],
+    ids=["a scheduler", "bf16"],
 )
 @pytest.mark.long
-def test_micro_batches_take_their_own_passes(method, tmp_path):
-    """BERT's loss takes keywords, and the Trainer leaves it undivided then: so does the loop."""
-    model = method.model(BERT)
-    optimizer = method(model)
-    trainer(tmp_path, model, optimizer, gradient_accumulation_steps=2).train()
-    twin = method.model(BERT)
-    expected = method(twin)
-    steps_by_hand(expected, twin, BERT, [[0, 1], [2, 3]], divide=False)
-    assert_same(everything(optimizer, model), everything(expected, twin))
-
-
-@pytest.mark.long
-def test_the_scales_step_before_the_scheduler_moves_their_rate(tmp_path):
-    ends = []
-    for by_trainer in (True, False):
-        model = BERT.quantized()
-        optimizer = qsam.SQuAT(model, AdamW, lr=1e-3)
-        scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-        if by_trainer:
-            trainer(tmp_path, model, optimizer, scheduler=scheduler).train()
-        else:
-            steps_by_hand(optimizer, model, BERT, [[0], [1], [2], [3]], scheduler=scheduler)
-        ends.append(everything(optimizer, model))
-    assert_same(*ends)
-
-
-@pytest.mark.long
-def test_bf16_autocast_is_that_of_a_loop(tmp_path):
-    model = BERT.quantized()
-    optimizer = qsam.SQuAT(model, AdamW, lr=1e-3)
-    trainer(tmp_path, model, optimizer, bf16=True).train()
-    twin = BERT.quantized()
-    expected = qsam.SQuAT(twin, AdamW, lr=1e-3)
-    steps_by_hand(expected, twin, BERT, [[0], [1], [2], [3]], autocast=torch.bfloat16)
-    assert_same(everything(optimizer, model), everything(expected, twin))
+def test_the_scheduler_moves_after_the_scales_and_bf16_is_autocast(loop, options, tmp_path):
+    assert_steps_of_a_loop(tmp_path, BY_NAME["squat-same_batch"], loop=loop, **options)
 
 
 @pytest.mark.parametrize("own", [None, 0.01])
 @pytest.mark.long
 def test_clipping_is_the_optimizer_s(own, tmp_path):
     """TrainingArguments(max_grad_norm) would clip dL/dQ; the optimizer's own setting wins."""
-    model = BERT.quantized()
+    model, twin = BERT.quantized(), BERT.quantized()
     optimizer = qsam.SQuAT(model, SGD, lr=0.1, max_grad_norm=own)
     given = arguments(tmp_path, max_grad_norm=0.05)
     run = QsamTrainer(model, given, train_dataset=Rows(BERT, 2), optimizers=(optimizer, None), callbacks=[Seeds()])
     run.train()
     assert given.max_grad_norm == 0.05  # the caller's arguments are left alone
     assert optimizer.max_grad_norm == (0.05 if own is None else own)
-    twin = BERT.quantized()
     expected = qsam.SQuAT(twin, SGD, lr=0.1, max_grad_norm=optimizer.max_grad_norm)
     steps_by_hand(expected, twin, BERT, [[0], [1]])
     assert_same(everything(optimizer, model), everything(expected, twin))
 
 
-def test_a_method_is_built_round_the_trainer_s_own_optimizer(tmp_path):
+def test_a_method_is_built_around_the_trainer_s_own_optimizer(tmp_path):
     model = BERT.quantized()
     run = trainer(tmp_path, model, method=functools.partial(qsam.SQuAT, rho=0.05), weight_decay=0.1)
     run.train()
@@ -200,27 +183,29 @@ def test_the_rise_of_one_step_is_the_difference_of_its_losses(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "method", long_but([BY_NAME["squat-next_batch"]], [m for m in METHODS if m.name in ("qat", "squat")]), ids=str
+    ("name", "given"),
+    [
+        ("squat-next_batch", True),
+        *(pytest.param(*case, marks=pytest.mark.long) for case in (("qat", True), ("squat-fused", False))),
+    ],
 )
-@pytest.mark.parametrize(
-    "given", [True, pytest.param(False, marks=pytest.mark.long)], ids=["optimizers", "qsam_method"]
-)
-def test_resuming_is_as_if_nothing_had_stopped(method, given, tmp_path):
+def test_resuming_is_as_if_nothing_had_stopped(name, given, tmp_path):
     """In the middle of an epoch, of the alternation, with dropout and a schedule."""
+
+    method = BY_NAME[name]
+    common = {
+        "batches": 5,
+        "lr_scheduler_type": "linear",
+        "max_grad_norm": 1.0,
+        "save_strategy": "steps",
+        "save_steps": 3,
+    }
 
     def build():
         model = method.model(BERT)
-        build_on = functools.partial(method, rho=0.1) if method.perturbs else method
-        common = {
-            "batches": 5,
-            "lr_scheduler_type": "linear",
-            "max_grad_norm": 1.0,
-            "save_strategy": "steps",
-            "save_steps": 3,
-        }
         if given:
-            return model, trainer(tmp_path, model, build_on(model), **common)
-        return model, trainer(tmp_path, model, method=build_on, **common)
+            return model, trainer(tmp_path, model, method(model), **common)
+        return model, trainer(tmp_path, model, method=functools.partial(method, rho=0.1), **common)
 
     model, run = build()
     run.remove_callback(Seeds)  # the random state comes from the checkpoint
