@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from qsam import distributed
-from qsam.attach import quantize_, refuse_overflow
+from qsam.attach import dequantize_, quantize_, refuse_overflow, restored_if_refused
 from qsam.coverage import (
     Coverage,
     coverage_of,
@@ -583,6 +583,22 @@ def _take_released(slots: Sequence[Slot], released: Mapping[str, nn.Parameter]) 
 def _noises(quantizers: Iterable[Quantizer | None]) -> list[Noise]:
     """Return the streams of noise that these quantizers hold."""
     return [m for q in quantizers if q is not None for m in q.modules() if isinstance(m, Noise)]
+
+
+@contextlib.contextmanager
+def undone_if_refused(model: nn.Module) -> Iterator[None]:
+    """If the construction of an optimizer fails, leave a plain model plain, and a quantized one with its scales."""
+    root = unwrap_model(model)
+    coverage = coverage_of(root)
+    rows = coverage.quantized if coverage is not None else ()
+    try:
+        with restored_if_refused([row.quantizer for row in rows if row.quantizer is not None]):
+            yield
+    except BaseException:
+        if coverage is None and (own := coverage_of(root)) is not None:
+            set_owner(own, None)
+            dequantize_(root)
+        raise
 
 
 def own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -26,7 +26,7 @@ from torch.optim import SGD, Optimizer
 
 from qsam.distributed import DataParallel, Ranks, any_process, follow_fsdp, in_process_group, local, owned_copy
 from qsam.inputs import frozen
-from qsam.latents import Latents, coverage_for, pointed_at_latents
+from qsam.latents import Latents, coverage_for, pointed_at_latents, undone_if_refused
 from qsam.optim import checkpoint
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
@@ -136,24 +136,29 @@ class QuantizedOptimizer(Optimizer):
                 normalize_weights=normalize_weights, scope=perturbation_scope, masked=self.masked, inside=self.inside,
             )  # fmt: skip
             self.perturbation = Perturbation(options)
+        self._check_own_options()
         self.modules = checked_modules(modules)
         check_options(model, ste, rng, max_grad_norm)
         self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
         self.skip_unused_gradients = skip_unused_gradients
         self._may_skip: bool | None = False if _is_compiled(model) else None  # None until a whole pass has been seen
         self.ranks = Ranks(model, ddp, perturbation_scope)
-        self._latents = Latents(model, self, coverage_for(model, self.quantizes))
-        try:
-            self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
-            self._build_scale_optimizer(scale_lr, scale_optimizer)
-        except BaseException:
-            self._latents.release(into_model=True)
-            raise
+        with undone_if_refused(model):
+            self._latents = Latents(model, self, coverage_for(model, self.quantizes))
+            try:
+                self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
+                self._build_scale_optimizer(scale_lr, scale_optimizer)
+            except BaseException:
+                self._latents.release(into_model=True)
+                raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
         self._leftovers = {id(p.grad) for p in self._parameters() if p.grad is not None}
         self._start_passes()
         self.scales = ScaleFacade(self)
+
+    def _check_own_options(self) -> None:
+        """Refuse what a method cannot do with its perturbation, before anything is touched."""
 
     def _build_base(self, base: Base, params: Iterable[Any] | None, arguments: dict[str, Any], rho: float) -> None:
         keywords = set(QuantizedOptimizer.__init__.__annotations__) - {"model", "base", "arguments", "return"}

@@ -12,8 +12,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
-from tests.models import CONV, MLP
-from tests.optim.methods import (
+from tests.methods import (
+    KINDS,
     METHODS,
     QUANTIZING,
     assert_on_grid,
@@ -24,7 +24,9 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
+from tests.models import CONV, MLP
 
+each_method = pytest.mark.parametrize("method", KINDS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 ON_GRID = "the model's weights are on the quantization grid already"
 

@@ -9,8 +9,8 @@ from torch.optim import SGD
 from torch.optim.swa_utils import update_bn
 
 import qsam
+from tests.methods import assert_on_grid, assert_same, buffers_of, closure_of, everything, train
 from tests.models import CONV, EVERYWHERE
-from tests.optim.methods import assert_on_grid, assert_same, buffers_of, closure_of, everything, train
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 NORMS = {

@@ -4,7 +4,8 @@ import pytest
 from torch import nn
 
 import qsam
-from qsam.coverage import own_parameters, quantizer_parameters
+from qsam.coverage import quantizer_parameters
+from qsam.latents import own_parameters
 from tests.models import BERT, CONV, MLP, TIED
 
 

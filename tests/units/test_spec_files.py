@@ -6,8 +6,8 @@ import resource
 import pytest
 
 import qsam
+from tests.methods import assert_same
 from tests.models import MLP
-from tests.optim.methods import assert_same
 
 
 def load(model, folder):

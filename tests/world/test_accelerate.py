@@ -8,8 +8,8 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
 from tests.frameworks import steps_by_hand
+from tests.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import MLP
-from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 

@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 import qsam
 from qsam.integrations.lightning import LightningMixin
 from tests.frameworks import Rows
+from tests.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 from tests.models import CONV, MLP
-from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),

@@ -20,7 +20,7 @@ from tests.architectures import (
     row_of,
     share_of_matrices,
 )
-from tests.optim.methods import assert_on_grid
+from tests.methods import assert_on_grid
 
 EXCEPTIONS = {
     "tf_efficientnet_cc_b0_4e": (

@@ -20,8 +20,8 @@ from qsam.functional import Grid, fake_quantize
 from qsam.fused import formulas, kernels, native
 from qsam.fused.kernels import SMALLEST, Weight, using
 from qsam.quantizers import LSQ
+from tests.methods import QUANTIZING, assert_on_grid, latents, train
 from tests.models import CONV, MLP
-from tests.optim.methods import QUANTIZING, assert_on_grid, latents, train
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TANGENTS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp

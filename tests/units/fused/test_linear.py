@@ -16,7 +16,7 @@ import qsam
 from qsam.functional import fake_quantize
 from qsam.fused import linear
 from qsam.fused.kernels import using
-from tests.optim.methods import QUANTIZING
+from tests.methods import QUANTIZING
 
 EPS = torch.finfo(torch.float32).eps
 

@@ -212,12 +212,3 @@ def test_an_error_of_the_closure_is_raised_and_nothing_stays_frozen(error: BaseE
     assert len(calls) == 1
     assert all(torch.equal(t, before[name]) for name, t in training.everything().items())
     assert all(p.requires_grad for name, p in training.model.named_parameters() if "weight_quantizer" not in name)
-
-
-def test_it_survives_a_copy() -> None:
-    import copy
-
-    training = Training(saq)
-    training.step()
-    other = copy.deepcopy(training)
-    assert other.step()[0] == WEIGHT

@@ -1,4 +1,4 @@
-"""What the methods refuse, each message by its words, and that a refusal leaves the model as it was."""
+"""Arguments that the optimizers refuse, each message by its words; a refusal leaves the model as it was and free."""
 
 import functools
 
@@ -9,18 +9,14 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT
-from tests.models import EVERYWHERE, MLP
-from tests.optim.methods import (
-    METHODS,
-    PERTURBING,
+from tests.methods import (
     assert_on_grid,
     assert_same,
-    closure_of,
+    each_kind,
     everything,
     train,
 )
-
-each_method = pytest.mark.parametrize("method", METHODS, ids=str)
+from tests.models import EVERYWHERE, MLP
 
 BAD_FOR_ALL = [
     (TypeError, {"base": "adam"}, r"`base` must be an optimizer class or instance, got 'adam'\."),
@@ -43,6 +39,8 @@ BAD_FOR_ALL = [
     (ValueError, {"scale_lr": -1.0}, r"`scale_lr` must be finite and >= 0, got -1\.0\."),
     (ValueError, {"scale_lr": (0.1, float("inf"))}, r"`scale_lr` must be finite and >= 0, got \(0\.1, inf\)\."),
 ]  # fmt: skip
+
+
 BAD_FOR_PERTURBING = [
     (TypeError, {"rho": "0.1"}, r"`rho` must be a number >= 0, got '0\.1'\."),
     (TypeError, {"rho": True}, r"`rho` must be a number >= 0, got True\."),
@@ -62,55 +60,45 @@ BAD_FOR_PERTURBING = [
 ]  # fmt: skip
 
 
-def build(method, model, base=AdamW, **options):
-    if method.schedule is not None:
-        options.setdefault("schedule", method.schedule)
-    return method.cls(model, base, **options)
-
-
 def id_of(value):
     return next(iter(value)) if isinstance(value, dict) else None
 
 
-@each_method
 @pytest.mark.parametrize(("kind", "options", "message"), BAD_FOR_ALL, ids=id_of)
-def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(method, kind, options, message):
-    model = method.model(MLP)
+def test_a_bad_argument_is_refused_and_leaves_the_model_as_it_was(kind, options, message):
+    model = MLP.quantized()
     before = {name: t.clone() for name, t in model.state_dict().items()}
-    with pytest.raises(kind, match=message.format(method.cls.__name__)):
-        build(method, model, **options)
+    with pytest.raises(kind, match=message.format("SAQ")):
+        SAQ(model, **{"base": AdamW, **options})
     assert_same(model.state_dict(), before)
-    build(method, model)  # and free: nobody owns it
+    SAQ(model, AdamW)  # and free: nobody owns it
 
 
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
 @pytest.mark.parametrize(("kind", "options", "message"), BAD_FOR_PERTURBING, ids=id_of)
-def test_a_bad_argument_of_the_perturbation_is_refused(method, kind, options, message):
-    model = method.model(MLP)
+def test_a_bad_argument_of_the_perturbation_is_refused(kind, options, message):
+    model = MLP.quantized()
     with pytest.raises(kind, match=message):
-        build(method, model, **options)
-    build(method, model)
+        SAQ(model, **{"base": AdamW, **options})
+    SAQ(model, AdamW)
 
 
-@each_method
-def test_the_model_comes_first(method):
+def test_the_model_comes_first():
     with pytest.raises(
         TypeError, match=r"`model` must be a torch\.nn\.Module, got type: the model comes first, then the optimizer\."
     ):
-        build(method, AdamW, MLP.build())
+        SAQ(AdamW, MLP.build())
     with pytest.raises(TypeError, match=r"`model` must be a torch\.nn\.Module, got list"):
-        build(method, list(MLP.build().parameters()))
+        SAQ(list(MLP.build().parameters()), AdamW)
 
 
-@each_method
-def test_an_instance_has_its_own_settings(method):
-    model = method.model(MLP)
+def test_an_instance_has_its_own_settings():
+    model = MLP.quantized()
     own = [p for name, p in model.named_parameters() if "quantizer" not in name]
     with pytest.raises(
         TypeError,
         match=r"was given an optimizer instance, which has its own groups and settings: drop \['lr', 'params'\]\.",
     ):
-        build(method, model, AdamW(own), lr=1e-3, params=own)
+        SAQ(model, AdamW(own), lr=1e-3, params=own)
 
 
 @pytest.mark.parametrize("name", ["rho", "direction", "perturb", "every", "start", "reuse", "perturbation_scope"])
@@ -192,23 +180,7 @@ def test_sparse_gradients_are_refused_with_the_path(build_on, message):
     assert_on_grid(optimizer)
 
 
-@each_method
-def test_a_failed_closure_is_reported_as_it_is(method):
-    """No wrapping: the user's own exception and its traceback."""
-    model = method.model(MLP)
-    optimizer = method(model)
-    error = KeyError("mine")
-
-    def fail():
-        raise error
-
-    with pytest.raises(KeyError) as caught:
-        optimizer.step(fail)
-    assert caught.value is error
-    optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(0)))
-
-
-@each_method
+@each_kind
 def test_a_plain_model_is_quantized_and_its_coverage_logged(method, caplog):
     model = MLP.build()
     with caplog.at_level("INFO", logger="qsam"):
@@ -223,14 +195,30 @@ def test_a_plain_model_is_quantized_and_its_coverage_logged(method, caplog):
     train(optimizer, model, MLP, 1)
 
 
-def test_weights_that_were_tied_after_they_were_quantized_are_refused():
-    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
-    qsam.quantize_(model)
-    model[1].weight = model[0].weight
-    with pytest.raises(
-        ValueError, match=r"'0\.weight' and '1\.weight' are one Parameter, tied after quantize_.*dequantize_"
-    ):
-        qsam.QAT(model, SGD, lr=0.1)
-    coverage = qsam.dequantize_(model)
-    assert coverage is None
-    qsam.QAT(model, SGD, lr=0.1)
+REFUSED = {
+    "an argument": {"lrr": 0.1},
+    "a direction of one pass in a fused schedule": {"schedule": "fused", "direction": "previous"},
+    "a rate of the scales": {"scale_lr": -1.0},
+}
+
+
+@pytest.mark.parametrize("options", REFUSED.values(), ids=REFUSED)
+def test_a_refused_optimizer_leaves_a_plain_model_plain_and_lets_later_weights_set_the_scales(options):
+    model = MLP.build()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    with pytest.raises((TypeError, ValueError)):
+        SQuAT(model, AdamW, **options)
+    assert_same(model.state_dict(), before)
+    assert qsam.coverage_of(model) is None
+
+    qsam.quantize_(model, activations=None)
+    with torch.no_grad():
+        model[0].weight.mul_(3.0)
+    with pytest.raises((TypeError, ValueError)):
+        SQuAT(model, AdamW, **options)
+    SQuAT(model, AdamW)
+    other = MLP.build()
+    with torch.no_grad():
+        other[0].weight.mul_(3.0)
+    qsam.quantize_(other, activations=None)
+    assert torch.equal(model[0].weight_quantizer.scale, other[0].weight_quantizer.scale)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
+from tests.methods import SAM, SAQ, SQUAT, assert_same, built, each_kind, everything, latents
 from tests.models import CONV, MLP
-from tests.optim.methods import METHODS, PERTURBING, assert_on_grid, assert_same, everything, latents, train
 
 BATCHES = (0, 1, 2)
 
@@ -26,36 +26,7 @@ def accumulate(method, optimizer, model):
                 backward(model, i)
 
 
-def update_gradients(method, model, optimizer):
-    """Return each micro-batch's gradient at its own Q(w) + e, from a copy that sees nothing else."""
-    found = []
-    for i in BATCHES:
-        one, its = copy.deepcopy((model, optimizer))
-        with its.first_pass():
-            backward(one, i)
-        if method.perturbs:
-            with its.perturbed():
-                backward(one, i)
-        found.append({name: p.grad for name, p in one.named_parameters() if p.grad is not None})
-    return found
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m.schedule != "fused"], ids=str)
-def test_by_hand_the_update_is_the_sum_over_micro_batches_at_their_own_e(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    expected = update_gradients(method, model, optimizer)
-    accumulate(method, optimizer, model)
-    for name, p in model.named_parameters():
-        if p.grad is not None:
-            assert torch.equal(p.grad, expected[0][name] + expected[1][name] + expected[2][name]), name
-    assert_on_grid(optimizer)
-    optimizer.step()
-    assert optimizer.steps == 1
-    assert_on_grid(optimizer)
-
-
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_a_closure_over_all_micro_batches_takes_one_e(method):
     """It equals one large batch, up to the rounding of the sum over micro-batches."""
     large = {key: torch.cat([MLP.batch(i)[key] for i in BATCHES]) for key in MLP.batch(0)}
@@ -79,11 +50,10 @@ def test_a_closure_over_all_micro_batches_takes_one_e(method):
         assert torch.allclose(ends[0][name], ends[1][name], rtol=0, atol=1e3 * torch.finfo(torch.float64).eps), name
 
 
-@pytest.mark.parametrize("method", PERTURBING, ids=str)
+@pytest.mark.parametrize("method", [SAM, SAQ], ids=str)
 def test_the_gradient_accumulated_so_far_keeps_its_tensor(method):
     """It is set aside by reference: DDP's gradients are views of its buckets."""
-    model = method.model(MLP)
-    optimizer = method(model)
+    model, optimizer = built(method, MLP)
     with optimizer.first_pass():
         backward(model, 0)
     with optimizer.perturbed():
@@ -98,28 +68,9 @@ def test_the_gradient_accumulated_so_far_keeps_its_tensor(method):
     assert all(p.grad is kept[name] for name, p in model.named_parameters() if name in kept)
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
-def test_after_a_first_pass_that_failed_the_accumulated_gradients_are_there_again(method):
-    """The micro-batch that failed may be left out."""
-    ends = []
-    for failing in (True, False):
-        model = method.model(MLP)
-        optimizer = method(model)
-        train(optimizer, model, MLP, 2)
-        accumulate(method, optimizer, model)
-        if failing:
-            with pytest.raises(ZeroDivisionError), optimizer.first_pass():
-                1 / 0
-        optimizer.step()
-        ends.append(everything(optimizer, model))
-    assert_same(*ends)
-
-
-@pytest.mark.parametrize("method", [m for m in METHODS if m.schedule == "same_batch"], ids=str)
-def test_the_phase_of_the_scales_accumulates_too(method):
-    model = method.model(MLP)
-    optimizer = method(model)
-    accumulate(method, optimizer, model)
+def test_the_phase_of_the_scales_accumulates_too():
+    model, optimizer = built(SQUAT, MLP)
+    accumulate(SQUAT, optimizer, model)
     optimizer.step()
     one, its = copy.deepcopy((model, optimizer))
     with its.scale_phase():
@@ -133,10 +84,9 @@ def test_the_phase_of_the_scales_accumulates_too(method):
     assert_same(everything(optimizer, model), everything(its, one))
 
 
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@each_kind
 def test_batch_norm_moves_once_a_micro_batch(method):
-    model = method.model(CONV)
-    optimizer = method(model, AdamW)
+    model, optimizer = built(method, CONV, AdamW)
     for i in range(3):
         for block in (optimizer.first_pass, optimizer.perturbed) if method.perturbs else (optimizer.first_pass,):
             with block():

@@ -6,10 +6,8 @@ import torch._dynamo
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import qsam
-from tests.models import BERT, CONV, MLP
-from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
-
-SQUATS = [m for m in METHODS if m.alternates]
+from tests.methods import QAT, SAQ, SQUAT, assert_on_grid, each_alternating, each_kind, everything, train
+from tests.models import CONV, MLP
 
 
 @pytest.fixture(autouse=True)
@@ -20,7 +18,7 @@ def no_graphs_of_the_last_test():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("method", SQUATS, ids=str)
+@each_alternating
 @pytest.mark.parametrize("task", [MLP, CONV], ids=str)
 @pytest.mark.long
 def test_squat_s_passes_share_one_whole_graph(method, task):
@@ -38,7 +36,7 @@ def test_squat_s_passes_share_one_whole_graph(method, task):
     assert train(expected, eager, task, 6) == pytest.approx(losses, rel=1e-5)  # other kernels, other sums
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("qat", "saq")], ids=str)
+@pytest.mark.parametrize("method", [QAT, SAQ], ids=str)
 def test_no_method_recompiles_from_step_to_step(method):
     counter = CompileCounterWithBackend("eager")
     model = method.model(CONV)
@@ -55,25 +53,9 @@ def test_no_method_recompiles_from_step_to_step(method):
     assert counter.frame_count == 1
 
 
-@pytest.mark.long
-def test_a_transformer_compiles_once_with_a_scheduler_of_rho():
-    method = SQUATS[0]
-    counter = CompileCounterWithBackend("eager")
-    model = method.model(BERT)
-    model.config.problem_type = (
-        "single_label_classification"  # else its first forward sets it, which recompiles the second
-    )
-    compiled = torch.compile(model, backend=counter, fullgraph=True)
-    optimizer = method(compiled)
-    for i in range(3):
-        optimizer.param_groups[0]["qsam_rho"] = 0.1 / (1 + i)
-        optimizer.step(closure_of(optimizer, compiled, BERT, BERT.batch(i)))
-    assert counter.frame_count == 1
-
-
 def test_quantizing_a_compiled_model_drops_its_old_graph():
     """A model that has run compiled before: the inputs' quantizers are in the new graph. Calibrate before a full graph."""
-    method = SQUATS[0]
+    method = SQUAT
     model, eager = MLP.build(), MLP.build()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     MLP.loss(compiled, MLP.batch(0)).backward()
@@ -90,7 +72,7 @@ def test_quantizing_a_compiled_model_drops_its_old_graph():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("method", METHODS, ids=str)
+@each_kind
 def test_inductor_takes_the_steps_of_eager(method):
     model, eager = method.model(MLP), method.model(MLP)
     compiled = torch.compile(model, fullgraph=True)
@@ -101,19 +83,3 @@ def test_inductor_takes_the_steps_of_eager(method):
     assert losses == pytest.approx(train(expected, eager, MLP, 4), rel=1e-3)
     if method.quantizes:
         assert_on_grid(optimizer)
-
-
-@pytest.mark.long
-def test_dropping_the_graphs_changes_no_step():
-    ends = []
-    for reset in (True, False):
-        method = SQUATS[0]
-        model = method.model(MLP)
-        compiled = torch.compile(model, backend="eager", fullgraph=True)
-        optimizer = method(compiled)
-        train(optimizer, compiled, MLP, 2)
-        if reset:
-            torch._dynamo.reset()
-        train(optimizer, compiled, MLP, 2, start=2)
-        ends.append(everything(optimizer, model))
-    assert_same(*ends)

@@ -1,4 +1,4 @@
-"""Every registered method, SQuAT once a schedule, and the loops that drive them."""
+"""Every registered method, SQuAT once per schedule, and the loops that drive them."""
 
 from __future__ import annotations
 
@@ -60,9 +60,25 @@ def _methods() -> Iterator[Method]:
 
 
 METHODS = list(_methods())
-QUANTIZING = [method for method in METHODS if method.quantizes]
-PERTURBING = [method for method in METHODS if method.perturbs]
 ALTERNATING = [method for method in METHODS if method.alternates]
+KINDS = [method for method in METHODS if str(method) in {"qat", "sam", "saq", "squat-same_batch"}]
+"""One method of each kind: one pass, no quantizer, two passes, weights and scales in turn. The others share their code."""
+QUANTIZING = [method for method in KINDS if method.quantizes]
+PERTURBING = [method for method in KINDS if method.perturbs]
+BY_NAME = {str(method): method for method in METHODS}
+QAT, SAM, SAQ = BY_NAME["qat"], BY_NAME["sam"], BY_NAME["saq"]
+SQUAT, FUSED = BY_NAME["squat-same_batch"], BY_NAME["squat-fused"]
+
+each_kind = pytest.mark.parametrize("method", KINDS, ids=str)
+each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
+each_perturbing = pytest.mark.parametrize("method", PERTURBING, ids=str)
+each_alternating = pytest.mark.parametrize("method", ALTERNATING, ids=str)
+
+
+def built(method: Method, task: Task, *args: Any, **options: Any) -> tuple[nn.Module, QuantizedOptimizer]:
+    """Return the model of a task that the method trains, and the optimizer on it."""
+    model = method.model(task)
+    return model, method(model, *args, **options)
 
 
 def closure_of(optimizer: QuantizedOptimizer, model: nn.Module, task: Task, batch: Batch) -> Callable[[], Tensor]:

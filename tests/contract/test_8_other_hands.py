@@ -1,4 +1,4 @@
-"""Contract 8: if somebody else writes a weight or its scale, the next step says so; equal values are no alarm."""
+"""Contract 8: if somebody else writes a weight or its scale, or takes the quantizers off, the next step says so."""
 
 import copy
 
@@ -7,10 +7,22 @@ import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-from tests.models import MLP, TIED
-from tests.optim.methods import QUANTIZING, assert_on_grid, assert_same, closure_of, latents, train
+import qsam
+from tests.methods import (
+    FUSED,
+    QAT,
+    SAQ,
+    SQUAT,
+    assert_on_grid,
+    assert_same,
+    closure_of,
+    each_quantizing,
+    everything,
+    latents,
+    train,
+)
+from tests.models import MLP
 
-each_method = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 ALARM = r"was written by somebody else since the last step.*optimizer\.sync_latents\(\) to take the present weights"
 
 
@@ -70,10 +82,10 @@ def scale(model):
 
 
 WRITES = [in_place, one_entry, load, assign, inference, foreach, from_vector, new_data, new_parameter, scale]
+ONE_FOR_THE_OTHERS = [(QAT, in_place), (SQUAT, scale), (FUSED, one_entry)]
 
 
-@each_method
-@pytest.mark.parametrize("write", WRITES, ids=lambda write: write.__name__)
+@pytest.mark.parametrize(("method", "write"), [*((SAQ, write) for write in WRITES), *ONE_FOR_THE_OTHERS])
 def test_a_foreign_write_stops_the_next_step(method, write):
     model, optimizer = build(method)
     write(model)
@@ -81,7 +93,7 @@ def test_a_foreign_write_stops_the_next_step(method, write):
         train(optimizer, model, MLP, 1, start=1)
 
 
-@each_method
+@each_quantizing
 @pytest.mark.parametrize("verb", ["first_pass", "latents"])
 def test_a_foreign_write_stops_the_blocks(method, verb):
     model, optimizer = build(method)
@@ -90,7 +102,7 @@ def test_a_foreign_write_stops_the_blocks(method, verb):
         getattr(optimizer, verb)().__enter__()
 
 
-@each_method
+@each_quantizing
 def test_the_alarm_leaves_what_was_written(method):
     """Also where the first pass of the step is the perturbed one: ``sync_latents`` takes it from there."""
     model = MLP.quantized()
@@ -108,32 +120,28 @@ def test_the_alarm_leaves_what_was_written(method):
         assert torch.equal(model[0].weight, written)
 
 
-@each_method
-def test_the_alarm_names_the_weight(method):
-    model, optimizer = build(method)
+def test_the_alarm_names_the_weight():
+    model, optimizer = build(SAQ)
     one_entry(model)
     with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' was written"):
         train(optimizer, model, MLP, 1, start=1)
-    model, optimizer = build(method)
+    model, optimizer = build(SAQ)
     foreach(model)
     with pytest.raises(RuntimeError, match=r"the quantized weight '0\.weight' and 2 more was written"):
         train(optimizer, model, MLP, 1, start=1)
 
 
-@each_method
+@each_quantizing
 def test_a_write_through_data_is_seen_within_two_steps(method):
     """It leaves no trace but the value, which is compared where Q(w) is computed anyway."""
     model, optimizer = build(method)
     model[0].weight.data.mul_(1.1)
     with pytest.raises(RuntimeError, match=ALARM):
-        train(optimizer, model, MLP, 2 if method.schedule != "next_batch" else 4, start=1)
+        train(optimizer, model, MLP, 2, start=1)
 
 
-@each_method
-@pytest.mark.parametrize("options", [{}, {"every": 2}], ids=["", "every"])
+@pytest.mark.parametrize(("method", "options"), [(QAT, {}), (SAQ, {"every": 2}), (SQUAT, {})], ids=str)
 def test_a_weight_without_gradient_is_looked_at_too(method, options):
-    if options and not method.perturbs:
-        pytest.skip("not an option of this method")
     model = MLP.quantized()
     model[2].weight.requires_grad_(False)
     optimizer = method(model, **options)
@@ -143,13 +151,9 @@ def test_a_weight_without_gradient_is_looked_at_too(method, options):
         train(optimizer, model, MLP, 4, start=2)
 
 
-@each_method
-@pytest.mark.parametrize(
-    "write", [w for w in WRITES if w not in (assign, new_parameter, scale)], ids=lambda write: write.__name__
-)
-@pytest.mark.long
-def test_sync_latents_takes_the_written_weights(method, write):
-    model, optimizer = build(method)
+@pytest.mark.parametrize("write", [w for w in WRITES if w not in (assign, new_parameter, scale)])
+def test_sync_latents_takes_the_written_weights(write):
+    model, optimizer = build(SAQ)
     write(model)
     written = model[0].weight.detach().clone()
     optimizer.sync_latents()
@@ -162,24 +166,23 @@ def test_sync_latents_takes_the_written_weights(method, write):
 UNOWNED = r"the quantized weight '0\.weight' has a gradient, but its Parameter is in no group"
 
 
-@each_method
+@pytest.mark.parametrize("method", [SAQ, SQUAT], ids=str)
 @pytest.mark.parametrize("replace", [assign, new_parameter], ids=lambda write: write.__name__)
 def test_a_replaced_parameter_that_no_group_holds_is_refused(method, replace):
     """The base would go on stepping the old one, in silence."""
     model, optimizer = build(method)
     replace(model)
     optimizer.sync_latents()
-    with pytest.raises(RuntimeError, match=UNOWNED if method.schedule != "next_batch" else UNOWNED + "|no gradient"):
+    with pytest.raises(RuntimeError, match=UNOWNED):
         train(optimizer, model, MLP, 2, start=1)
     assert_on_grid(optimizer)
 
 
-@each_method
-def test_a_replaced_parameter_in_a_rewritten_group_trains_on(method):
+def test_a_replaced_parameter_in_a_rewritten_group_trains_on():
     """Accelerate and FSDP rewrite the groups after they have replaced the Parameters."""
     ends = []
     for replaces in (True, False):
-        model, optimizer = build(method, steps=2)
+        model, optimizer = build(SAQ, steps=2)
         if replaces:
             new = nn.Parameter(model[0].weight.detach().clone())
             for group in optimizer.param_groups:
@@ -190,11 +193,10 @@ def test_a_replaced_parameter_in_a_rewritten_group_trains_on(method):
     assert_same(*ends)
 
 
-@each_method
-def test_an_unfrozen_weight_that_no_group_holds_is_refused(method):
+def test_an_unfrozen_weight_that_no_group_holds_is_refused():
     model = MLP.quantized()
     model[0].weight.requires_grad_(False)
-    optimizer = method(model)
+    optimizer = SAQ(model)
     train(optimizer, model, MLP, 2)
     model[0].weight.requires_grad_(True)
     with pytest.raises(RuntimeError, match=UNOWNED):
@@ -205,15 +207,7 @@ def test_an_unfrozen_weight_that_no_group_holds_is_refused(method):
     assert not torch.equal(latents(optimizer, model)["0.weight"], before)
 
 
-@each_method
-def test_sync_latents_forgets_a_late_alarm(method):
-    model, optimizer = build(method)
-    model[0].weight.data.mul_(1.1)
-    optimizer.sync_latents()
-    train(optimizer, model, MLP, 4, start=1)
-
-
-@each_method
+@each_quantizing
 def test_equal_values_are_no_alarm(method):
     """DDP broadcasts, load_state_dict of the own state, and copies write the same values again."""
     ends = []
@@ -229,10 +223,9 @@ def test_equal_values_are_no_alarm(method):
     assert_same(*ends)
 
 
-@each_method
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_a_cast_model_is_no_alarm(method, dtype):
-    model, optimizer = build(method)
+def test_a_cast_model_is_no_alarm(dtype):
+    model, optimizer = build(SAQ)
     before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     model.to(dtype)
     optimizer._latents.check()
@@ -240,36 +233,103 @@ def test_a_cast_model_is_no_alarm(method, dtype):
     assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
 
 
-@each_method
-def test_a_cast_there_and_back_is_an_alarm(method):
+def test_a_cast_there_and_back_is_an_alarm():
     """The values have changed: half precision has dropped digits."""
-    model, optimizer = build(method)
+    model, optimizer = build(SAQ)
     model.half().float()
     with pytest.raises(RuntimeError, match=ALARM):
         train(optimizer, model, MLP, 1, start=1)
 
 
-@each_method
-def test_ordinary_use_is_no_alarm(method):
-    """eval, no_grad forwards, state_dict, requires_grad_, copies, gradients of others."""
-    model, optimizer = build(method, TIED)
-    model.eval()
-    with torch.no_grad():
-        model(TIED.batch(0)["x"])
-    model.train()
-    model.state_dict()
-    copy.deepcopy(model)
-    model.requires_grad_(True)
-    train(optimizer, model, TIED, 2)
-    assert not any(slot.quantizer.scale.requires_grad for slot in optimizer._latents.slots)
-    assert_on_grid(optimizer)
+GONE = (
+    r"the quantizers that this optimizer was built on have been taken off its model \(dequantize_\): it can no longer be "
+    r"used\. Build a new one; to keep its full-precision weights, call qsam\.dequantize_\(model, optimizer\)"
+)
 
 
-@each_method
-def test_the_alarm_leaves_the_latents_alone(method):
-    model, optimizer = build(method)
-    before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
-    in_place(model)
-    with pytest.raises(RuntimeError, match=ALARM):
-        optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(1)))
-    assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
+def after_two_steps(method, **options):
+    model = MLP.quantized(**options)
+    optimizer = method(model)
+    train(optimizer, model, MLP, 2)
+    return model, optimizer
+
+
+def snapshot(model):
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def verbs(optimizer, model):
+    closure = closure_of(optimizer, model, MLP, MLP.batch(0))
+
+    def block(context):
+        with context:
+            pass
+
+    def plain_step():
+        closure()
+        optimizer.step()
+
+    return {
+        "step(closure)": lambda: optimizer.step(closure),
+        "step": plain_step,
+        "first_pass": lambda: block(optimizer.first_pass()),
+        "perturbed": lambda: block(optimizer.perturbed()),
+        "scale_phase": lambda: block(optimizer.scale_phase()),
+        "latents": lambda: block(optimizer.latents()),
+        "sync_latents": optimizer.sync_latents,
+        "state_dict": optimizer.state_dict,
+        "load_state_dict": lambda: optimizer.load_state_dict({}),
+        "diagnostics": optimizer.diagnostics,
+        "sharpness": lambda: qsam.sharpness(optimizer, closure, progress=False),
+    }
+
+
+@each_quantizing
+@pytest.mark.parametrize(
+    "again", [None, {"bits": 2, "activations": None}, {"activations": None}], ids=["float", "other bits", "the same"]
+)
+def test_an_optimizer_whose_quantizers_were_taken_off_refuses_every_verb(method, again):
+    model, optimizer = after_two_steps(method)
+    qsam.dequantize_(model)
+    if again is not None:
+        qsam.quantize_(model, **again)
+    before = snapshot(model)
+    for name, verb in verbs(optimizer, model).items():
+        if name == "perturbed" and not method.perturbs:
+            continue  # QAT has none
+        with pytest.raises(RuntimeError, match=GONE):
+            verb()
+        assert_same(snapshot(model), before)
+
+
+@pytest.mark.parametrize("method", [QAT, SAQ], ids=str)
+def test_nothing_of_an_optimizer_stays_on_the_model(method):
+    model, optimizer = after_two_steps(method)
+    assert not model._state_dict_pre_hooks
+    if method.perturbs:
+        with optimizer.first_pass():
+            MLP.loss(model, MLP.batch(0)).backward()
+        with optimizer.perturbed():
+            assert len(model._state_dict_pre_hooks) == 1
+            MLP.loss(model, MLP.batch(0)).backward()
+    assert not model._state_dict_pre_hooks
+    del optimizer
+    model.zero_grad()
+    second = method(model)
+    with pytest.warns(UserWarning, match="on the quantization grid already"):
+        train(second, model, MLP, 1)
+    assert_on_grid(second)
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_quantizers_are_not_taken_off_inside_a_block(given):
+    model, optimizer = after_two_steps(SQUAT)
+    before = everything(optimizer, model)
+    with optimizer.first_pass():
+        MLP.loss(model, MLP.batch(0)).backward()
+    with (
+        optimizer.perturbed(),
+        pytest.raises(RuntimeError, match=r"dequantize_\(\) inside the block perturbed\(\): leave the block first\."),
+    ):
+        qsam.dequantize_(model, *([optimizer] if given else []))
+    assert_same(everything(optimizer, model), before)

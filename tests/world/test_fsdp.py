@@ -12,14 +12,10 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.distributed import is_sharded, local, whole
+from tests.methods import METHODS, QAT, SAM, SAQ, SQUAT, Method, closure_of, long_but, scales_of
 from tests.models import MLP
-from tests.optim.methods import METHODS, Method, closure_of, long_but, scales_of
-from tests.optim.test_ranks import part
 from tests.processes import Processes, running
-
-SAQ = next(m for m in METHODS if m.name == "saq")
-QAT = next(m for m in METHODS if m.name == "qat")
-SQUAT = next(m for m in METHODS if m.schedule == "same_batch")
+from tests.world.test_ddp import part
 
 
 @pytest.fixture(scope="module")
@@ -103,16 +99,14 @@ def equals_one_process(
 
 
 SGD_OPTIONS = {"base": SGD, "lr": 0.05}
-ADAM = {"base": AdamW, "lr": 1e-3}
 
 
-@pytest.mark.parametrize("first", ["shard", pytest.param("optimizer", marks=pytest.mark.long)])
-@pytest.mark.parametrize("method", long_but([QAT, SQUAT], METHODS), ids=str)
+@pytest.mark.parametrize(("method", "first"), [(QAT, "optimizer"), (SAM, "shard"), (SQUAT, "shard")], ids=str)
 def test_shards_equal_one_process(method: Method, first: str, two: Processes) -> None:
     two(equals_one_process, method, first, SGD_OPTIONS, {})
 
 
-@pytest.mark.parametrize("granularity", long_but(["per_channel"], ["per_channel", "per_group"]))
+@pytest.mark.parametrize("granularity", ["per_channel", "per_group"])
 def test_scales_with_rows_of_their_own_are_sharded_like_their_weight(granularity: str, two: Processes) -> None:
     two(equals_one_process, SQUAT, "shard", SGD_OPTIONS, {"granularity": granularity})
 
@@ -142,11 +136,6 @@ def test_every_option_is_that_of_one_process(options: dict[str, Any], two: Proce
     two(equals_one_process, SAQ, "shard", {**SGD_OPTIONS, "momentum": 0.5, **options}, {})
 
 
-@pytest.mark.long
-def test_adams_moments_are_sharded_too(two: Processes) -> None:
-    two(equals_one_process, SQUAT, "optimizer", ADAM, {}, 3)
-
-
 def two_by_two(rank: int) -> None:
     """Two copies, each in two parts."""
     mesh = distributed.init_device_mesh("cpu", (2, 2), mesh_dim_names=("copy", "part"))
@@ -169,9 +158,6 @@ def test_copies_of_shards_equal_one_process(four: Processes) -> None:
 def test_four_processes_equal_one(method: Method, four: Processes) -> None:
     """The head has 4 rows, a row a process; the smallest scale has one entry, on one process."""
     four(equals_one_process, method, "shard", SGD_OPTIONS, {})
-
-
-# --- order of calls, writes by others, exceptions ------------------------------------------------------------------
 
 
 def step(optimizer: Any, model: nn.Module, number: int, rank: int) -> None:
@@ -243,9 +229,6 @@ def nonfinite(rank: int) -> None:
 
 def test_a_nan_in_one_shard_gives_no_perturbation_on_any(two: Processes) -> None:
     two(nonfinite)
-
-
-# --- refused -----------------------------------------------------------------------------------------------------------
 
 
 def sixteen_bit_scales(rank: int) -> None:

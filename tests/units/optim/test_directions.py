@@ -1,4 +1,4 @@
-"""Each direction against its equation, and the economy options: every, start, reuse, one-pass directions."""
+"""Each direction with other settings than the twin's (tests/reference/any_step.py), and what is refused."""
 
 from __future__ import annotations
 
@@ -70,21 +70,6 @@ def flat(tensors: list[Tensor]) -> Tensor:
 def close(actual: list[Tensor], expected: list[Tensor]) -> None:
     # e is read back as (Q + e) - Q: rounded at the size of Q, here below 1.
     torch.testing.assert_close(flat(actual), flat(expected), rtol=1e-5, atol=2 * torch.finfo(torch.float32).eps)
-
-
-def test_sam_is_the_gradient_at_length_rho() -> None:
-    g, e = gradient_and_perturbation(*build())
-    close(e, [RHO * x / flat(g).norm() for x in g])
-
-
-def test_asam_is_steepest_ascent_in_units_of_each_weight() -> None:
-    model, optimizer = build(direction="asam")
-    units = [slot.latent.detach().abs() + 0.01 for slot in optimizer._latents.slots]
-    g, e = gradient_and_perturbation(model, optimizer)
-    norm = flat([t * x for t, x in zip(units, g, strict=True)]).norm()
-    close(e, [RHO * t.square() * x / norm for t, x in zip(units, g, strict=True)])
-    in_units = flat([x / t for x, t in zip(e, units, strict=True)]).norm()
-    torch.testing.assert_close(in_units, torch.tensor(RHO), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
@@ -162,17 +147,6 @@ def test_random_ignores_the_gradient_has_length_rho_and_moves_no_generator() -> 
     assert cosine.abs() < 4 / flat(e).numel() ** 0.5  # four standard deviations of independent directions
 
 
-def test_random_draws_anew_each_step_and_the_same_in_a_rerun() -> None:
-    draws = []
-    for _ in range(2):
-        model, optimizer = build(direction="random", lr=0.0, scale_lr=0.0)
-        for _ in range(2):
-            draws.append(flat(gradient_and_perturbation(model, optimizer)[1]))
-            optimizer.step()
-    assert torch.equal(draws[0], draws[2]) and torch.equal(draws[1], draws[3])
-    assert not torch.allclose(draws[0], draws[1])
-
-
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_previous_is_the_gradient_of_the_last_step_in_one_pass(backend: str) -> None:
     """Not what the pull-back made of it: at 2 bits the clip mask stops a part."""
@@ -222,95 +196,6 @@ def test_momentum_needs_a_base_that_keeps_one() -> None:
         run(model, optimizer, 1)
 
 
-CALLS = [
-    (qsam.SAQ, {}, 12),
-    (qsam.SAQ, {"every": 3}, 6 + 2),
-    (qsam.SAQ, {"start": 4}, 6 + 2),
-    (qsam.SAQ, {"every": 3, "start": 1}, 6 + 2),
-    (qsam.SAQ, {"every": 3, "reuse": "perturbation"}, 6 + 2),
-    (qsam.SAQ, {"direction": "previous"}, 6),
-    (qsam.SAQ, {"direction": "momentum"}, 6),
-    (qsam.SQuAT, {"direction": "previous"}, 1 + 5 * 2),
-    (qsam.SQuAT, {"every": 3}, 4 + 2 * 3),
-    (qsam.SAM, {}, 12),
-]
-
-
-@pytest.mark.parametrize(("cls", "options", "calls"), CALLS)
-def test_closure_calls_in_six_steps(cls: type, options: dict[str, Any], calls: int) -> None:
-    assert run(*build(cls, **options), 6) == calls
-
-
-def test_steps_left_out_by_every_are_qat_steps() -> None:
-    model, optimizer = build(every=100, start=50)
-    run(model, optimizer, 5)
-    torch.manual_seed(1)
-    twin = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    qsam.quantize_(twin)
-    qsam.calibrate(twin, [INPUTS])
-    run(twin, qsam.QAT(twin, torch.optim.AdamW, lr=1e-3), 5)
-    pairs = zip(model.state_dict().values(), twin.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def test_reuse_takes_the_last_perturbation_again() -> None:
-    model, optimizer = build(every=3, reuse="perturbation")
-    _, first = gradient_and_perturbation(model, optimizer)
-    optimizer.step()
-    with optimizer.perturbed():
-        again = [slot.parameter.detach() - slot.quantized() for slot in optimizer._latents.slots]
-        loss_of(model).backward()
-    close(again, first)
-
-
-@pytest.mark.parametrize("name", list(DIRECTIONS))
-@pytest.mark.parametrize("cls", [qsam.SAM, qsam.SAQ, qsam.JointSAM, qsam.SQuAT])
-@pytest.mark.long
-def test_every_direction_goes_with_every_method_and_resumes(name: str, cls: type) -> None:
-    if name == "grid" and cls is qsam.SAM:
-        pytest.skip("grid needs a quantizer's step size")
-    model, optimizer = build(cls, direction=name)
-    run(model, optimizer, 3)
-    saved_model, saved = model.state_dict(), optimizer.state_dict()
-    saved_model = {key: value.clone() for key, value in saved_model.items()}
-    resumed, resumed_optimizer = build(cls, direction=name)
-    resumed.load_state_dict(saved_model)
-    resumed_optimizer.load_state_dict(torch.utils._pytree.tree_map(copy_tensor, saved))
-    run(model, optimizer, 3)
-    run(resumed, resumed_optimizer, 3)
-    pairs = zip(model.state_dict().values(), resumed.state_dict().values(), strict=True)
-    assert all(torch.equal(a, b) for a, b in pairs)
-
-
-def copy_tensor(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
-
-
-def test_fused_squat_refuses_directions_of_one_pass() -> None:
-    with pytest.raises(ValueError, match=r"fused.*first pass"):
-        build(qsam.SQuAT, schedule="fused", direction="previous")
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "match"),
-    [
-        ({"direction": "sgm"}, ValueError, "There is no direction 'sgm'.*'sam'"),
-        ({"every": 0}, ValueError, "`every` must be an integer >= 1, got 0"),
-        ({"every": 2.0}, TypeError, "`every` must be an integer >= 1, got 2.0"),
-        ({"start": -1}, ValueError, "`start` must be an integer >= 0, got -1"),
-        ({"reuse": "gradient"}, ValueError, "`reuse` must be None or 'perturbation'"),
-        ({"perturb": "weights"}, ValueError, "`perturb` must be 'quantized', 'all' or a predicate"),
-        ({"rho": -0.1}, ValueError, "`rho` must be finite and >= 0, got -0.1"),
-        ({"rho": float("nan")}, ValueError, "`rho` must be finite and >= 0"),
-        ({"rho": "0.1"}, TypeError, "`rho` must be a number >= 0"),
-        ({"perturbation_scope": "rank"}, ValueError, "perturbation_scope='rank' must keep DistributedDataParallel"),
-    ],
-)
-def test_bad_options_are_refused(options: dict[str, Any], error: type[Exception], match: str) -> None:
-    with pytest.raises(error, match=match):
-        build(**options)
-
-
 def test_a_direction_of_ones_own_is_used_by_name() -> None:
     @register_direction("test_signs")
     class Signs(Direction):
@@ -328,50 +213,3 @@ def test_a_direction_of_ones_own_is_used_by_name() -> None:
 def test_a_direction_without_a_call_is_refused() -> None:
     with pytest.raises(TypeError, match="must be a subclass of Direction"):
         register_direction("test_nothing")(type("Nothing", (Direction,), {}))
-
-
-def perturbed_set(**options: Any) -> set[str]:
-    model, optimizer = build(**options)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with optimizer.first_pass():
-        loss_of(model).backward()
-    with optimizer.perturbed():
-        moved = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
-        loss_of(model).backward()
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    return moved
-
-
-WEIGHTS = {"0.weight", "2.weight", "4.weight"}
-BIASES = {"0.bias", "2.bias", "4.bias"}
-SELECTIONS: list[tuple[str | Callable[..., bool], set[str]]] = [
-    ("quantized", WEIGHTS),
-    ("all", WEIGHTS | BIASES),
-    (lambda name, p: p.dim() == 1, BIASES),
-]
-
-
-@pytest.mark.parametrize(("perturb", "expected"), SELECTIONS)
-def test_perturb_chooses_the_set_and_never_a_scale(perturb: Any, expected: set[str]) -> None:
-    assert perturbed_set(perturb=perturb) == expected
-
-
-def test_rho_per_group_and_its_schedule() -> None:
-    torch.manual_seed(1)
-    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 1))
-    qsam.quantize_(model)
-    qsam.calibrate(model, [INPUTS])
-    named = [(name, p) for name, p in model.named_parameters() if "_quantizer." not in name]
-    groups = [
-        {"params": [p for name, p in named if name.startswith("0.")], "rho": 0.02},
-        {"params": [p for name, p in named if not name.startswith("0.")]},
-    ]
-    optimizer = qsam.SAQ(model, torch.optim.AdamW, params=groups, lr=1e-3, rho=RHO)
-    g, e = gradient_and_perturbation(model, optimizer)
-    norm = flat(g).norm()
-    close(e, [radius * x / norm for radius, x in zip((0.02, RHO, RHO), g, strict=True)])
-    optimizer.step()
-    for group in optimizer.param_groups:
-        group["qsam_rho"] = 0.01
-    _, e = gradient_and_perturbation(model, optimizer)
-    torch.testing.assert_close(flat(e).norm(), torch.tensor(0.01), rtol=1e-4, atol=0)
