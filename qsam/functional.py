@@ -174,13 +174,13 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
     return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
 
 
-def lsq_grad_scale(count: int, quant_max: int) -> float:
+def lsq_grad_scale(count: int, quant_max: float) -> float:
     """Return LSQ's gradient scale ``gs = 1 / sqrt(N * Qp)``.
 
     Args:
         count: N, how many entries of ONE sample share the step size: the weights of the tensor, channel or group;
             for activations the features of one sample.
-        quant_max: Qp.
+        quant_max: Qp, the highest level in units of s.
 
     Returns:
         The factor of the step size's gradient.

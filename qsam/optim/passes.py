@@ -284,8 +284,13 @@ class Passes:
         return any(p.grad is not None for p in self._parameters())
 
     def _rho_of(self) -> Callable[[nn.Parameter], float]:
-        radii = {id(p): float(group.get("qsam_rho", 0.0)) for group in self.param_groups for p in group["params"]}
-        fallback = float(self.param_groups[0]["qsam_rho"])
+        follows_lr = self.perturbation is not None and self.perturbation.direction.follows_lr
+        units = [float(group.get("lr") or 0.0) if follows_lr else 1.0 for group in self.param_groups]
+        radius = [
+            float(group.get("qsam_rho", 0.0)) * unit for group, unit in zip(self.param_groups, units, strict=True)
+        ]
+        radii = {id(p): r for group, r in zip(self.param_groups, radius, strict=True) for p in group["params"]}
+        fallback = radius[0]
         return lambda p: radii.get(id(p), fallback)
 
     def _ascent_sign(self) -> float:

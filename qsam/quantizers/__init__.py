@@ -7,6 +7,7 @@ from qsam.quantizers.identity import Identity
 from qsam.quantizers.lsq import LSQ, PerChannel
 from qsam.quantizers.noise import Noise
 from qsam.quantizers.stochastic import Stochastic
+from qsam.quantizers.stretched import Stretched
 
 __all__ = [
     "LSQ",
@@ -18,6 +19,7 @@ __all__ = [
     "PerChannel",
     "Quantizer",
     "Stochastic",
+    "Stretched",
     "list_quantizers",
     "register_quantizer",
 ]

@@ -48,6 +48,9 @@ class Quantizer(nn.Module):
     off_grid: bool = False
     """Whether the optimizer has perturbed its weight, so that nobody need find out that it is not on the grid."""
 
+    offset: float = 0.0
+    """What a code is shifted by: the levels of a uniform grid are ``(code + offset) * scale``."""
+
     samples: list[Tensor] | None = None
     """What calibration has collected so far; None outside calibration."""
 

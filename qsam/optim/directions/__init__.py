@@ -4,6 +4,7 @@ from qsam.optim.directions.asam import Asam
 from qsam.optim.directions.base import DIRECTIONS, Ascent, Direction, global_norm, register_direction
 from qsam.optim.directions.friendly import Friendly
 from qsam.optim.directions.grid import Grid
+from qsam.optim.directions.lookahead import Lookahead
 from qsam.optim.directions.momentum import Momentum
 from qsam.optim.directions.previous import Previous
 from qsam.optim.directions.random import Random
@@ -16,6 +17,7 @@ __all__ = [
     "Direction",
     "Friendly",
     "Grid",
+    "Lookahead",
     "Momentum",
     "Previous",
     "Random",

@@ -45,11 +45,13 @@ class Direction:
             and the base optimizer's state hold.
         averages: Whether ``memory`` is made of first-pass gradients, which differ between ranks that each have their
             own e.
+        follows_lr: Whether rho is in units of the learning rate: the radius is then ``rho * lr``.
         memory: One tensor a perturbed parameter, by name, if the direction keeps any; it is saved with the optimizer.
     """
 
     passes = 2
     averages = False
+    follows_lr = False
 
     def __init__(self) -> None:
         self.memory: dict[str, Tensor] = {}
