@@ -253,9 +253,11 @@ class Latents:
                 noise.on = on
 
     def move_input_noise(self) -> None:
-        """Go on to the next draw of the inputs' noise; the weights' is moved by ``update``, and here there is no w."""
+        """Move the state of the inputs' quantizers: the next draw of noise, and ranges by what was seen."""
         for noise in self._input_noises:
             noise.advance()
+        for quantizer in self.input_quantizers:
+            quantizer.take_observations()
 
     def check(self, agree: Callable[[bool], bool] | None = None) -> None:
         """Refuse to go on if somebody else wrote p or a scale since the last :meth:`write`; see :class:`Guard`.

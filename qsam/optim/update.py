@@ -72,6 +72,8 @@ class Update(Passes):
         """Move what moves once a step: the quantizers' state, and the step's number."""
         for slot in self.latents_of.slots:
             slot.move_state()
+        if any(slot.quantizer.moves_grid for slot in self.latents_of.slots):
+            self.latents_of.write()
         self.latents_of.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
         self._passes_made = 0

@@ -49,7 +49,16 @@ class Quantizer(nn.Module):
     """Whether the optimizer has perturbed its weight, so that nobody need find out that it is not on the grid."""
 
     offset: float = 0.0
-    """What a code is shifted by: the levels of a uniform grid are ``(code + offset) * scale``."""
+    """What codes are shifted by, in steps: the levels of a uniform grid are ``(code + offset) * scale + shift``."""
+
+    shift: Tensor | None = None
+    """What levels are shifted by, in the unit of the data, broadcastable as ``scale`` is; None for 0."""
+
+    dynamic: bool = False
+    """Whether the scale follows from each input as it comes; ``step_size(x)`` tells it."""
+
+    moves_grid: bool = False
+    """Whether :meth:`update` changes Q: the optimizer then writes the weights again."""
 
     samples: list[Tensor] | None = None
     """What calibration has collected so far; None outside calibration."""
@@ -95,6 +104,14 @@ class Quantizer(nn.Module):
 
     def update(self, w: Tensor) -> None:
         """Move state (ranges, counters) by one optimizer step; called once a step with the latent weight."""
+
+    def take_observations(self) -> None:
+        """Move the state of an input's quantizer by what ``forward`` has seen; called once an optimizer step."""
+
+    @property
+    def stops(self) -> tuple[float, float]:
+        """Between which ``(x - shift) / scale`` the gradient of x passes: the outermost levels; infinite for all."""
+        return self.quant_min + self.offset, self.quant_max + self.offset
 
     @property
     def quant_min(self) -> int:

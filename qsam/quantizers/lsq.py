@@ -62,10 +62,7 @@ class LSQ(Quantizer):
         Args:
             x: The weight, or a batch of the activation.
         """
-        self._set_scale(initial_scale(self._rows(x), self.quant_min, self.quant_max, self.init), x)
-
-    def _set_scale(self, scale: Tensor, x: Tensor) -> None:
-        """Take one step size a row of ``x``, in place where the shape allows it."""
+        scale = initial_scale(self._rows(x), self.quant_min, self.quant_max, self.init)
         scale = scale.reshape(self._scale_shape(x)).to(x.device)
         if self.scale.shape == scale.shape and self.scale.device == scale.device:
             self.scale.copy_(scale)

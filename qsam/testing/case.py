@@ -49,7 +49,7 @@ class Case:
         q.init = "lsq"
         q.observe_((self.x if x is None else x).clone())  # a copy: a class under test may write its data
         if self.scale is not None and holds_scale(q) and scale_of(q).numel() == self.scale.numel():
-            set_scale(q, self.scale)
+            set_grid(q, self.scale)
         return q
 
     def __str__(self) -> str:
@@ -59,8 +59,8 @@ class Case:
 
 
 def is_uniform(q: Quantizer) -> bool:
-    """Whether ``q`` shows a symmetric uniform grid: a tensor ``scale``, a method ``codes`` and no ``zero_point``."""
-    return isinstance(getattr(q, "scale", None), Tensor) and hasattr(q, "codes") and not hasattr(q, "zero_point")
+    """Whether ``q`` has a uniform grid: a method ``codes``, and a tensor ``scale`` or, if dynamic, a ``step_size``."""
+    return hasattr(q, "codes") and (q.dynamic or isinstance(getattr(q, "scale", None), Tensor))
 
 
 def holds_scale(q: Quantizer) -> bool:
@@ -70,13 +70,23 @@ def holds_scale(q: Quantizer) -> bool:
 
 def learns_scale(q: Quantizer) -> bool:
     """Whether ``q`` is uniform and its ``scale`` is a Parameter."""
-    return is_uniform(q) and isinstance(q.scale, nn.Parameter)
+    return holds_scale(q) and isinstance(q.scale, nn.Parameter)
+
+
+def learns_shift(q: Quantizer) -> bool:
+    """Whether ``q`` is uniform and a Parameter moves all its levels together."""
+    return learns_scale(q) and isinstance(q.shift, Tensor) and q.shift.requires_grad
 
 
 def scale_of(q: Quantizer) -> Tensor:
     """Return a copy of ``q.scale``."""
     assert isinstance(q.scale, Tensor)
     return q.scale.detach().clone()
+
+
+def shift_of(q: Quantizer) -> Tensor | None:
+    """Return a copy of what all levels are shifted by, or None."""
+    return None if q.shift is None else q.shift.detach().clone()
 
 
 def codes_of(q: Quantizer, x: Tensor) -> Tensor:
@@ -90,6 +100,20 @@ def set_scale(q: Quantizer, values: Tensor) -> None:
     """Write ``values``, one step size a row, into ``q.scale`` in place."""
     assert isinstance(q.scale, Tensor)
     q.scale.copy_(values.reshape(q.scale.shape))
+
+
+@torch.no_grad()
+def set_shift(q: Quantizer, values: Tensor) -> None:
+    """Write ``values``, one a row, into what all levels are shifted by."""
+    getattr(q, "set_shift_")(values.reshape(q.shift.shape))  # type: ignore[union-attr]  # noqa: B009
+
+
+def set_grid(q: Quantizer, values: Tensor) -> None:
+    """Write step sizes, and with them the shift by which the lowest level is that of the same setting of LSQ."""
+    set_scale(q, values)
+    if q.shift is not None:
+        lowest = 0 if q.signed is False else -(2 ** (q.bits - 1))
+        set_shift(q, (lowest - q.quant_min) * scale_of(q))
 
 
 def owners(q: Quantizer, x: Tensor) -> Tensor:

@@ -7,8 +7,18 @@ from torch import Tensor
 
 from qsam.quantizers import Quantizer
 from qsam.testing.battery import GRADIENT, SHORT
-from qsam.testing.case import Case, claim, is_uniform, learns_scale, owners, scale_of, set_scale
-from qsam.testing.grid import plain
+from qsam.testing.case import (
+    Case,
+    claim,
+    is_uniform,
+    learns_scale,
+    learns_shift,
+    owners,
+    scale_of,
+    set_scale,
+    shift_of,
+)
+from qsam.testing.grid import Plain, plain
 from qsam.testing.table import law
 from qsam.testing.universal import gradients
 
@@ -37,12 +47,22 @@ def row_sums(q: Quantizer, x: Tensor, terms: Tensor) -> Tensor:
     return sums.index_add(0, owners(q, x).flatten(), terms.double().flatten()).reshape(scale_of(q).shape)
 
 
+def gradient_factor(q: Quantizer, x: Tensor) -> float:
+    """Return LSQ's 1 / sqrt(N * Qp), Qp being the highest level in steps."""
+    return float((sharing(q, x) * (q.quant_max + q.offset)) ** -0.5)
+
+
+def clips(q: Quantizer, grid: Plain) -> Tensor:
+    """Return where no gradient of x passes: ``stops`` or beyond, in steps from the shift."""
+    low, high = q.stops
+    return (grid.v <= low) | (grid.v >= high)
+
+
 def slope_terms(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
-    """Return g * dQ/ds an entry: round(v) - v inside, Qn where v <= Qn, Qp where v >= Qp."""
+    """Return g * dQ/ds an entry: level - v inside, the outermost level in steps outside."""
     grid = plain(q, x)
-    inside = (torch.round(grid.v) - grid.v).double()
-    slope = torch.where(grid.v <= grid.low, grid.low, torch.where(grid.v >= grid.high, grid.high, inside))
-    return grad.double() * slope
+    level = (grid.codes + grid.offset).double()
+    return grad.double() * torch.where(clips(q, grid), level, level - grid.v.double())
 
 
 def scale_gradient(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
@@ -58,11 +78,15 @@ def _both_gradients(q: Quantizer, x: Tensor, grad: Tensor) -> tuple[Tensor, Tens
 
 @law(is_uniform, inputs=GRADIENT)
 def ste_mask_is_exact(case: Case) -> None:
-    """The gradient of x is g * 1[Qn < v < Qp], decided on v: v = Qp + .2 is clipped although it rounds to Qp."""
+    """The gradient of x is g * 1[low < v < high], decided on v: v = Qp + .2 is clipped although it rounds to Qp.
+
+    low and high are the quantizer's ``stops``: Qn and Qp, where it does not say otherwise.
+    """
     q, grad = case.quantizer, upstream(case.x)
     grid, got = plain(q, case.x), gradients(q, case.x, grad)[0]
-    expected = torch.where((grid.v > grid.low) & (grid.v < grid.high), grad, 0)
-    sentence = "dx must be g where Qn < x/s < Qp and else 0, at the bounds too: decide on x/s, not on its rounding."
+    expected = torch.where(clips(q, grid), 0, grad)
+    low, high = q.stops
+    sentence = f"dx must be g where {low:g} < x/s < {high:g} and else 0, at the bounds too: decide on x/s, not on its rounding."
     claim(got == expected, sentence, v=grid.v, got=got, expected=expected)
 
 
@@ -85,8 +109,7 @@ def scale_gradient_has_the_slope(case: Case) -> None:
 def scale_gradient_is_scaled(case: Case) -> None:
     """The gradient of s carries 1 / sqrt(N Qp); N counts the entries of one row, or of an activation's sample."""
     q, grad = case.quantizer, upstream(case.x)
-    terms, count = slope_terms(q, case.x, grad), sharing(q, case.x)
-    factor = (count * q.quant_max) ** -0.5
+    terms, count, factor = slope_terms(q, case.x, grad), sharing(q, case.x), gradient_factor(q, case.x)
     got, expected = scale_gradient(q, case.x, grad), factor * row_sums(q, case.x, terms)
     ok = (got - expected).abs() <= _TOLERANCE * factor * row_sums(q, case.x, terms.abs()) + _TINY
     sentence = f"ds must be scaled by 1 / sqrt(N * Qp), N = {count} entries of one row (activation: of one sample)."
@@ -97,7 +120,7 @@ def scale_gradient_is_scaled(case: Case) -> None:
 def gradients_match_autograd(case: Case) -> None:
     """In fp64 dx and ds equal autograd of s * clip(v + (round(v) - v).detach(), Qn, Qp), times gs for s."""
     q, x = case.quantizer, case.x.double()
-    grad, factor = upstream(x), (sharing(q, x) * q.quant_max) ** -0.5
+    grad, factor = upstream(x), gradient_factor(q, x)
     dx, ds = _autograd_of_the_formula(q, x, grad)
     got_x, got_s = _both_gradients(q, x, grad)
     sentence = "must be autograd's of the plain formula."
@@ -109,11 +132,28 @@ def gradients_match_autograd(case: Case) -> None:
 
 def _autograd_of_the_formula(q: Quantizer, x: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
     leaf, s = x.clone().requires_grad_(), scale_of(q).double().requires_grad_()
+    shift = shift_of(q)
+    b = torch.zeros(()) if shift is None else shift.double().flatten()[owners(q, x)]
     of_each = s.flatten()[owners(q, x)]
-    v = leaf / of_each
-    rounded = v + (torch.round(v) - v).detach()
-    codes = torch.where(v <= q.quant_min, q.quant_min, torch.where(v >= q.quant_max, q.quant_max, rounded))
-    return torch.autograd.grad(codes * of_each, (leaf, s), grad)
+    v = (leaf - b) / of_each
+    level = torch.round((v - q.offset).clip(q.quant_min, q.quant_max)).detach() + q.offset
+    low, high = q.stops
+    levels = torch.where((v <= low) | (v >= high), level, v + (level - v).detach())
+    return torch.autograd.grad(levels * of_each + b, (leaf, s), grad)
+
+
+@law(learns_shift, inputs=GRADIENT)
+def shift_gradient_is_of_the_clipped(case: Case) -> None:
+    """What moves all levels together has the sum of g over the clipped entries, with the scale's factor."""
+    q, grad = case.quantizer, upstream(case.x)
+    (name,) = [name for name, _ in q.named_parameters() if name != "scale"]
+    names = [name for name, _ in q.named_parameters()]
+    got = gradients(q, case.x, grad)[1 + names.index(name)].double()
+    outside, factor = clips(q, plain(q, case.x)), gradient_factor(q, case.x)
+    terms = torch.where(outside, grad.double(), 0)
+    expected, size = factor * row_sums(q, case.x, terms), factor * row_sums(q, case.x, terms.abs())
+    ok = (got - expected).abs() <= _TOLERANCE * size + _TINY
+    claim(ok, f"{name!r} must have the gradient of the clipped entries.", got=got, expected=expected)
 
 
 @law(learns_scale, inputs=SHORT)
