@@ -6,7 +6,8 @@
 A pass is one forward and backward of a batch of 32 rows; every arm has the same number of them, and what an arm spends
 beside its updates (a second gradient, a teacher) is taken off its steps. Ten percent of the TRAINING rows are held out,
 and they decide whatever is chosen; the dev set is reported only. All arms of a task and seed start from one
-full-precision checkpoint and see the same batches. Several processes may share one folder: each takes what is free.
+full-precision checkpoint, see the same batches and leave the embeddings as they are, where half of the time would go.
+Several processes may share one folder: each takes what is free.
 """
 
 from __future__ import annotations
@@ -336,6 +337,7 @@ class Training:
     def train(self) -> None:
         """Quantize the start and train it."""
         run, model = self.run, self.model
+        model.get_submodule("bert.embeddings").requires_grad_(False)
         rules = qsam.presets.squat_bert
         qsam.quantize_(
             model, weights=run.quantizer, bits=run.bits, activation_bits=8, granularity="per_channel", rules=rules
@@ -344,7 +346,7 @@ class Training:
         first = [self.data.train.batch(next(order))[0] for _ in range(8)]
         qsam.calibrate(model, first)
         model.train()
-        settings: dict[str, Any] = {"lr": run.lr, "weight_decay": 0.0, "max_grad_norm": 1.0}
+        settings: dict[str, Any] = {"lr": run.lr, "weight_decay": 0.0, "fused": True, "max_grad_norm": 1.0}
         factor = schedule(self.steps)
         if run.kappa or run.late:
             start = max(1, int(WARM_UP * self.steps)) if run.kappa else math.ceil(LATE * self.steps)

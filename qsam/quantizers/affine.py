@@ -53,13 +53,13 @@ def distance(x: Tensor, scale: Tensor, shift: Tensor | None) -> Tensor:
 
 def codes_at(v: Tensor, rule: Rule) -> Tensor:
     """Return k, ties to even."""
-    return torch.clamp(v - rule.offset, rule.quant_min, rule.quant_max).round()
+    return (v - rule.offset).clamp_(rule.quant_min, rule.quant_max).round_()
 
 
 def levels_of(codes: Tensor, scale: Tensor, shift: Tensor | None, offset: float) -> Tensor:
     """Return ``s * (k + offset) + b`` in the dtype of ``codes``."""
-    levels = (codes + offset) * positive(scale).to(codes.dtype)
-    return levels if shift is None else levels + shift.to(codes.dtype)
+    levels = (codes + offset).mul_(positive(scale).to(codes.dtype))
+    return levels if shift is None else levels.add_(shift.to(codes.dtype))
 
 
 class _Affine(torch.autograd.Function):
@@ -89,8 +89,8 @@ class _Affine(torch.autograd.Function):
         grad_x = grad.masked_fill(outside, 0) if needs[0] else None
         grad_s = grad_b = None
         if needs[1]:
-            level = codes_at(v, rule) + rule.offset
-            slope = level - v.masked_fill(outside, 0) if rule.inside else level.masked_fill(~outside, 0)
+            slope = codes_at(v, rule).add_(rule.offset)
+            slope = slope.sub_(v.masked_fill_(outside, 0)) if rule.inside else slope.masked_fill_(~outside, 0)
             grad_s = (slope * grad).sum_to_size(scale.shape) * rule.grad_scale
             # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
             grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)

@@ -66,7 +66,7 @@ class QBert(Affine):
 
     @property
     def shift(self) -> Tensor:  # type: ignore[override]
-        """m."""
+        """The minimum of each run."""
         return self.minimum
 
     @torch.no_grad()
