@@ -559,12 +559,12 @@ def start_of(task: str, seed: int) -> Run:
 
 
 def best_rate(folder: Folder, like: Run, rates: Sequence[float] = RATES) -> Best:
-    """Choose the rate of an arm on the held-out rows with seed 0; where the largest is the best, try twice that."""
+    """Choose the rate of an arm on the held-out rows with seed 0; where the largest is best, try twice that, twice."""
     runs = [dataclasses.replace(like, lr=lr, seed=0) for lr in rates]
     found = [folder.held_out(run) for run in runs]
     if all(value is not None for value in found):
         best = max(zip(found, rates, strict=True), key=lambda pair: pair[0] or 0.0)[1]
-        if best == rates[-1] and len(rates) < len(RATES) + 2:
+        if best == rates[-1] and len(rates) < 5:
             return best_rate(folder, like, (*rates, 2 * rates[-1]))
         return best, runs
     return None, runs
@@ -583,22 +583,73 @@ def grid_arms(task: str) -> list[Run]:
     return [lsq, stretched, dataclasses.replace(stretched, kappa=KAPPA)]
 
 
-def grid_runs(folder: Folder, tasks: Sequence[str] = ("cola", "stsb")) -> Iterator[Run]:
-    """E1: the rates of each arm and task with seed 0, then the best with all seeds."""
-    for task in tasks:
-        chosen = [best_rate(folder, arm) for arm in grid_arms(task)]
-        for _, runs in chosen:
-            yield from runs
-        for seed in SEEDS[1:]:
-            for arm, (rate, _) in zip(grid_arms(task), chosen, strict=True):
-                if rate is not None:
-                    yield dataclasses.replace(arm, lr=rate, seed=seed)
+def with_seeds(folder: Folder, arms: Sequence[Run], rates: Sequence[float] = RATES) -> Iterator[Run]:
+    """Yield the rates of each arm with seed 0, then its best one with all seeds."""
+    chosen = [best_rate(folder, arm, rates) for arm in arms]
+    for _, runs in chosen:
+        yield from runs
+    for seed in SEEDS[1:]:
+        for arm, (rate, _) in zip(arms, chosen, strict=True):
+            if rate is not None:
+                yield dataclasses.replace(arm, lr=rate, seed=seed)
+
+
+def gains(folder: Folder, arm: Run, base: Run, part: str) -> list[float]:
+    """Return the paired differences of two arms at their chosen rates, seed by seed."""
+    ours, theirs = chosen_runs(folder, arm), chosen_runs(folder, base)
+    metric = TASKS[arm.task].metric
+    return [ours[s][part][metric] - theirs[s][part][metric] for s in sorted(ours.keys() & theirs.keys())]
+
+
+def winner(folder: Folder) -> Run | None:
+    """Return E1's best arm: the largest mean difference to LSQ on the held-out rows, if it is more than its error.
+
+    None while E1 is not finished, and where nothing is above LSQ: then E2 and E3 are not run.
+    """
+    best: tuple[float, Run | None] = (0.0, None)
+    for i in (1, 2):
+        found = [
+            gain
+            for task in ("cola", "stsb")
+            for gain in gains(folder, grid_arms(task)[i], grid_arms(task)[0], "held_out")
+        ]
+        if len(found) < 2 * len(SEEDS):
+            return None
+        mean, error = float(np.mean(found)), float(np.std(found, ddof=1)) / math.sqrt(len(found))
+        if mean > error:
+            best = max(best, (mean, grid_arms("cola")[i]), key=lambda pair: pair[0])
+    return best[1]
+
+
+def teacher_arms(best: Run, task: str) -> list[Run]:
+    """E3: the winner without a teacher, with its logits, with its hidden states."""
+    plain = dataclasses.replace(best, task=task)
+    return [plain, dataclasses.replace(plain, teacher="logits"), dataclasses.replace(plain, teacher="hidden")]
+
+
+FLAT_PASSES, FLAT_RATES = 1600, (2e-5, 4e-5, 8e-5)
+
+
+def flat_arms(best: Run) -> list[Run]:
+    """E2: 3 bits and many passes: LSQ, the winner, and the winner with a late ascent and with a random direction."""
+    plain = dataclasses.replace(best, bits=3, passes=FLAT_PASSES)
+    lsq = dataclasses.replace(plain, quantizer="lsq", kappa=0.0)
+    return [lsq, plain, dataclasses.replace(plain, late="grid"), dataclasses.replace(plain, late="random")]
 
 
 def plan(folder: Folder) -> Iterator[Run]:
     """Yield all runs that can be named now, in the order in which they are wanted."""
     yield from travel_runs()
-    yield from grid_runs(folder)
+    for task in ("cola", "stsb"):
+        yield from with_seeds(folder, grid_arms(task))
+    best = winner(folder)
+    if best is not None:
+        for task in ("cola", "rte"):
+            yield from with_seeds(folder, teacher_arms(best, task))
+        yield from with_seeds(folder, flat_arms(best), FLAT_RATES)
+        rate, _ = best_rate(folder, flat_arms(best)[0], FLAT_RATES)
+        if rate is not None:  # has LSQ had enough? the rate by travel
+            yield dataclasses.replace(flat_arms(best)[0], passes=2 * FLAT_PASSES, lr=rate / 2)
 
 
 # --- running ----------------------------------------------------------------------------------------------------------
@@ -742,9 +793,11 @@ def rates_table(folder: Folder) -> str:
 
 def mean_and_error(values: Sequence[float]) -> str:
     """Return "mean +- standard error", or the mean alone of a single value."""
+    if not values:
+        return "-"
     mean = float(np.mean(values))
-    if len(values) < 2:
-        return f"{mean:+.3f}" if values else "-"
+    if len(values) == 1:
+        return f"{mean:+.3f}"
     return f"{mean:+.3f} +- {float(np.std(values, ddof=1)) / math.sqrt(len(values)):.3f}"
 
 
@@ -766,20 +819,19 @@ def arms_table(folder: Folder) -> str:
     pairs: dict[str, list[float]] = {}
     for task in ("cola", "stsb"):
         metric, arms = TASKS[task].metric, grid_arms(task)
-        base = chosen_runs(folder, arms[0])
         for arm in arms:
             found = chosen_runs(folder, arm)
             dev = [r["dev"][metric] for r in found.values()]
             held_out = [r["held_out"][metric] for r in found.values()]
-            gains = [found[s]["dev"][metric] - base[s]["dev"][metric] for s in sorted(found.keys() & base.keys())]
-            pairs.setdefault(arm.arm, []).extend(gains)
-            difference = "" if arm == arms[0] else mean_and_error(gains)
+            differences = gains(folder, arm, arms[0], "dev")
+            pairs.setdefault(arm.arm, []).extend(differences)
+            difference = "" if arm == arms[0] else mean_and_error(differences)
             loss = [r["train"]["loss"] for r in found.values()]
             cells = [mean_and_error(dev), difference, mean_and_error(held_out), mean_and_error(loss)]
             lines.append(f"| {task} | {arm.arm} | {len(found)} | {' | '.join(cells)} |")
-    for name, gains in pairs.items():
+    for name, differences in pairs.items():
         if name != "lsq":
-            lines.append(f"| both | {name} | {len(gains)} pairs | | {mean_and_error(gains)} | | |")
+            lines.append(f"| both | {name} | {len(differences)} pairs | | {mean_and_error(differences)} | | |")
     return "\n".join(lines)
 
 
