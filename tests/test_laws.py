@@ -1,5 +1,6 @@
 """Each law is proved by quantizers that break it: the plants, wrong in one place each, and named by what is wrong."""
 
+import contextlib
 import re
 from typing import ClassVar
 
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from qsam.functional import from_groups, to_groups
-from qsam.quantizers import LSQ, QUANTIZERS, DiffQ, FixedStep, Identity, Quantizer
+from qsam.quantizers import LSQ, QUANTIZERS, DiffQ, FixedStep, Identity, LSQPlus, Quantizer, Stretched
 from qsam.testing import LAWS, Case, check_quantizer
 from qsam.testing.battery import battery
 from qsam.testing.case import owners
@@ -405,6 +406,27 @@ class LosesALevelPerChannel(LSQ):
         return super().quant_max - (self.granularity == "per_channel" and self.bits > 2)
 
 
+@breaks("shift_gradient_is_of_the_clipped")
+class MovesItsLevelsUnderEveryEntry(LSQPlus):
+    def forward(self, x):
+        out = super().forward(x)
+        return out if self.shift is None else out + (self.shift - self.shift.detach()).to(x.dtype)
+
+
+@breaks("on_the_grid")
+class SaysNothingOfItsHalf(Stretched):
+    offset = 0.0
+
+    def forward(self, x):
+        return super().forward(x) + (self.scale.detach() / 2).to(x.dtype)
+
+
+@breaks("ste_mask_is_exact")
+class StopsWhereItDoesNotSay(Stretched):
+    def rule(self, x):
+        return super().rule(x)._replace(low=self.quant_min + 0.5, high=self.quant_max + 0.5)
+
+
 @pytest.mark.parametrize(("cls", "law", "setting"), PLANTS)
 def test_a_planted_mistake_is_named_by_its_law(cls, law, setting):
     with pytest.raises(AssertionError, match=rf"^{law}: {cls.__name__}\(bits=4, .*: .*\."):
@@ -428,9 +450,11 @@ def test_without_a_mistake_the_plants_keep_all_laws():
 
 @pytest.mark.parametrize("name", ["lsq", *(pytest.param(n, marks=pytest.mark.long) for n in QUANTIZERS if n != "lsq")])
 def test_every_registered_quantizer_keeps_all_laws(name):
-    asked = check_quantizer(name, bits=2)
-    q = QUANTIZERS.get(name)(bits=4, axis=0)
-    assert set(asked) == {law.name for law in LAWS.values() if law.applies(q)}
+    asked, cls, meant = check_quantizer(name, bits=2), QUANTIZERS.get(name), set()
+    for axis in (0, None):  # some are for weights only, or for inputs only
+        with contextlib.suppress(ValueError):
+            meant |= {law.name for law in LAWS.values() if law.applies(cls(bits=4, axis=axis))}
+    assert set(asked) == meant
 
 
 @pytest.mark.long
@@ -446,8 +470,9 @@ def test_a_negative_axis_counts_from_the_end(name):
 
 
 def test_all_laws_are_for_lsq_and_only_the_universal_ones_for_identity():
-    assert all(law.applies(LSQ(bits=4)) or law.name.startswith("noise_") for law in LAWS.values())
-    assert all(law.applies(DiffQ(bits=4)) for law in LAWS.values())
+    assert all(law.applies(LSQ(bits=4)) or law.name.startswith(("noise_", "shift_")) for law in LAWS.values())
+    assert all(law.applies(DiffQ(bits=4)) or law.name.startswith("shift_") for law in LAWS.values())
+    assert all(law.applies(LSQPlus(bits=4)) or law.name.startswith("noise_") for law in LAWS.values())
     of_identity = {law.name for law in LAWS.values() if law.applies(Identity(bits=4))}
     assert "idempotent" in of_identity
     assert "on_the_grid" not in of_identity

@@ -85,10 +85,8 @@ def ste_mask_is_exact(case: Case) -> None:
     q, grad = case.quantizer, upstream(case.x)
     grid, got = plain(q, case.x), gradients(q, case.x, grad)[0]
     expected = torch.where(clips(q, grid), 0, grad)
-    low, high = q.stops
-    sentence = (
-        f"dx must be g where {low:g} < x/s < {high:g} and else 0, at the bounds too: decide on x/s, not on codes."
-    )
+    bounds = "{:g} < x/s < {:g}".format(*q.stops)
+    sentence = f"dx must be g where {bounds} and else 0, at the bounds too: decide on x/s, not on its rounding."
     claim(got == expected, sentence, v=grid.v, got=got, expected=expected)
 
 
