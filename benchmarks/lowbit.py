@@ -381,7 +381,7 @@ class Training:
             nonlocal task_loss
             self.optimizer.zero_grad()
             loss, task_loss = self.loss(batch, indices)
-            loss.backward()
+            torch.autograd.backward(loss)
             return loss
 
         self.optimizer.step(closure)
@@ -393,7 +393,7 @@ class Training:
             self.optimizer.perturbation.direction = qsam.optim.directions.DIRECTIONS.get(self.run.late)()
         quarter = indices[::4]
         with self.optimizer.first_pass():
-            self.loss(self.data.train.batch(quarter), quarter)[0].backward()
+            torch.autograd.backward(self.loss(self.data.train.batch(quarter), quarter)[0])
         self.passes += len(quarter) / len(indices)
         budget = self.run.alpha * max(self.running_loss or 0.0, 1e-3) * factor
         rho = budget / max(self.in_steps(1), 1e-12)
@@ -405,7 +405,7 @@ class Training:
         self.lengths.append(rho)
         with self.optimizer.perturbed():
             loss, task_loss = self.loss(self.data.train.batch(indices), indices)
-            loss.backward()
+            torch.autograd.backward(loss)
         self.optimizer.step()
         self.optimizer.zero_grad()
         return task_loss
@@ -483,7 +483,7 @@ def train_start(run: Run, data: Data, model: nn.Module) -> None:
         optimizer.zero_grad()
         with autocast():
             logits = model(**inputs).logits
-        loss_of(logits, labels).backward()
+        torch.autograd.backward(loss_of(logits, labels))
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         scheduler.step()

@@ -47,6 +47,8 @@ class LSQPlus(Affine):
     gradient of b carries the same factor as that of s, in units of a step.
     """
 
+    span: Tensor
+
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
         self.scale = nn.Parameter(torch.ones(1))
