@@ -16,9 +16,13 @@ TORCH_TEST := torch==2.14.1 torchvision==0.29.1
 
 RUN := "$(QSAM_VENV)/bin/python" -m
 PIP := $(RUN) pip install --disable-pip-version-check -c constraints.txt
+# pip says nothing while it downloads where output is no terminal: a line every 10 seconds until the recipe's end.
+TICK := ( while sleep 9; do echo "  ... still installing"; done ) & tick=$$!; trap "kill $$tick" EXIT;
 HAS_TORCH := "$(QSAM_VENV)/bin/python" -c 'from importlib.metadata import version; \
 	raise SystemExit(tuple(map(int, version("torch").split(".")[:2])) < (2, 13))' 2>/dev/null
 
+# torchvision has no build for the oldest torch, so what needs timm is skipped there.
+OLDEST := $(QSAM_VENV)-oldest
 ALL := -m "" -n $(WORKERS) --dist loadfile --hypothesis-profile=thorough
 
 # A stamp in the environment says what was installed there; its name escapes the spaces of a path.
@@ -29,11 +33,12 @@ STAMP_GLUE := $(ENV)/qsam-glue.stamp
 STAMP_VISION := $(ENV)/qsam-vision.stamp
 STAMP_TEST := $(ENV)/qsam-test.stamp
 STAMP_BENCH := $(ENV)/qsam-bench.stamp
+STAMP_OLDEST := $(ENV)-oldest/qsam-oldest.stamp
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help glue vision check format test test-all bench clean
+.PHONY: help glue vision check format test test-oldest test-all bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -56,10 +61,16 @@ format: $(STAMP_TEST) ## format, and fix what lint can fix
 test: check ## check, then every test but the long ones: make test ARGS="-k lsq"
 	$(RUN) pytest -m "not long" -n $(WORKERS) --dist loadfile $(ARGS)
 
-test-all: check ## check, then every test; writes docs/test-all.txt
+test-oldest: $(STAMP_OLDEST) ## the tests, but for the long ones, with the oldest supported torch
+	"$(OLDEST)/bin/python" -m pytest -m "not long" -n $(WORKERS) --dist loadfile $(ARGS)
+
+test-all: check $(STAMP_OLDEST) ## check, then every test, on imitated machines and the oldest torch too; writes docs/test-all.txt
 	@mkdir -p docs
-	@log="$(QSAM_VENV)/test-all.log"; code="$(QSAM_VENV)/test-all.code"; \
-	{ $(RUN) pytest $(ALL) $(ARGS) --color=no --durations=25; echo $$? >"$$code"; } | tee "$$log"; \
+	@log="$(QSAM_VENV)/test-all.log"; code="$(QSAM_VENV)/test-all.code"; varied="$(QSAM_VENV)/variations.log"; \
+	{ $(RUN) tests.variations -n $(WORKERS) --dist loadfile; echo $$? >"$$code"; } | tee "$$varied"; \
+	{ "$(OLDEST)/bin/python" -m pytest -q -m "not long" -n $(WORKERS) --dist loadfile --color=no || echo 1 >"$$code"; } | tee "$$log"; \
+	{ printf 'the oldest supported torch: '; tail -n 1 "$$log" | tr -d =; } >>"$$varied"; \
+	{ $(RUN) pytest $(ALL) $(ARGS) --color=no --durations=25 || echo 1 >"$$code"; } | tee "$$log"; \
 	{ \
 		echo 'Written by `make test-all`.'; \
 		echo "date: $$(date -u +%Y-%m-%d)"; \
@@ -69,6 +80,8 @@ test-all: check ## check, then every test; writes docs/test-all.txt
 			print("python", p.python_version(), "on", p.system(), p.machine(), "with", os.cpu_count(), "cores")'; \
 		$(RUN) pip list --format=freeze | grep -E '^(qsam|torch|torchvision|numpy|transformers|timm|hypothesis|pytest)=='; \
 		echo "result:$$(tail -n 1 "$$log" | tr -d =)"; \
+		echo 'the core tests and the oldest torch:'; \
+		cat "$$varied"; \
 		sed -n '/ slowest .*durations /,$$p' "$$log"; \
 	} >docs/test-all.txt; \
 	exit "$$(cat "$$code")"
@@ -88,17 +101,25 @@ $(ENV)/bin/pip:
 
 # A torch that will do stays: after `make test`, torchvision needs the one that is there.
 $(STAMP_GLUE): pyproject.toml constraints.txt | $(ENV)/bin/pip
-	$(HAS_TORCH) || $(PIP) $(TORCH_GLUE)
-	$(PIP) -e '.[glue]'
+	@echo "Installing what the recipe needs into $(QSAM_VENV), once."
+	@$(TICK) { $(HAS_TORCH) || $(PIP) $(TORCH_GLUE); } && $(PIP) -e '.[glue]'
 	@touch "$@"
 
 $(STAMP_VISION): pyproject.toml constraints.txt | $(ENV)/bin/pip
-	$(PIP) $(TORCH_TEST) -e '.[vision]'
+	@echo "Installing what the recipe needs into $(QSAM_VENV), once."
+	@$(TICK) $(PIP) $(TORCH_TEST) -e '.[vision]'
 	@touch "$@"
 
 $(STAMP_TEST): pyproject.toml constraints.txt | $(ENV)/bin/pip
 	$(PIP) $(TORCH_TEST) -e '.[test]'
 	@touch "$(QSAM_VENV)/qsam-glue.stamp" "$(QSAM_VENV)/qsam-vision.stamp" "$@"
+
+$(STAMP_OLDEST): pyproject.toml constraints.txt
+	"$(PYTHON)" -m venv "$(OLDEST)"
+	"$(OLDEST)/bin/python" -m pip install --disable-pip-version-check -c constraints.txt $(TORCH_GLUE)
+	"$(OLDEST)/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[glue,integrations]' \
+		hatchling hypothesis pytest pytest-xdist pytorch-optimizer torch-optimizer
+	@touch "$@"
 
 # The torch of the tests, so that numbers and tests speak of the same one; peers that want another are refused here.
 $(STAMP_BENCH): pyproject.toml constraints.txt | $(ENV)/bin/pip

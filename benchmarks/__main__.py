@@ -1,8 +1,8 @@
-"""Measure speed and memory, keep the JSON files, and write docs/speed.md's tables and its figure from them.
+"""Measure speed and memory, keep the JSON files, and write docs/speed.md's tables from them.
 
-python -m benchmarks                  # all: kernels, step, memory, scale
-python -m benchmarks step scale       # these
-python -m benchmarks --tables         # none: only the tables and the figure, from the kept files
+python -m benchmarks                  # all: kernels, step, ablation, memory
+python -m benchmarks step memory      # these
+python -m benchmarks --tables         # none: only the tables, from the kept files
 python -m benchmarks --quick          # a smoke run on tiny sizes, which writes nothing into the repository
 """
 
@@ -15,16 +15,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks import kernels, memory, scale, step
+from benchmarks import ablation, kernels, memory, step
 from benchmarks.measure import RESULTS, Json, machine, threads, write_json
-from benchmarks.page import FIGURE, NAMES, PAGE, blocks, read_results, rewritten
-from benchmarks.plot import plot
+from benchmarks.page import NAMES, PAGE, blocks, read_results, rewritten
 
 BENCHMARKS: Mapping[str, Callable[[bool], Json]] = {
     "kernels": kernels.measure,
     "step": step.measure,
+    "ablation": ablation.measure,
     "memory": memory.measure,
-    "scale": scale.measure,
 }
 BUSY = 0.5
 """A load average above which a machine is not quiet."""
@@ -35,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(NAMES)}; all by default")
     parser.add_argument("--quick", action="store_true", help="tiny sizes; writes nothing into the repository")
-    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables and the figure")
+    parser.add_argument("--tables", action="store_true", help="measure nothing, write the tables")
     parser.add_argument("--threads", type=int, help="torch's threads; its own choice by default")
     options = parser.parse_args(arguments)
     if unknown := sorted(set(options.names) - set(NAMES)):
@@ -52,7 +51,6 @@ def _run(names: Sequence[str], quick: bool) -> None:
         with tempfile.TemporaryDirectory(prefix="qsam-bench-quick-") as folder:
             run(names, Path(folder), quick=True)
             results = read_results(Path(folder))
-            plot(results, Path(folder) / FIGURE.name)
             print("\n\n".join("\n".join([f"## {name}", *lines]) for name, lines in blocks(results).items()))
         return
     run(names, RESULTS, quick=False)
@@ -75,10 +73,8 @@ def run(names: Sequence[str], folder: Path, quick: bool) -> None:
 
 
 def write_page() -> None:
-    """Write the tables and the figure from what is kept."""
-    results = read_results()
-    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), results), encoding="utf-8")
-    plot(results, FIGURE)
+    """Write the tables from what is kept."""
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), read_results()), encoding="utf-8")
 
 
 if __name__ == "__main__":

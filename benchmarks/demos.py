@@ -11,8 +11,7 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from recipes.report import ONE_SEED, read_results
-from recipes.runs import Json
+from recipes.compare import ONE_SEED, Json, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results"

@@ -1,36 +1,32 @@
-"""Fake quantization, and what the optimizer does to a weight, against copies of the same tensor.
+"""Fake quantization alone: every way to compute it against copies of memory, and the first use in a new process.
 
-Forward and backward of fake quantization read the input twice and the gradient once, and write two tensors: 2.5 copies
-of the input are the floor. The reference is three copies into memory that is there already. Of the optimizer's
-operations each one's bytes are counted, and its bandwidth is compared with a copy's in the same round.
+python -m benchmarks.kernels    # the seconds of one process's first use, as JSON
+
+Forward and backward read the input twice and the gradient once, and write two tensors: 2.5 copies of the input are the
+floor. The reference is three copies into memory that is there already.
 """
 
 from __future__ import annotations
 
 import functools
+import json
+import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
-from torch import Tensor, nn
-from torch.optim import SGD
+from torch import Tensor
 
 import qsam
-from benchmarks.compile_time import compile_times
 from benchmarks.formulas import compiled, lsq
-from benchmarks.measure import Json, Variant, compared, interleaved, ratios, spread
-from qsam.latent import Target
-from qsam.quantizers.lsq import LSQ
+from benchmarks.measure import Json, Variant, compared, in_new_process, interleaved, short
+from qsam.functional import fake_quantize, integer_limits, lsq_grad_scale
 
 Fake = Callable[[Tensor, Tensor], Tensor]
 
 WEIGHT = (3072, 768)
 ACTIVATION = (32, 64, 384)
 QUICK = (260, 256)
-BYTES = {"write": 8, "pull back": 20, "scale gradient": 12, "perturb": 16, "norm": 4}
-"""Per fp32 weight. write: w, p. pull back: w, grad, p, and writes grad and p. scale gradient: w, grad, p. perturb: w,
-p, d, and writes p. norm: d."""
-PRODUCTS = ((512, 384, 1536), (512, 1536, 384), (2048, 384, 1536), (2048, 1536, 384))
-"""Tokens, features and outputs of Linear layers."""
 
 
 def measure(quick: bool = False) -> Json:
@@ -42,15 +38,10 @@ def measure(quick: bool = False) -> Json:
     if not quick:
         sizes = [*sizes, ("activation", ACTIVATION, torch.float32, 8), ("activation", ACTIVATION, torch.bfloat16, 8)]
     return {
-        "settings": {"rounds": rounds, "reference": "three copies", "bytes_per_weight": BYTES},
+        "settings": {"rounds": rounds, "reference": "three copies"},
         "fake_quantize": [fake_quantization(*size, rounds) for size in sizes],
-        "verbs": verbs(QUICK if quick else WEIGHT, rounds),
-        "products": [product(*shape, rounds) for shape in (((130, 32, 48),) if quick else PRODUCTS)],
-        "compile_seconds": None if quick else compile_times(),
+        "first_use_seconds": first_uses(),
     }
-
-
-# --- fake quantization ------------------------------------------------------------------------------------------------
 
 
 def fake_quantization(what: str, shape: tuple[int, ...], dtype: torch.dtype, bits: int, rounds: int) -> Json:
@@ -58,10 +49,7 @@ def fake_quantization(what: str, shape: tuple[int, ...], dtype: torch.dtype, bit
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(shape, generator=generator).to(dtype).requires_grad_()
     grad = torch.randn(shape, generator=generator).to(dtype)
-    quantizer = LSQ(bits=bits)
-    quantizer.observe_(x.detach())
-    variants = [*_copies(x.detach()), *_passes(x, grad, quantizer)]
-    times = interleaved(variants, rounds, warmup=3)
+    times = interleaved([*_copies(x.detach()), *_passes(x, grad, bits)], rounds, warmup=3)
     qsam.set_backend("auto")
     name = f"{what} {'x'.join(map(str, shape))} {str(dtype).removeprefix('torch.')}"
     return {"case": name, "bits": bits, "variants": compared(times, "three copies")}
@@ -82,95 +70,49 @@ def _copies(x: Tensor) -> Iterator[Variant]:
     yield Variant("three copies into new memory", clone)
 
 
-def _passes(x: Tensor, grad: Tensor, quantizer: LSQ) -> Iterator[Variant]:
+def _passes(x: Tensor, grad: Tensor, bits: int) -> Iterator[Variant]:
     """Yield each way's forward and backward, from the same input, scale and gradient."""
-    s = quantizer.scale.detach().clone().requires_grad_()
-    low, high, gs = quantizer.quant_min, quantizer.quant_max, float(x.numel() * quantizer.quant_max) ** -0.5
-    zero = torch.zeros(1)
-    fused = compiled(lsq)
+    limits = integer_limits(bits, True)
+    gs = lsq_grad_scale(x.numel(), limits[1])
+    s = torch.full((1,), 2 * float(x.detach().abs().mean()) / limits[1] ** 0.5, requires_grad=True)
+    fused, zero = compiled(lsq), torch.zeros(1)
+    ours = functools.partial(_called, fake_quantize, limits, gs)
     ways: dict[str, Fake] = {
-        "torch's learnable op": lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(
-            x, s, zero, low, high, gs
-        ),
-        "formula in the graph, eager": lambda x, s: lsq(x, s, low, high, gs),
-        "formula in the graph, torch.compile": lambda x, s: fused(x, s, low, high, gs),
+        "torch's learnable op": lambda x, s: torch._fake_quantize_learnable_per_tensor_affine(x, s, zero, *limits, gs),
+        "formula in the graph, eager": functools.partial(_called, lsq, limits, gs),
+        "formula in the graph, torch.compile": functools.partial(_called, fused, limits, gs),
     }
 
-    def both(way: Fake, leaf: Tensor) -> Callable[[], object]:
-        return lambda: torch.autograd.grad(way(x, leaf), (x, leaf), grad)
+    def both(way: Fake) -> Callable[[], object]:
+        return lambda: torch.autograd.grad(way(x, s), (x, s), grad)
 
     for backend in ("compiled", "eager"):
-        run = both(lambda x, _: quantizer(x), quantizer.scale)
-        yield Variant(f"qsam, {backend}", run, lambda backend=backend: qsam.set_backend(backend))  # type: ignore[misc]
+        yield Variant(f"qsam, {backend}", both(ours), functools.partial(qsam.set_backend, backend))
     for name, way in ways.items():
-        yield Variant(name, both(way, s))
+        yield Variant(name, both(way))
 
 
-def product(tokens: int, features: int, outputs: int, rounds: int) -> Json:
-    """Time ``X W^T`` of codes, 8 bits by 4: in fp32, as integers, and in bf16, which holds them exactly.
-
-    A backward multiplies codes by a gradient, which takes three terms in bf16, and so a sum three times as long.
-    """
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randint(-128, 128, (tokens, features), generator=generator).to(torch.int8)
-    w = torch.randint(-8, 8, (outputs, features), generator=generator).to(torch.int8)
-    ways: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor]] = {
-        "fp32": (torch.mm, x.float(), w.float()),
-        "int8": (torch._int_mm, x, w),
-        "bf16": (torch.mm, x.bfloat16(), w.bfloat16()),
-        "bf16, three terms": (torch.mm, x.bfloat16().repeat(1, 3), w.bfloat16().repeat(1, 3)),
-    }
-    variants = [Variant(name, functools.partial(mm, a, b.t())) for name, (mm, a, b) in ways.items()]
-    times = interleaved(variants, rounds, warmup=3)
-    return {"case": f"{tokens}x{features} by {features}x{outputs}", "variants": compared(times, "fp32")}
+def _called(way: Callable[..., Tensor], limits: tuple[int, int], gs: float, x: Tensor, s: Tensor) -> Tensor:
+    return way(x, s, *limits, gs)
 
 
-# --- the optimizer's operations on one weight -------------------------------------------------------------------------
-
-
-def verbs(shape: tuple[int, ...], rounds: int) -> Json:
-    """Time each operation on one weight, fused and eager, with the bandwidth it reaches as a share of a copy's."""
-    model = nn.Linear(shape[1], shape[0], bias=False)
-    qsam.quantize_(model, bits=4, activations=None)
-    optimizer = qsam.QAT(model, SGD, lr=0.0)
-    source, out = torch.ones(shape), torch.empty(shape)
-    found = {}
-    for backend in ("compiled", "eager"):
-        qsam.set_backend(backend)
-        variants = [Variant("copy", lambda: out.copy_(source)), *_verbs(optimizer, torch.randn(shape) * 1e-3)]
-        found[backend] = _against_copy(interleaved(variants, rounds, warmup=3))
-    qsam.set_backend("auto")
-    return {"case": f"weight {'x'.join(map(str, shape))} float32", "bits": 4, **found}
-
-
-def _verbs(optimizer: qsam.QAT, grad: Tensor) -> Iterator[Variant]:
-    latents = optimizer.latents_of
-    slots = latents.slots
-    target = Target(slots[0], slots[0].parameter, grad, torch.tensor(1e-6))
-
-    def on_grid() -> None:
-        latents.write()
-        slots[0].parameter.grad = grad
-
-    yield Variant("write", latents.write)
-    yield Variant("pull back", lambda: _no_grad(lambda: list(latents.pull_back_(slots))), on_grid)
-    yield Variant("scale gradient", lambda: _no_grad(lambda: list(latents.scale_gradients(slots))), on_grid)
-    yield Variant("perturb", lambda: latents.perturb_([target]), on_grid)
-    yield Variant("norm", lambda: torch.linalg.vector_norm(grad))
-
-
-@torch.no_grad()
-def _no_grad(run: Callable[[], object]) -> None:
-    run()
-
-
-def _against_copy(times: dict[str, list[float]]) -> Json:
-    """Return milliseconds, and (bytes / time) of each operation as a share of a copy's, which moves 8 a weight."""
-    copy = times.pop("copy")
-    return {
-        name: {
-            "milliseconds": spread(1e3 * t for t in found),
-            "share_of_copy_bandwidth": ratios([BYTES[name] / 8 * c for c in copy], found),
+def first_uses() -> Json:
+    """Return the seconds of the first use in a process that compiles the kernels, and in one that finds them."""
+    with tempfile.TemporaryDirectory(prefix="qsam-bench-cache-") as cache:
+        return {
+            state: in_new_process("benchmarks.kernels", XDG_CACHE_HOME=cache)["seconds"] for state in ("cold", "warm")
         }
-        for name, found in times.items()
-    }
+
+
+def first_use() -> float:
+    """Return the seconds of a forward and a backward, after torch's own first ones."""
+    x = torch.ones(2**10, requires_grad=True)
+    torch.autograd.backward(x * x, torch.ones(2**10))
+    qsam.set_backend("compiled")
+    start = time.perf_counter()
+    torch.autograd.backward(fake_quantize(x, torch.ones(1, requires_grad=True), -8, 7).sum())
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    print(json.dumps({"seconds": short(first_use())}))

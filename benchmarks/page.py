@@ -9,8 +9,7 @@ from benchmarks.measure import RESULTS, ROOT, Json, read_json
 from benchmarks.targets import Results, ahead, targets
 
 PAGE = ROOT / "docs" / "speed.md"
-FIGURE = ROOT / "docs" / "speed.png"
-NAMES = ("kernels", "step", "memory", "scale")
+NAMES = ("kernels", "step", "ablation", "memory")
 NOT_YET = "Not measured yet."
 
 
@@ -40,18 +39,14 @@ def blocks(results: Results) -> dict[str, list[str]]:
     made: Mapping[str, Callable[[Json], Iterator[str]]] = {
         "kernels": kernel_tables,
         "step": step_table,
+        "ablation": ablation_table,
         "memory": memory_table,
-        "scale": scale_tables,
     }
     found = {name: list(make(results[name])) if name in results else [NOT_YET] for name, make in made.items()}
     anything = bool(results)
     found["machine"] = list(machine_lines(results)) if anything else [NOT_YET]
     found["targets"] = list(target_table(results)) if anything else [NOT_YET]
-    found["figure"] = [f"![{CAPTION}]({FIGURE.name})"] if {"step", "scale"} <= set(results) else [NOT_YET]
     return found
-
-
-CAPTION = "Left: a training step against fp32, by method and peer. Right: the update's cost per weight by model size."
 
 
 def table(head: tuple[str, ...], *rows: tuple[str, ...]) -> Iterator[str]:
@@ -97,7 +92,7 @@ def target_table(results: Results) -> Iterator[str]:
 
 
 def kernel_tables(result: Json) -> Iterator[str]:
-    """Yield the tables of fake quantization, of the optimizer's operations, and of compiling."""
+    """Yield the table of fake quantization, and the seconds of a first use."""
     cases = result["fake_quantize"]
     ways = cases[0]["variants"]
     rows = [(way, *(between(case["variants"][way]["ratio"]) for case in cases)) for way in ways]
@@ -105,43 +100,14 @@ def kernel_tables(result: Json) -> Iterator[str]:
         ("forward and backward, against three copies", *(f"{c['case']}, {c['bits']} bits" for c in cases)), *rows
     )
     yield ""
-    verbs = result["verbs"]
-    yield from table(
-        (f"one operation on one {verbs['case']}", "bytes a weight", "ms", "share of a copy's bandwidth", "eager, ms"),
-        *(_verb(result, name) for name in verbs["compiled"]),
-    )
-    yield ""
-    products = result["products"]
-    yield from table(
-        ("one product, against fp32", *(case["case"] for case in products)),
-        *((way, *(between(case["variants"][way]["ratio"]) for case in products)) for way in products[0]["variants"]),
-    )
-    if result["compile_seconds"] is not None:
-        yield ""
-        yield from _compile_table(result["compile_seconds"])
+    cold, warm = (result["first_use_seconds"][state] for state in ("cold", "warm"))
+    yield f"First use in a process: {cold:.2f} s if it compiles the kernels, {warm:.3f} s if it finds them on the disk."
 
 
-def _verb(result: Json, name: str) -> tuple[str, ...]:
-    fused, eager = (result["verbs"][backend][name] for backend in ("compiled", "eager"))
-    return (
-        name,
-        str(result["settings"]["bytes_per_weight"][name]),
-        f"{fused['milliseconds']['median']:.3f}",
-        f"{fused['share_of_copy_bandwidth']['median']:.0%}",
-        f"{eager['milliseconds']['median']:.3f}",
-    )
-
-
-def _compile_table(seconds: Json) -> Iterator[str]:
-    names = list(seconds["cold"]["seconds"])
-    rows = [(n, *(_seconds(seconds[state]["seconds"], n) for state in ("cold", "warm"))) for n in names]
-    total = ("all", *(f"{seconds[state]['total']:.2f}" for state in ("cold", "warm")))
-    yield from table(("first call of a kernel, s", "cold", "warm"), *rows, total)
-
-
-def _seconds(by_name: Json, name: str) -> str:
-    """Return how long this took; a process that finds its kernels on the disk does not import the compiler."""
-    return f"{by_name[name]:.2f}" if name in by_name else "-"
+def ablation_table(result: Json) -> Iterator[str]:
+    """Yield the table of steps with one trick left out."""
+    rows = [(name, between(figures["ratio"])) for name, figures in result["variants"].items()]
+    yield from table(("", f"{result['case']} tokens, {result['rounds']} rounds"), *rows)
 
 
 def step_table(result: Json) -> Iterator[str]:
@@ -185,30 +151,3 @@ def _memory_cells(figures: Json) -> tuple[str, ...]:
 
 def _mib(size: int) -> str:
     return f"{size / 2**20:.1f}"
-
-
-def scale_tables(result: Json) -> Iterator[str]:
-    """Yield the cost per weight by size, and what was alive early and late."""
-    rows = [
-        (
-            f"{u['weights'] / 1e6:.2g} M",
-            f"{u['variants']['base']['milliseconds']['median']:.2f}",
-            between(u["variants"]["QAT"]["ratio"]),
-            between(u["extra_nanoseconds_a_weight"]),
-            f"{u['extra_copies']:.1f}",
-            f"{u['extra_microseconds_a_tensor']:.0f}",
-        )
-        for u in result["updates"]
-    ]
-    times = ("the base's update, ms", "QAT's / the base's")
-    extra = ("extra ns a weight", "in copies of the weights", "extra µs a tensor")
-    yield from table(("weights", *times, *extra), *rows)
-    yield ""
-    if result["too_large"]:
-        yield f"There was no memory for {', '.join(f'{size / 1e6:.3g} M' for size in result['too_large'])} weights."
-        yield ""
-    looks = [
-        (str(look["steps"]), str(look["live_tensors"]), _mib(look["resident_bytes"]) if look["resident_bytes"] else "?")
-        for look in result["growth"]["looks"]
-    ]
-    yield from table((f"steps of {result['growth']['method']}", "live tensors", "resident, MiB"), *looks)

@@ -19,8 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from recipes import vision
-from recipes.report import mean_and_error, read_results
-from recipes.runs import Json
+from recipes.compare import Json, mean_and_error, read_results
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ROOT / "benchmarks" / "results" / "saq-cases.json"
@@ -48,7 +47,7 @@ PAIRS = (
     ("squat", "saq:case=3"),
 )
 RHO = 0.1
-SETTINGS = """--model resnet20 --threads 1 --precision bf16 --batch-size 100 --augment crop --resume
+SETTINGS = """--model resnet20 --threads 1 --precision bf16 --batch-size 100 --augment crop
 --fp32-epochs 20 --fp32-lr 0.1 --weight-decay 5e-4 --warmup-epochs 1
 --epochs 3 --lr 0.02 --schedule fused --sharpness 0.05"""
 

@@ -87,16 +87,16 @@ def methods() -> dict[str, Method]:
 
 
 def _ours() -> Iterator[Method]:
-    yield Method("QAT", _qsam(qsam.QAT))
-    yield Method("QAT, eager", _qsam(qsam.QAT), backend="eager")
-    yield Method("SAQ", _qsam(qsam.SAQ), passes=2)
-    yield Method("SAQ, momentum", _qsam(qsam.SAQ, direction="momentum"))
-    yield Method("SAQ, previous", _qsam(qsam.SAQ, direction="previous"))
-    yield Method("SAQ, every=5", _qsam(qsam.SAQ, every=5), period=5, passes=6 / 5)
-    yield Method("SQuAT, same_batch", _qsam(qsam.SQuAT), passes=3)
-    yield Method("SQuAT, next_batch", _qsam(qsam.SQuAT, schedule="next_batch"), period=2, passes=3 / 2)
-    yield Method("SQuAT, fused", _qsam(qsam.SQuAT, schedule="fused"), passes=2)
-    yield Method("SQuAT, fused, every=5", _qsam(qsam.SQuAT, schedule="fused", every=5), period=5, passes=6 / 5)
+    yield Method("QAT", of_qsam(qsam.QAT))
+    yield Method("QAT, eager", of_qsam(qsam.QAT), backend="eager")
+    yield Method("SAQ", of_qsam(qsam.SAQ), passes=2)
+    yield Method("SAQ, momentum", of_qsam(qsam.SAQ, direction="momentum"))
+    yield Method("SAQ, previous", of_qsam(qsam.SAQ, direction="previous"))
+    yield Method("SAQ, every=5", of_qsam(qsam.SAQ, every=5), period=5, passes=6 / 5)
+    yield Method("SQuAT, same_batch", of_qsam(qsam.SQuAT), passes=3)
+    yield Method("SQuAT, next_batch", of_qsam(qsam.SQuAT, schedule="next_batch"), period=2, passes=3 / 2)
+    yield Method("SQuAT, fused", of_qsam(qsam.SQuAT, schedule="fused"), passes=2)
+    yield Method("SQuAT, fused, every=5", of_qsam(qsam.SQuAT, schedule="fused", every=5), period=5, passes=6 / 5)
 
 
 def _peers() -> Iterator[Method]:
@@ -127,12 +127,20 @@ def _closure(model: nn.Module, batch: Batch, optimizer: Optimizer) -> Callable[[
 # --- qsam -------------------------------------------------------------------------------------------------------------
 
 
-def _qsam(cls: Callable[..., Optimizer], **options: Any) -> Builder:
+def of_qsam(
+    cls: Callable[..., Optimizer],
+    *,
+    wrap: Callable[[Callable[[], Tensor]], Callable[[], Any]] | None = None,
+    **options: Any,
+) -> Builder:
+    """Return the builder of one of our methods; ``wrap`` changes the closure that its step is given."""
+
     def build(model: nn.Module, batch: Batch) -> Call:
         qsam.quantize_(model, bits=WEIGHT_BITS, activation_bits=ACTIVATION_BITS, rules=squat_bert)
         optimizer: Any = cls(model, AdamW, **RATE, **options)
         closure = _closure(model, batch, optimizer)
-        return lambda: optimizer.step(closure)
+        given = closure if wrap is None else wrap(closure)
+        return lambda: optimizer.step(given)
 
     return build
 

@@ -8,11 +8,12 @@ The optimizer owns the full-precision weights; the model always holds the weight
 
 from qsam import presets
 from qsam.attach import calibrate, dequantize_, quantize_, write_
-from qsam.backend import set_backend
 from qsam.batchnorm import reestimate_batchnorm
-from qsam.coverage import Coverage
-from qsam.flatness import hessian_top_eigenvalue, loss_slice, sharpness
-from qsam.optim import QAT, SAM, SAQ, JointSAM, SQuAT, unwrap
+from qsam.coverage import Coverage, coverage_of
+from qsam.export import export
+from qsam.fused.backend import set_backend
+from qsam.measure import hessian_top_eigenvalue, loss_slice, sharpness
+from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
 
 __version__ = "0.1.0"
@@ -22,17 +23,21 @@ __all__ = [
     "SAM",
     "SAQ",
     "Coverage",
+    "Direction",
     "JointSAM",
     "Quantizer",
     "SQuAT",
     "calibrate",
+    "coverage_of",
     "dequantize_",
+    "export",
     "hessian_top_eigenvalue",
     "list_quantizers",
     "loss_slice",
     "presets",
     "quantize_",
     "reestimate_batchnorm",
+    "register_direction",
     "register_quantizer",
     "set_backend",
     "sharpness",

@@ -7,32 +7,42 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsam.attention import find_attention, never_called
-from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
-from qsam.coverage import Coverage, Input, Weight, owner_of, read_spec, set_owner
-from qsam.inputs import NAME as INPUT_NAME
-from qsam.inputs import Place, attach_input_, collecting, data_parallel_group, detach_input_, is_sharded, shown
-from qsam.policy import (
-    Choice,
-    Rules,
-    Settings,
-    Site,
-    channel_axis,
-    choose,
-    find_sites,
-    refuse_meta,
-    tied,
-    unwrap_model,
+from qsam.batches import fresh_norms_by_batch, in_eval_mode, refuse_empty, require_batches, run_each
+from qsam.coverage import (
+    Coverage,
+    Input,
+    Weight,
+    attached,
+    coverage_of,
+    overlooked,
+    owner_of,
+    record_,
+    refuse_unrecorded,
+    require_coverage,
+    set_owner,
 )
-from qsam.quantizers import QUANTIZERS, Quantizer
-
-_MARK = "_qsam_coverage"
+from qsam.inputs import NAME as INPUT_NAME
+from qsam.inputs import (
+    Place,
+    attach_input_,
+    batch_first_of,
+    collecting,
+    data_parallel_group,
+    detach_input_,
+    is_sharded,
+    shown,
+)
+from qsam.layers import Site, find_attention, find_sites, path_of, unwrap_model
+from qsam.plan import Entry, Plan, Rules, Settings, input_of, plan_by_rules, read_spec
+from qsam.quantizers import Quantizer, build_quantizer
+from qsam.quantizers.base import LIMITS
 
 
 def quantize_(
@@ -73,7 +83,9 @@ def quantize_(
         rules: Ordered ``(selector, overrides)``, tried before the default policy; the first match wins. Selector: a
             glob or ``"re:..."`` on module or parameter names, a module type, or a predicate
             ``(module name, module) -> bool``. Overrides: None (float) or a dict of the keywords above, ``{}``
-            meaning the call's own, embeddings and head included.
+            meaning the call's own, embeddings and head included. A rule may also give ``axis``, the channel
+            dimension, or several: ``("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})`` gives experts of
+            shape (experts, out, in) one scale per expert and output channel.
         spec: A ``qsam.json``, its folder, or ``Coverage.to_spec()``: rebuild exactly these quantizers, scales
             included, and ignore the other arguments.
 
@@ -96,6 +108,7 @@ def quantize_(
     root = unwrap_model(model)
     if coverage_of(root) is not None:
         raise RuntimeError("the model is quantized already: call qsam.dequantize_(model, optimizer) first.")
+    refuse_unrecorded(root)
     if is_sharded(root.modules()):
         raise RuntimeError("the model is sharded already: call quantize_ before fully_shard.")
     if data_parallel_group(model) is not None:
@@ -104,9 +117,13 @@ def quantize_(
             "before that."
         )
     if spec is not None:
-        return _attach_(root, _rebuilt(root, spec))
+        plan, tensors = read_spec(spec)
+        return _attach_(root, _built(root, plan, tensors))
     call = Settings(weights, bits, activations, activation_bits, granularity, group_size, init)
-    return _attach_(root, _plan(root, choose(root, call, rules)))
+    coverage = _built(root, plan_by_rules(root, call, rules))
+    if warning := overlooked(coverage):
+        warnings.warn(warning, UserWarning, stacklevel=2)
+    return _attach_(root, coverage)
 
 
 @torch.no_grad()
@@ -124,15 +141,19 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
         RuntimeError: the model is not quantized, is sharded already, or no batch reached an input that has no scale.
         ValueError: there was no batch, or an input is not finite.
     """
-    coverage = _require(model, "calibrate")
+    coverage = require_coverage(model, "calibrate")
     require_batches(batches)
     if is_sharded(model.modules()):
         raise RuntimeError("the model is sharded already, and its scales with it: call calibrate before fully_shard.")
     quantizers = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
-    with in_eval_mode(model) as plain, collecting(list(quantizers.values()), data_parallel_group(model)):
+    with (
+        in_eval_mode(model) as plain,
+        fresh_norms_by_batch(plain),
+        collecting(list(quantizers.values()), data_parallel_group(model)) as reached,
+    ):
         count = run_each(plain, batches)
     refuse_empty(count, "calibrate")
-    if missed := [shown(name) for name, quantizer in quantizers.items() if not quantizer.calibrated]:
+    if missed := [shown(name) for name, q in quantizers.items() if not q.calibrated and q not in reached]:
         raise RuntimeError(
             f"no batch reached the input of {', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}: give batches "
             "that use it (a PackedSequence passes as float), or set activations=None for it in `rules`."
@@ -147,18 +168,18 @@ def write_(model: nn.Module) -> None:
         RuntimeError: the model is not quantized, or an optimizer owns its weights (it writes them itself).
         ValueError: an fp16 Parameter cannot hold its quantized values; nothing has been written then.
     """
-    coverage = _require(model, "write_")
+    coverage = require_coverage(model, "write_")
     if owner_of(coverage) is not None:
         raise RuntimeError(
             "an optimizer owns the weights of this model and writes them itself: write_ is for a model without one."
         )
     for row in coverage.quantized:
         assert row.quantizer is not None
-        refuse_overflow(row.name, getattr(row.module, row.attr), row.quantizer)
+        row.quantizer.settle_(row.parameter)
+        refuse_overflow(row.name, row.parameter, row.quantizer)
     for row in coverage.quantized:
         assert row.quantizer is not None
-        parameter = getattr(row.module, row.attr)
-        parameter.copy_(row.quantizer(parameter))
+        row.parameter.copy_(row.quantizer(row.parameter))
 
 
 @torch.no_grad()
@@ -182,71 +203,72 @@ def refuse_overflow(name: str, parameter: Tensor, quantizer: Quantizer, weight: 
 
 
 def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
-    """Take every quantizer and hook off the model.
+    """Take every quantizer and hook off the model, those of copied, replaced or merged modules included.
 
     Args:
-        model: The model.
+        model: The model, or what is left of a quantized one (after peft's ``merge_and_unload``).
         optimizer: The qsam optimizer that owns its weights: its latents are put back, and it can no longer be used.
             Without it the weights stay as they are (on the grid, once they have been written).
 
     Raises:
         RuntimeError: the model is not quantized, another optimizer owns its weights, or the owner is inside a block.
     """
-    coverage = _require(model, "dequantize_")
-    owner = owner_of(coverage)
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    coverage = coverage_of(model)
+    places = {(id(module), name): (module, name) for _, module, name, _ in attached(model)}
+    if coverage is None and not places:
+        raise RuntimeError("dequantize_ needs a quantized model: call qsam.quantize_(model) first.")
+    owner = None if coverage is None else owner_of(coverage)
     if owner is not None:
         owner._refuse_inside_block("dequantize_")
     if optimizer is not None:
         if owner is None or owner is not optimizer:
             raise RuntimeError("this optimizer does not own the model's weights: give the one that was built on it.")
         owner._release()
-    for row in coverage.quantized:
-        delattr(row.module, f"{row.attr}_quantizer")
-    for entry in coverage.inputs:
-        if entry.quantizer is not None:
-            detach_input_(entry.module)
-    set_owner(coverage, None)
-    for holder in _holders(model):
-        delattr(holder, _MARK)
+    if coverage is not None:
+        places |= {(id(module), name): (module, name) for module, name, _ in coverage.places}
+    for module, name in places.values():
+        if name not in module._modules:
+            continue
+        if name == INPUT_NAME:
+            detach_input_(module)
+        else:
+            delattr(module, name)
+    if coverage is not None:
+        set_owner(coverage, None)
+    record_(model, None)
     _forget_compiled()
 
 
-def coverage_of(model: nn.Module) -> Coverage | None:
-    """Return the coverage of a quantized model (also of one inside it), or None.
+def _built(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> Coverage:
+    """Build every quantizer of a plan before anything is attached, so that an error leaves the model as it was.
+
+    Args:
+        root: The model.
+        plan: The plan.
+        tensors: State of the quantizers by its key in the model's state_dict; without it the weights' scales are set
+            from the weights, and the inputs have none yet.
 
     Raises:
-        RuntimeError: two parts of the model were quantized apart.
+        ValueError: a plan of another model, nothing to quantize, or tensors that do not fit.
     """
-    found = [vars(holder)[_MARK] for holder in _holders(model)]
-    if len(found) > 1:
-        raise RuntimeError(
-            f"{len(found)} parts of the model were quantized apart: call qsam.dequantize_ on each of them, then "
-            "qsam.quantize_ on the whole model."
-        )
-    return found[0] if found else None
-
-
-def _holders(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if _MARK in vars(module)]
-
-
-def _require(model: nn.Module, caller: str) -> Coverage:
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
-    coverage = coverage_of(model)
-    if coverage is None:
-        raise RuntimeError(f"{caller} needs a quantized model: call qsam.quantize_(model) first.")
-    return coverage
-
-
-def _plan(root: nn.Module, choices: list[Choice]) -> Coverage:
-    """Build every quantizer before anything is attached, so that an error leaves the model as it was."""
-    weights = tuple(_plan_weight(choice) for choice in choices)
-    inputs = tuple(_plan_inputs(choices, never_called(root)))
-    return _not_empty(Coverage(weights, inputs, find_attention(root)))
-
-
-def _not_empty(coverage: Coverage) -> Coverage:
+    sites, modules = find_sites(root), dict(root.named_modules())
+    _refuse_other_model(plan, sites, modules)
+    weights, inputs = [], []
+    for site in sites:
+        row, shape = plan.weights.get(site.name, "not in the spec"), tuple(site.parameter.shape)
+        quantizer, reason = None, row
+        if isinstance(row, Entry):
+            path = path_of(site.module_name, f"{site.attr}_quantizer")
+            quantizer, reason = _build(row, site.module, site.attr, path, tensors), row.reason
+        weights.append(Weight(site.name, shape, quantizer, str(reason), site.module, site.attr))
+    for name, row in plan.inputs.items():
+        quantizer, reason = None, row
+        if isinstance(row, Entry):
+            quantizer, reason = _build(row, modules[name], None, path_of(name, INPUT_NAME), tensors), row.reason
+        inputs.append(Input(name, quantizer, str(reason), modules[name]))
+    coverage = Coverage(tuple(weights), tuple(inputs), find_attention(root))
     if not coverage.quantizers:
         raise ValueError(
             "nothing was quantized: no layer that qsam knows, or every one is kept float. Name some in `rules`."
@@ -254,101 +276,80 @@ def _not_empty(coverage: Coverage) -> Coverage:
     return coverage
 
 
-def _plan_weight(choice: Choice) -> Weight:
-    site, settings = choice.site, choice.settings
-    quantizer = None
-    reason = choice.reason
-    if settings is not None and settings.weights is None:
-        reason = "weights=None"
-    elif settings is not None:
-        quantizer = _weight_quantizer(site, settings)
-        reason = "; ".join([reason, *tied(site)] if reason else tied(site))
-    return Weight(site.name, tuple(site.parameter.shape), quantizer, reason, site.module, site.attr)
+def _refuse_other_model(plan: Plan, sites: list[Site], modules: Mapping[str, nn.Module]) -> None:
+    shapes = {site.name: tuple(site.parameter.shape) for site in sites}
+    rows = {name: row for name, row in plan.weights.items() if isinstance(row, Entry)}
+    unknown = [name for name in rows if name not in shapes] + [name for name in plan.inputs if name not in modules]
+    if unknown:
+        raise ValueError(f"the spec names {unknown[0]!r}, which this model does not have: it belongs to another model.")
+    for name, row in rows.items():
+        if row.shape not in (None, shapes[name]):
+            raise ValueError(
+                f"{name!r} has shape {list(shapes[name])}, the spec's has {list(row.shape or ())}: it belongs to "
+                "another model."
+            )
 
 
-def _weight_quantizer(site: Site, settings: Settings) -> Quantizer:
-    _check_owner(site.module, site.name, f"{site.attr}_quantizer")
-    axis = channel_axis(site.module, site.attr)
-    quantizer = _build(
-        settings.weights, repr(site.name), settings.init, bits=settings.bits, signed=True,
-        granularity=settings.granularity, axis=0 if axis is None else axis, group_size=settings.group_size,
-    )  # fmt: skip
-    return _observed(quantizer, site)
+def _build(
+    entry: Entry, module: nn.Module, attr: str | None, path: str, tensors: Mapping[str, Tensor] | None
+) -> Quantizer:
+    """Build one quantizer and set its state: from ``tensors``, and a weight's before that from the weight.
 
+    Args:
+        entry: How to quantize.
+        module: The owner of the weight, or the layer whose input it is.
+        attr: The weight's name in its owner; None for an input.
+        path: Where the quantizer will be.
+        tensors: State of all quantizers by its key in the model's state_dict, or None.
 
-def _observed(quantizer: Quantizer, site: Site) -> Quantizer:
+    Raises:
+        TypeError: not a registered name.
+        ValueError: the path, and what the quantizer refused.
+        RuntimeError: the module has such a quantizer.
+    """
+    name = path.removesuffix("_quantizer") if attr is not None else path.removesuffix(INPUT_NAME).removesuffix(".")
+    where = repr(name) if attr is not None else input_of(name)
+    own, parameter = next((n, p) for n, p in module.named_parameters() if attr in (None, n))
+    if parameter.is_meta:
+        raise ValueError(
+            f"{path_of(path.rpartition('.')[0], own)!r} is on the meta device: materialize the model before quantize_."
+        )
+    _refuse_owner(module, name, path.rpartition(".")[2])
+    if not isinstance(entry.quantizer, str):
+        raise TypeError(f"{where}: a quantizer is a registered name or None, got {entry.quantizer!r}.")
     try:
-        quantizer.to(site.parameter.device).observe_(site.parameter.detach())
-    except ValueError as error:
-        raise ValueError(f"{site.name!r}: {error}") from error
-    # The optimizer alone uses a weight's scale; DDP would wait for its gradient.
-    return quantizer.requires_grad_(False)
-
-
-def _plan_inputs(choices: list[Choice], dead: Mapping[int, str]) -> Iterator[Input]:
-    """Yield one row for each module that uses a chosen weight: a tied one has several."""
-    seen: set[int] = set()
-    for choice in (choice for choice in choices if choice.settings is not None):
-        for name, module, attr in choice.site.owners():
-            if id(module) not in seen:
-                seen.add(id(module))
-                reason = _input_reason(choice, module, attr, dead)
-                quantizer = None if reason else _input_quantizer(choice, name, module)
-                yield Input(name, quantizer, reason or _input_remark(choice, module), module)
-
-
-def _input_reason(choice: Choice, module: nn.Module, attr: str, dead: Mapping[int, str]) -> str:
-    """Return why a module's input stays float, or an empty string."""
-    assert choice.settings is not None
-    if choice.settings.activations is None:
-        return "activations=None"
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return "its input is indices"
-    if id(module) in dead:
-        return dead[id(module)]
-    if channel_axis(module, attr) is None and not choice.input_requested:
-        return f"the input of {type(module).__name__} is quantized on request: set `activations` in the rule"
-    return ""
-
-
-def _input_remark(choice: Choice, module: nn.Module) -> str:
-    if module is not choice.site.module:
-        return f"shares {choice.site.name}"
-    return "the hidden states stay float" if isinstance(module, nn.RNNBase | nn.RNNCellBase) else ""
-
-
-def _input_quantizer(choice: Choice, name: str, module: nn.Module) -> Quantizer:
-    settings = choice.settings
-    assert settings is not None
-    where = f"the input of {shown(name)}"
-    _check_owner(module, name, INPUT_NAME)
-    quantizer = _build(
-        settings.activations, where, settings.init, " Inputs are quantized per tensor: name another in `activations`.",
-        bits=settings.activation_bits, signed=None, granularity="per_tensor", axis=None, group_size=None,
-    )  # fmt: skip
-    return quantizer.to(choice.site.parameter.device)
-
-
-def _build(name: str | None, where: str, init: str, cure: str = "", **arguments: Any) -> Quantizer:
-    if not isinstance(name, str):
-        raise TypeError(f"{where}: a quantizer is a registered name or None, got {name!r}.")
-    try:
-        quantizer = QUANTIZERS.get(name)(**arguments)
+        quantizer = build_quantizer(entry.quantizer, **entry.arguments)
+        quantizer.init = entry.init
+        quantizer.to(parameter.device)
+        if attr is not None:
+            quantizer.init_weight_(parameter.detach())
+            quantizer.requires_grad_(False)  # the optimizer alone uses it; DDP would wait for its gradient
     except (TypeError, ValueError) as error:
+        cure = "" if attr is not None else " Inputs are quantized per tensor: name another in `activations`."
         raise type(error)(f"{where}: {error}{cure}") from error
-    quantizer.init = init
+    if tensors is not None:
+        _load(quantizer, path, tensors)
+    # A dict holds no scales: a state_dict that is loaded next does. A file holds `limits`, if it is not an old one.
+    if attr is None and (tensors is not None or set(quantizer.state_dict()) == {LIMITS}):
+        if f"{path}.{LIMITS}" not in (tensors or {}):
+            quantizer.set_sign_(entry.signed if entry.calibrated else None)
     return quantizer
 
 
-def _check_owner(module: nn.Module, where: str, name: str) -> None:
+def _load(quantizer: Quantizer, path: str, tensors: Mapping[str, Tensor]) -> None:
+    own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
+    try:
+        quantizer.load_state_dict(own)
+    except RuntimeError as error:
+        raise ValueError(f"the scales of {path!r} do not fit this model: {error}") from error
+
+
+def _refuse_owner(module: nn.Module, where: str, name: str) -> None:
+    """Refuse a module that cannot hold one more child under this name."""
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ValueError(
             f"{where!r} belongs to a {type(module).__name__}, which iterates its children: a quantizer there would "
             "join them. Keep it float in `rules`, or move the parameter to a module of its own."
-        )
-    if isinstance(getattr(module, name, None), Quantizer):
-        raise RuntimeError(
-            f"{where!r} is quantized already, as a part of a larger model: call qsam.dequantize_ on that."
         )
     if hasattr(module, name):
         raise ValueError(f"{where!r}: its module has an attribute {name!r} already, which qsam needs: rename it.")
@@ -357,11 +358,11 @@ def _check_owner(module: nn.Module, where: str, name: str) -> None:
 def _attach_(root: nn.Module, coverage: Coverage) -> Coverage:
     for row in coverage.quantized:
         row.module.add_module(f"{row.attr}_quantizer", row.quantizer)
-    said: set[str] = set()
     for entry in coverage.inputs:
         if entry.quantizer is not None:
-            attach_input_(entry.module, entry.quantizer, Place(entry.name, said))
-    setattr(root, _MARK, coverage)
+            entry.quantizer.batch_first = batch_first_of(root, entry.name)
+            attach_input_(entry.module, entry.quantizer, Place(entry.name, coverage.status.said))
+    record_(root, coverage)
     _forget_compiled()
     return coverage
 
@@ -370,70 +371,3 @@ def _forget_compiled() -> None:
     """Drop compiled graphs: torch does not guard hooks, and would run the old graph of this code without them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
-
-
-def _rebuilt(root: nn.Module, spec: str | os.PathLike[str] | Mapping[str, Any]) -> Coverage:
-    """Build the quantizers of a spec; without its scales, those of the weights are set from the weights."""
-    content, tensors = read_spec(spec)
-    sites = {site.name: site for site in find_sites(root)}
-    modules = dict(root.named_modules())
-    _check_names(content, sites, modules)
-    floats = {**dict.fromkeys(sites, "not in the spec"), **content.get("float", {})}
-    weights = [_rebuilt_weight(site, content["weights"].get(name), floats) for name, site in sites.items()]
-    inputs = [_rebuilt_input(name, modules[name], entry) for name, entry in content["inputs"].items()]
-    inputs += [Input(name, None, why, modules[name]) for name, why in content.get("float_inputs", {}).items()]
-    coverage = _not_empty(Coverage(tuple(weights), tuple(inputs), find_attention(root)))
-    for path, quantizer in coverage.quantizers.items():
-        if tensors is not None:
-            _load_scales(quantizer, path, tensors)
-    for row in inputs:
-        # A dict holds no scales: a state_dict that is loaded next does.
-        if row.quantizer is not None and (tensors is not None or not row.quantizer.state_dict()):
-            row.quantizer.calibrated = bool(content["inputs"][row.name]["calibrated"])
-    return coverage
-
-
-def _check_names(content: Mapping[str, Any], sites: Mapping[str, Site], modules: Mapping[str, nn.Module]) -> None:
-    unknown = [name for name in content["weights"] if name not in sites]
-    unknown += [name for name in (*content["inputs"], *content.get("float_inputs", {})) if name not in modules]
-    if unknown:
-        raise ValueError(f"the spec names {unknown[0]!r}, which this model does not have: it belongs to another model.")
-    for name, entry in content["weights"].items():
-        shape = list(sites[name].parameter.shape)
-        if isinstance(entry, Mapping) and entry.get("shape", shape) != shape:
-            raise ValueError(
-                f"{name!r} has shape {shape}, the spec's has {entry['shape']}: it belongs to another model."
-            )
-
-
-def _rebuilt_weight(site: Site, entry: Mapping[str, Any] | None, floats: Mapping[str, str]) -> Weight:
-    quantizer, reason = None, floats[site.name]
-    if entry is not None:
-        refuse_meta(site)
-        _check_owner(site.module, site.name, f"{site.attr}_quantizer")
-        quantizer, reason = _observed(_from_entry(entry, repr(site.name)), site), entry.get("reason", "")
-    return Weight(site.name, tuple(site.parameter.shape), quantizer, reason, site.module, site.attr)
-
-
-def _rebuilt_input(name: str, module: nn.Module, entry: Mapping[str, Any]) -> Input:
-    _check_owner(module, name, INPUT_NAME)
-    quantizer = _from_entry(entry, f"the input of {shown(name)}").to(next(module.parameters()).device)
-    return Input(name, quantizer, entry.get("reason", ""), module)
-
-
-def _from_entry(entry: Mapping[str, Any], where: str) -> Quantizer:
-    arguments = ("bits", "signed", "granularity", "axis", "group_size")
-    if not isinstance(entry, Mapping):
-        raise ValueError(f"{where}: its entry in the spec must be a dict, got {entry!r}.")
-    for key in (*arguments, "quantizer", "init", "calibrated"):
-        if key not in entry:
-            raise ValueError(f"{where}: its entry in the spec lacks {key!r}.")
-    return _build(entry["quantizer"], where, entry["init"], **{key: entry[key] for key in arguments})
-
-
-def _load_scales(quantizer: Quantizer, path: str, tensors: Mapping[str, Tensor]) -> None:
-    own = {key.removeprefix(f"{path}."): value for key, value in tensors.items() if key.startswith(f"{path}.")}
-    try:
-        quantizer.load_state_dict(own)
-    except RuntimeError as error:
-        raise ValueError(f"the scales of {path!r} do not fit this model: {error}") from error

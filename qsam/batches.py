@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
 
-from qsam.policy import unwrap_model
+from qsam.layers import unwrap_model
 
 
 def require_batches(batches: Any) -> None:
@@ -32,6 +33,43 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for module, training in modes:
             module.training = training
+
+
+@contextlib.contextmanager
+def fresh_norms_by_batch(model: nn.Module) -> Iterator[None]:
+    """Within this context a BatchNorm that has seen nothing normalizes by its batch, in eval mode too.
+
+    Its running statistics, 0 and 1, say nothing of the data; divided by 1, activations shrink from layer to layer. The
+    buffers are taken out while this runs, and come back as they were.
+
+    Raises:
+        ValueError: a batch with one value per channel.
+    """
+    norms = [(n, n.running_mean, n.running_var) for n in model.modules() if isinstance(n, _NormBase) and _is_fresh(n)]
+    tracked = [norm.track_running_stats for norm, _, _ in norms]
+    try:
+        for norm, _, _ in norms:
+            norm.running_mean = norm.running_var = None
+            norm.track_running_stats = False
+        yield
+    except ValueError as error:
+        if norms and "more than 1 value per channel" in str(error):
+            raise ValueError(
+                "a BatchNorm that has seen no data normalizes by the batch, and a batch has one value per channel: "
+                f"give batches of two or more samples. ({error})"
+            ) from error
+        raise
+    finally:
+        for (norm, mean, var), was in zip(norms, tracked, strict=True):
+            norm.running_mean, norm.running_var, norm.track_running_stats = mean, var, was
+
+
+def _is_fresh(norm: _NormBase) -> bool:
+    """Whether no batch has come yet; old files have statistics without a count of batches."""
+    mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
+    if mean is None or var is None or count is None or bool(count):
+        return False
+    return not bool(mean.any()) and bool((var == 1).all())
 
 
 def run_each(model: nn.Module, batches: Iterable[Any]) -> int:

@@ -7,7 +7,6 @@ averages show a mixture of what the last weights and those before them gave (Nag
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -15,49 +14,17 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from qsam.attach import coverage_of
 from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
-from qsam.coverage import owner_of
+from qsam.coverage import coverage_of, owner_of
 from qsam.inputs import data_parallel_group, is_sharded, shown
 from qsam.latent import open_block
+from qsam.layers import unwrap_model
 from qsam.optim.snapshot import buffers_kept
-from qsam.policy import unwrap_model
-
-
-@dataclasses.dataclass(frozen=True)
-class Statistics:
-    """What one BatchNorm averaged: mean and unbiased variance of its input, one entry a channel, over so many calls."""
-
-    mean: Tensor
-    var: Tensor
-    count: Tensor
-
-    @staticmethod
-    def of(norm: _BatchNorm) -> Statistics:
-        """Return a copy of the running statistics."""
-        assert norm.running_mean is not None
-        assert norm.running_var is not None
-        assert norm.num_batches_tracked is not None
-        return Statistics(norm.running_mean.clone(), norm.running_var.clone(), norm.num_batches_tracked.clone())
-
-    def over(self, group: distributed.ProcessGroup) -> Statistics:
-        """Return the average over all calls in all processes, whichever number of them each process had."""
-        weight = self.count.to(self.mean.dtype)
-        sums = torch.cat([self.mean * weight, self.var * weight, weight[None]])
-        distributed.all_reduce(sums, group=group)
-        mean, var = (sums[:-1] / sums[-1].clamp_min(1)).chunk(2)
-        return Statistics(mean, var, sums[-1].to(self.count.dtype))
-
-    def write_(self, norm: _BatchNorm) -> None:
-        """Make these the running statistics, in place."""
-        for name, value in (("mean", self.mean), ("var", self.var)):
-            norm.get_buffer(f"running_{name}").copy_(value)
-        norm.get_buffer("num_batches_tracked").copy_(self.count)
 
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the running statistics of every BatchNorm anew: the plain average over some batches, at the present weights.
+    """Set the running statistics of every BatchNorm again: the plain average over some batches, at the present weights.
 
         running_mean <- 1/n sum_i mean(x_i)        running_var <- 1/n sum_i var(x_i)        (unbiased)
 
@@ -99,22 +66,41 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     require_batches(batches)
     root = unwrap_model(model)
-    _refuse_where_it_would_go_wrong(root)
+    _refuse_unready(root)
     norms = _norms(root)
-    # What the model computes with in between, its other buffers too, is put back whatever happens.
+    # Everything that the model writes meanwhile, its other buffers too, is put back whatever happens.
     with buffers_kept(root), in_eval_mode(model) as plain, _averaging(norms.values()):
         count = run_each(plain, batches)
-        found = {name: Statistics.of(norm) for name, norm in norms.items()}
+        found = {name: _statistics(norm) for name, norm in norms.items()}
     if (group := data_parallel_group(model)) is not None:
-        count = _sum(count, next(iter(norms.values())), group)
-        found = {name: statistics.over(group) for name, statistics in found.items()}
+        total = torch.tensor(count, device=next(iter(found.values()))[1].device)
+        distributed.all_reduce(total, group=group)
+        count, found = int(total), {name: _over_ranks(*pair, group) for name, pair in found.items()}
     refuse_empty(count, "reestimate_batchnorm")
     _check(found)
     for name, norm in norms.items():
-        found[name].write_(norm)
+        moments, calls = found[name]
+        mean, var = moments.chunk(2)
+        for key, value in (("running_mean", mean), ("running_var", var), ("num_batches_tracked", calls)):
+            norm.get_buffer(key).copy_(value)
 
 
-def _refuse_where_it_would_go_wrong(root: nn.Module) -> None:
+def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
+    """Return a copy of the running mean and variance, one after the other, and the number of calls they average."""
+    moments = torch.cat([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
+    return moments, norm.get_buffer("num_batches_tracked").clone()
+
+
+def _over_ranks(moments: Tensor, calls: Tensor, group: distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """Return the average over the calls in all processes, whichever number of them each process had."""
+    weight = calls.to(moments.dtype)
+    sums = torch.cat([moments * weight, weight[None]])
+    distributed.all_reduce(sums, group=group)
+    return sums[:-1] / sums[-1].clamp_min(1), sums[-1].to(calls.dtype)
+
+
+def _refuse_unready(root: nn.Module) -> None:
+    """Raise RuntimeError inside a block of an optimizer, and if the model is sharded."""
     coverage = coverage_of(root)
     owner = None if coverage is None else owner_of(coverage)
     if owner is not None:
@@ -130,22 +116,21 @@ def _refuse_where_it_would_go_wrong(root: nn.Module) -> None:
 
 def _norms(root: nn.Module) -> dict[str, _BatchNorm]:
     """Return the BatchNorms that keep running statistics, by their path, without the frozen ones."""
-    named = root.named_modules()
-    found = {name: m for name, m in named if isinstance(m, _BatchNorm) and m.running_mean is not None}
-    if not found:
-        raise ValueError("the model has no BatchNorm with running statistics: leave reestimate_batchnorm out.")
-    live = {name: norm for name, norm in found.items() if norm.training or not root.training}
+    named = {name: m for name, m in root.named_modules() if isinstance(m, _BatchNorm) and m.running_mean is not None}
+    live = {name: norm for name, norm in named.items() if norm.training or not root.training}
     if not live:
         raise ValueError(
-            "every BatchNorm is in eval mode inside a model in training mode, thus frozen: call model.eval() before "
+            "every BatchNorm is in eval mode inside a model in training mode, and so frozen: call model.eval() before "
             "reestimate_batchnorm to set them all the same."
+            if named
+            else "the model has no BatchNorm with running statistics: leave reestimate_batchnorm out."
         )
     return live
 
 
 @contextlib.contextmanager
 def _averaging(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Let each BatchNorm start anew and take the cumulative average, which is what torch does for ``momentum=None``."""
+    """Let each BatchNorm start from nothing and take the cumulative average, as torch does for ``momentum=None``."""
     kept = [(norm, norm.momentum) for norm in norms]
     try:
         for norm, _ in kept:
@@ -158,22 +143,16 @@ def _averaging(norms: Iterable[_BatchNorm]) -> Iterator[None]:
             norm.momentum = momentum
 
 
-def _sum(count: int, norm: _BatchNorm, group: distributed.ProcessGroup) -> int:
-    total = torch.tensor(count, device=norm.get_buffer("running_mean").device)
-    distributed.all_reduce(total, group=group)
-    return int(total)
-
-
-def _check(found: Mapping[str, Statistics]) -> None:
-    """Raise ValueError before anything is written."""
-    missed = [shown(name) for name, statistics in found.items() if not bool(statistics.count)]
+def _check(found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
+    """Raise ValueError, before anything is written, if a BatchNorm saw no batch or none that is finite."""
+    missed = [shown(name) for name, (_, calls) in found.items() if not bool(calls)]
     if missed:
         raise ValueError(
             f"no batch reached the BatchNorm {', '.join(missed[:5])}{', ...' if len(missed) > 5 else ''}: give batches "
             "that use it, or leave it out (in a model in training mode one in eval mode keeps its statistics)."
         )
-    for name, statistics in found.items():
-        if not bool((statistics.mean.isfinite() & statistics.var.isfinite()).all()):
+    for name, (moments, _) in found.items():
+        if not bool(moments.isfinite().all()):
             raise ValueError(
                 f"the statistics of the BatchNorm {shown(name)} over these batches are not finite, and the old ones "
                 "are kept: look for NaN or infinity in the batches and in the layers before it."

@@ -1,11 +1,12 @@
-"""What was quantized, what was not and why: a table, and the file that rebuilds it."""
+"""The coverage: a plan on a live model, its table, and everything else that qsam knows about that model.
+
+``quantize_`` attaches one :class:`Coverage` to the root module. A copy of the model has a copy of it, without owner.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import itertools
-import json
 import math
 import os
 import weakref
@@ -13,17 +14,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor, nn
 
-from qsam.quantizers import QUANTIZERS, Identity, Quantizer
+from qsam.layers import path_of
+from qsam.plan import NO_DEFAULT, Entry, Plan, quantizer_name, write_spec
+from qsam.quantizers import Identity, Quantizer
 
-FORMAT = 1
-"""Version of the files; a newer one is refused by name."""
-
-SPEC_NAME = "qsam.json"
-TENSORS_NAME = "qsam.safetensors"
-_DIGEST = "tensors_sha256"
+_ATTRIBUTE = "_qsam_coverage"
+"""Attribute of the root module of a quantized model: its coverage."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +45,11 @@ class Weight:
     attr: str
 
     @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter, as it is now."""
+        return parameter_at(self.module, self.attr, self.name)
+
+    @property
     def numel(self) -> int:
         """Number of entries."""
         return math.prod(self.shape)
@@ -55,6 +58,27 @@ class Weight:
     def bits(self) -> int:
         """Bits of one entry: 32 where it stays float."""
         return 32 if self.quantizer is None or isinstance(self.quantizer, Identity) else self.quantizer.bits
+
+
+def parameter_at(module: nn.Module, attr: str, path: str) -> nn.Parameter:
+    """Return a Parameter of a module.
+
+    Raises:
+        RuntimeError: ``torch.nn.utils.prune`` or a parametrization computes it in each forward, so that what is
+            written into it is lost. Names the path and the cure.
+    """
+    p = module._parameters.get(attr)
+    if p is not None:
+        return p
+    if f"{attr}_orig" in module._parameters:
+        undo = f"torch.nn.utils.prune.remove(module, {attr!r}), which makes the pruning permanent"
+    else:
+        undo = f"torch.nn.utils.parametrize.remove_parametrizations(module, {attr!r})"
+    raise RuntimeError(
+        f"{path!r} is no Parameter any more: it is computed in each forward, as torch.nn.utils.prune and "
+        f"parametrizations do, and qsam cannot write it. Call {undo}; then, if an optimizer owns the weights, "
+        "optimizer.sync_latents()."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +91,25 @@ class Input:
     module: nn.Module = dataclasses.field(repr=False)
 
 
+class Status:
+    """What changes about a quantized model while it is used.
+
+    Attributes:
+        owner: Weak reference to the optimizer that owns the latents of the weights; a copy has none.
+        left: Latents that an optimizer has left for the next one, by the path of the weight; a copy has none.
+        said: Warnings that have been given.
+    """
+
+    def __init__(self) -> None:
+        self.owner: weakref.ref[Any] | None = None
+        self.left: dict[str, nn.Parameter] = {}
+        self.said: set[str] = set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep everything but the owner and what it left, which belong to the original."""
+        return {**vars(self), "owner": None, "left": {}}
+
+
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Coverage:
     """Every parameter and every layer input of a model: quantized how, or float why. ``print`` shows the table.
@@ -76,11 +119,13 @@ class Coverage:
         inputs: One row a layer that has quantized weights, or was meant to.
         attention: Paths of the modules that are attention, as far as names tell: scores and probabilities, products of
             two activations, are the input of no layer and stay float.
+        status: What changes while the model is used.
     """
 
     weights: tuple[Weight, ...]
     inputs: tuple[Input, ...]
     attention: tuple[str, ...] = ()
+    status: Status = dataclasses.field(default_factory=Status, init=False)
 
     @property
     def quantized(self) -> tuple[Weight, ...]:
@@ -93,6 +138,13 @@ class Coverage:
         weights = {f"{row.name}_quantizer": row.quantizer for row in self.weights}
         inputs = {f"{row.name}.input_quantizer".lstrip("."): row.quantizer for row in self.inputs}
         return {path: quantizer for path, quantizer in {**weights, **inputs}.items() if quantizer is not None}
+
+    @property
+    def places(self) -> list[tuple[nn.Module, str, str]]:
+        """Every quantizer's owner, its name there, and its path."""
+        weights = [(row.module, f"{row.attr}_quantizer", f"{row.name}_quantizer") for row in self.quantized]
+        inputs = [row for row in self.inputs if row.quantizer is not None]
+        return weights + [(row.module, "input_quantizer", path_of(row.name, "input_quantizer")) for row in inputs]
 
     @property
     def share(self) -> float:
@@ -116,21 +168,27 @@ class Coverage:
 
     __repr__ = __str__
 
+    @property
+    def plan(self) -> Plan:
+        """The plan that rebuilds these quantizers as they are now."""
+        weights = {
+            row.name: row.reason if row.quantizer is None else Entry.of(row.quantizer, row.reason, row.shape)
+            for row in self.weights
+        }
+        inputs = {
+            row.name: row.reason if row.quantizer is None else Entry.of(row.quantizer, row.reason)
+            for row in self.inputs
+        }
+        return Plan(weights, inputs)
+
     def to_spec(self) -> dict[str, Any]:
         """Return the plain description that ``qsam.quantize_(model, spec=...)`` rebuilds the quantizers from."""
-        return {
-            "qsam_format": FORMAT,
-            "weights": {row.name: {**_entry(row), "shape": list(row.shape)} for row in self.quantized},
-            "inputs": {row.name: _entry(row) for row in self.inputs if row.quantizer is not None},
-            "float": {row.name: row.reason for row in self.weights if row.quantizer is None},
-            "float_inputs": {row.name: row.reason for row in self.inputs if row.quantizer is None},
-        }
+        return self.plan.to_spec()
 
     def save(self, directory: str | os.PathLike[str]) -> Path:
-        """Write ``qsam.json`` (the quantizers) and ``qsam.safetensors`` (their scales) beside a saved model.
+        """Write ``qsam.json`` (the plan) and ``qsam.safetensors`` (the scales) beside a saved model.
 
-        Each file is written under another name and then renamed, so that an interruption leaves no torn file; the
-        first holds a digest of the second, so that an interruption between the two does not pass for a pair.
+        An interruption leaves no torn file, and no pair of files that do not belong together.
 
         Args:
             directory: The folder; made if there is none.
@@ -138,18 +196,11 @@ class Coverage:
         Returns:
             The path of ``qsam.json``, to be given as ``quantize_(model, spec=path)``.
         """
-        folder = Path(directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {key: value.detach().contiguous().clone() for key, value in self._tensors.items()}
-        packed = safetensors.torch.save(tensors, metadata={"qsam_format": str(FORMAT)})
-        content = {**self.to_spec(), _DIGEST: hashlib.sha256(packed).hexdigest()}
-        _replace(folder / TENSORS_NAME, packed)
-        _replace(folder / SPEC_NAME, json.dumps(content, indent=1).encode())
-        return folder / SPEC_NAME
+        return write_spec(Path(directory), self.plan, self.tensors)
 
     @property
-    def _tensors(self) -> dict[str, Tensor]:
-        """What the quantizers hold, by its key in the model's state_dict."""
+    def tensors(self) -> dict[str, Tensor]:
+        """The state of all quantizers, by its key in the model's state_dict."""
         return {
             f"{path}.{key}": value
             for path, quantizer in self.quantizers.items()
@@ -157,99 +208,148 @@ class Coverage:
         }
 
 
-_OWNERS: weakref.WeakKeyDictionary[Coverage, weakref.ref[Any]] = weakref.WeakKeyDictionary()
-"""Which optimizer owns the latents of a coverage's weights. A copied or unpickled coverage has none of its own."""
+# --- on the model ---------------------------------------------------------------------------------------------------
+
+
+def coverage_of(model: nn.Module) -> Coverage | None:
+    """Return the coverage of a quantized model (also of one inside it), or None for a float model.
+
+    Raises:
+        RuntimeError: two parts of the model were quantized apart.
+
+    Example:
+        >>> import qsam
+        >>> model = nn.Linear(8, 4)
+        >>> qsam.coverage_of(model) is None, qsam.quantize_(model) is qsam.coverage_of(model)
+        (True, True)
+    """
+    holders = [module for module in model.modules() if _ATTRIBUTE in vars(module)]
+    if len(holders) > 1:
+        raise RuntimeError(
+            f"{len(holders)} parts of the model were quantized apart: call qsam.dequantize_ on each of them, then "
+            "qsam.quantize_ on the whole model."
+        )
+    return vars(holders[0])[_ATTRIBUTE] if holders else None
+
+
+def record_(model: nn.Module, coverage: Coverage | None) -> None:
+    """Attach a coverage to its model, or with None take off the one that is there."""
+    if coverage is not None:
+        setattr(model, _ATTRIBUTE, coverage)
+        return
+    for module in model.modules():
+        vars(module).pop(_ATTRIBUTE, None)
 
 
 def owner_of(coverage: Coverage) -> Any | None:
     """Return the living optimizer that owns the latents of these weights, or None."""
-    reference = _OWNERS.get(coverage)
+    reference = coverage.status.owner
     return None if reference is None else reference()
 
 
 def set_owner(coverage: Coverage, owner: Any | None) -> None:
-    """Note, by a weak reference, which optimizer owns the latents of these weights."""
-    if owner is None:
-        _OWNERS.pop(coverage, None)
-    else:
-        _OWNERS[coverage] = weakref.ref(owner)
+    """Note, by a weak reference, which optimizer owns the latents of these weights; what was left for it is dropped."""
+    coverage.status.left.clear()
+    coverage.status.owner = None if owner is None else weakref.ref(owner)
 
 
-def quantizer_name(quantizer: Quantizer) -> str:
-    """Return the registered name of a quantizer's class, or its class name."""
-    return QUANTIZERS.name_of(type(quantizer)) or type(quantizer).__qualname__
+def leave_latents(coverage: Coverage, latents: dict[str, nn.Parameter]) -> None:
+    """Let nobody own these weights, and keep their latents, by path, for the next optimizer."""
+    set_owner(coverage, None)
+    coverage.status.left.update(latents)
 
 
-def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Tensor] | None]:
-    """Return a spec and the tensors beside it.
+def left_latents(coverage: Coverage) -> Mapping[str, nn.Parameter]:
+    """Return the latents that :func:`leave_latents` keeps, by path."""
+    return coverage.status.left
 
-    Args:
-        spec: Path of a ``qsam.json`` or of the folder that holds it, or what ``Coverage.to_spec()`` returned.
 
-    Returns:
-        The spec, and the quantizers' tensors by name (None for a spec given as a dict).
+def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]]:
+    """Yield the quantizers in the tree where ``quantize_`` puts them: path, owner, name in the owner, quantizer."""
+    for path, module in model.named_modules():
+        for name, child in module._modules.items():
+            stem = name.removesuffix("_quantizer")
+            if isinstance(child, Quantizer) and stem != name and (stem == "input" or hasattr(module, stem)):
+                yield path_of(path, name), module, name, child
+
+
+def require_coverage(model: nn.Module, caller: str) -> Coverage:
+    """Return the coverage of a model that is quantized, and still is the model that was."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
+    coverage = coverage_of(model)
+    if coverage is None:
+        refuse_unrecorded(model)
+        raise RuntimeError(f"{caller} needs a quantized model: call qsam.quantize_(model) first.")
+    refuse_changed(coverage, model)
+    return coverage
+
+
+def refuse_unrecorded(model: nn.Module) -> None:
+    """Refuse a float model that holds quantizers: a part of a quantized one, or what a merge has left of it."""
+    for path, _, name, _ in attached(model):
+        weight = path.removesuffix("_quantizer") if name != "input_quantizer" else path
+        raise RuntimeError(
+            f"{weight!r} is quantized already, as a part of a larger model, or of one that it was taken out of (as "
+            "peft's merge_and_unload does): call this on that model, or take the quantizers off this part with "
+            "qsam.dequantize_(model) and quantize it again."
+        )
+
+
+def refuse_changed(coverage: Coverage, root: nn.Module) -> None:
+    """Refuse a model whose modules are no longer those that were quantized.
 
     Raises:
-        TypeError: neither a path nor a dict.
-        FileNotFoundError: no such file.
-        ValueError: not a qsam spec, one of a newer format, or scales that were not saved with it.
+        RuntimeError: a quantized module has left the tree (a head that was replaced), its quantizer was taken off, or a
+            copy of it has come in and would be trained in float (peft's ``modules_to_save``). Names path and cure.
     """
-    if isinstance(spec, Mapping):
-        return _checked_spec(spec, "the given spec"), None
-    if not isinstance(spec, str | os.PathLike):
-        raise TypeError(f"`spec` must be a path or what `Coverage.to_spec()` returned, got {spec!r}.")
-    path = Path(spec)
-    path = path / SPEC_NAME if path.is_dir() else path
-    if not path.is_file():
-        raise FileNotFoundError(f"there is no quantizer spec {str(path)!r}: `Coverage.save(folder)` writes one.")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{str(path)!r} is not JSON ({error}): `Coverage.save(folder)` writes a spec.") from error
-    return _checked_spec(content, repr(str(path))), _read_tensors(path.with_name(TENSORS_NAME), content)
+    present = {id(module) for module in root.modules()}
+    cure = (
+        f"Call qsam.dequantize_(model{'' if owner_of(coverage) is None else ', optimizer'}) and then "
+        "qsam.quantize_(model) on the model as it is now."
+    )
+    rows: tuple[Weight | Input, ...] = (*coverage.weights, *coverage.inputs)
+    for row in rows:
+        if row.quantizer is not None and id(row.module) not in present:
+            raise RuntimeError(
+                f"the coverage has {row.name or 'the model itself'!r}, whose module has left the model since "
+                f"quantize_: it was replaced or taken out. {cure}"
+            )
+    quantizers = coverage.quantizers
+    for module, name, path in coverage.places:
+        if module._modules.get(name) is not quantizers[path]:
+            raise RuntimeError(f"the quantizer {path!r} has been taken off or replaced since quantize_. {cure}")
+    known = set(map(id, quantizers.values()))
+    for path, module, name, quantizer in attached(root):
+        parameter = module._parameters.get(name.removesuffix("_quantizer"))
+        if id(quantizer) not in known and parameter is not None and parameter.requires_grad:
+            raise RuntimeError(
+                f"{path.removesuffix('_quantizer')!r} is a copy of a quantized weight, made since quantize_, and "
+                f"would be trained in float (peft's modules_to_save makes such copies). {cure}"
+            )
 
 
-def _read_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{str(path)!r}, the scales that belong to {SPEC_NAME}, is missing: copy both files.")
-    packed = path.read_bytes()
-    if hashlib.sha256(packed).hexdigest() != content.get(_DIGEST):
-        raise ValueError(f"{str(path)!r} was not saved with the {SPEC_NAME} beside it: save again, or copy both files.")
-    return safetensors.torch.load(packed)
+def overlooked(coverage: Coverage) -> str:
+    """Return a warning if most entries of matrices stay float because their layers are unknown; else an empty string.
+
+    Embeddings and what a rule keeps float were meant to stay float and do not count.
+    """
+    unknown = [row for row in coverage.weights if row.quantizer is None and row.reason.startswith(NO_DEFAULT)]
+    lost, kept = sum(row.numel for row in unknown), sum(row.numel for row in coverage.quantized)
+    if lost <= kept:
+        return ""
+    largest = max(unknown, key=lambda row: row.numel)
+    axis = ", 'axis': (0, 1)" if len(largest.shape) == 3 else ""
+    more = f" and {len(unknown) - 1} more" if len(unknown) > 1 else ""
+    return (
+        f"only {kept / (kept + lost):.0%} of the matrices' entries are quantized: {largest.name!r} of shape "
+        f"{largest.shape}{more} stay float, because qsam has no default for a parameter of "
+        f"{type(largest.module).__name__}. Name them in `rules`, as in "
+        f"rules=[('*.{largest.attr}', {{'granularity': 'per_channel'{axis}}})], or with None to keep them float."
+    )
 
 
-def _checked_spec(content: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(content, Mapping) or not {"qsam_format", "weights", "inputs"} <= set(content):
-        raise ValueError(f"{where} is not a qsam spec: it lacks 'qsam_format', 'weights' or 'inputs'.")
-    if content["qsam_format"] != FORMAT:
-        raise ValueError(
-            f"{where} has qsam_format {content['qsam_format']!r}; this qsam reads {FORMAT}: install a newer qsam."
-        )
-    for key in ("weights", "inputs", "float", "float_inputs"):
-        if not isinstance(content.get(key, {}), Mapping):
-            raise ValueError(f"{where} is not a qsam spec: its {key!r} must be a dict, got {content[key]!r}.")
-    return content
-
-
-def _entry(row: Weight | Input) -> dict[str, Any]:
-    """Return what is needed to build a row's quantizer again."""
-    quantizer = row.quantizer
-    assert quantizer is not None
-    keys = ("bits", "signed", "granularity", "axis", "group_size", "init", "calibrated")
-    arguments = {key: getattr(quantizer, key) for key in keys}
-    return {"quantizer": quantizer_name(quantizer), **arguments, "reason": row.reason}
-
-
-def _replace(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as handle:
-            handle.write(content)
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+# --- the table ------------------------------------------------------------------------------------------------------
 
 
 def _table(coverage: Coverage) -> Iterator[str]:
@@ -322,8 +422,9 @@ def _size(count: int) -> str:
 def _describe(quantizer: Quantizer | None) -> str:
     if quantizer is None:
         return "float"
+    axes = f" {quantizer.axis}" if isinstance(quantizer.axis, tuple) else ""
     group = f" of {quantizer.group_size}" if quantizer.group_size else ""
-    return f"{quantizer_name(quantizer)} {quantizer.bits} bits {quantizer.granularity}{group}"
+    return f"{quantizer_name(quantizer)} {quantizer.bits} bits {quantizer.granularity}{axes}{group}"
 
 
 def _describe_input(entry: Input | None) -> str:

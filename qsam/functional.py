@@ -9,13 +9,35 @@ a multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit ar
 from __future__ import annotations
 
 import inspect
+import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
+from qsam.fused import kernels
+
 SCALE_FLOOR = float(torch.finfo(torch.float32).tiny)
 """The smallest scale that is ever divided by: the smallest normal fp32 number."""
+
+
+class Grid(NamedTuple):
+    """A uniform grid whose scales belong to contiguous rows of a tensor: what a fused kernel has to know of LSQ's Q.
+
+    Attributes:
+        scale: The step sizes.
+        quant_min: Qn.
+        quant_max: Qp.
+        grad_scale: LSQ's gs.
+        rows: How many contiguous rows the tensor has, with one step size each: as many as there are step sizes.
+    """
+
+    scale: Tensor
+    quant_min: int
+    quant_max: int
+    grad_scale: float
+    rows: int
 
 
 Limit = int | Tensor
@@ -98,39 +120,71 @@ def slope_of(v: Tensor, codes: Tensor, outside: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """Q(x; s) with the straight-through gradient of LSQ. Saves x and s, nothing else."""
+    """Q(x; s) with the straight-through gradient of LSQ, by a kernel if one fits. Saves x and s, nothing else."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Tensor:
         """Return ``s * round(clip(x / s, Qn, Qp))`` in the dtype of ``x``."""
+        fused = kernels.quantized(x, _grid(x, scale, quant_min, quant_max, grad_scale))
+        if fused is not None:
+            return fused
         codes = quantize(x, scale, quant_min, quant_max)
         return (codes * positive(scale).to(codes.dtype)).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
-        """Keep what the backward needs."""
-        x, scale, *ctx.limits = inputs  # type: ignore[attr-defined]
+        """Keep what the backward and the tangent need."""
+        x, scale, *ctx.settings = inputs  # type: ignore[attr-defined]
         ctx.save_for_backward(x, scale)
+        ctx.save_for_forward(x, scale)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
-        quant_min, quant_max, grad_scale = ctx.limits  # type: ignore[attr-defined]
-        wide = wide_dtype(x.dtype)
-        v = x.to(wide) / positive(scale).to(wide)
-        outside = clipped(v, quant_min, quant_max)
-        grad_x = grad_s = None
-        if ctx.needs_input_grad[0]:  # type: ignore[attr-defined]
-            grad_x = grad.masked_fill(outside, 0)
-        if ctx.needs_input_grad[1]:  # type: ignore[attr-defined]
-            slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
-            grad_s = (slope * grad).sum_to_size(scale.shape) * grad_scale
-            # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
-            grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)
-        return grad_x, grad_s, None, None, None
+        needs = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        dx, ds = fake_quantize_vjp(x, scale, grad, *ctx.settings, needs=needs)  # type: ignore[attr-defined]
+        return dx, ds, None, None, None
+
+
+class _WithTangent(_FakeQuantize):
+    """The same with a tangent, for ``torch.func.jvp``; ``torch.compile`` refuses a Function that has one."""
+
+    @staticmethod
+    def jvp(ctx: FunctionCtx, x_tangent: Tensor | None, scale_tangent: Tensor | None, *_: None) -> Tensor:
+        """Return ``M(x) * dx + gs * dQ/ds * ds``: the backward's Jacobian times the tangents."""
+        x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
+        quant_min, quant_max, grad_scale = ctx.settings  # type: ignore[attr-defined]
+        v, outside = _clipping(x, scale, quant_min, quant_max)
+        tangent: Tensor = torch.zeros_like(x) if x_tangent is None else x_tangent.masked_fill(outside, 0)
+        if scale_tangent is None:
+            return tangent
+        slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
+        of_scale = torch.where(scale < 0, -scale_tangent, scale_tangent) * grad_scale
+        return tangent.add((slope * of_scale).to(x.dtype))
+
+
+def _clipping(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
+    """Return v and ``1 - M``."""
+    wide = wide_dtype(x.dtype)
+    v = x.to(wide) / positive(scale).to(wide)
+    return v, clipped(v, quant_min, quant_max)
+
+
+def _grid(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Grid | None:
+    """Return the grid, if each scale belongs to a contiguous row of a contiguous ``x``; else None."""
+    if torch.compiler.is_compiling() or scale.dim() > x.dim():
+        return None
+    if scale.numel() == 1:
+        return Grid(scale, quant_min, quant_max, grad_scale, 1)
+    if scale.dim() != x.dim():
+        return None
+    leading = next((d for d, size in enumerate(scale.shape) if size != x.shape[d]), x.dim())
+    if any(size != 1 for size in scale.shape[leading:]):
+        return None
+    return Grid(scale, quant_min, quant_max, grad_scale, scale.numel())
 
 
 # torch binds the arguments of each call by this signature, and would otherwise find it out anew, in 0.1 ms.
@@ -171,7 +225,37 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
     """
     if not x.dim():
         return fake_quantize(x[None], scale, quant_min, quant_max, grad_scale)[0]
-    return _FakeQuantize.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
+    function = _FakeQuantize if torch.compiler.is_compiling() else _WithTangent
+    return function.apply(x, scale, quant_min, quant_max, grad_scale)  # type: ignore[no-any-return]
+
+
+def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradient)
+    x: Tensor, scale: Tensor, grad: Tensor, quant_min: int, quant_max: int, grad_scale: float,
+    *, needs: tuple[bool, bool] = (True, True), overwrite: bool = False,
+) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``: what the backward of :func:`fake_quantize` returns.
+
+    Args:
+        x: As :func:`fake_quantize` took it.
+        scale: s.
+        grad: dL/dQ, of the shape of ``x``.
+        quant_min: Qn.
+        quant_max: Qp.
+        grad_scale: gs.
+        needs: Which of the two are asked for; None is returned for the other one.
+        overwrite: Whether dx may take the memory of ``grad``.
+    """
+    fused = kernels.pulled_back(x, _grid(x, scale, quant_min, quant_max, grad_scale), grad, overwrite)
+    if fused is not None:
+        return fused[0] if needs[0] else None, fused[1] if needs[1] else None
+    v, outside = _clipping(x, scale, quant_min, quant_max)
+    dx = grad.masked_fill(outside, 0) if needs[0] else None
+    if not needs[1]:
+        return dx, None
+    slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
+    ds = (slope * grad).sum_to_size(scale.shape) * grad_scale
+    # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
+    return dx, torch.where(scale < 0, -ds, ds).to(scale.dtype)
 
 
 def lsq_grad_scale(count: int, quant_max: float) -> float:
@@ -195,12 +279,36 @@ def lsq_grad_scale(count: int, quant_max: float) -> float:
     return float((max(count, 1) * quant_max) ** -0.5)
 
 
-def to_groups(x: Tensor, axis: int, group_size: int) -> Tensor:
+Axis = int | tuple[int, ...]
+"""The channel dimension, or several: then each index of all of them together is a channel (expert and output)."""
+
+
+def channel_axes(axis: Axis, dims: int) -> tuple[int, ...]:
+    """Return the channel dimensions of a tensor of ``dims`` dimensions, from the front, ascending."""
+    return tuple(sorted([a % dims for a in axis])) if isinstance(axis, tuple) else (axis % dims,)
+
+
+def channel_count(x: Tensor, axis: Axis) -> int:
+    """Return the number of channels of ``x``."""
+    return math.prod([x.shape[a] for a in channel_axes(axis, x.dim())])
+
+
+def are_leading(axis: Axis | None) -> bool:
+    """Whether the channel dimensions are the first ones, so that channels are rows that follow each other in memory.
+
+    Example:
+        >>> are_leading(0), are_leading((0, 1)), are_leading(1), are_leading((0, 2))
+        (True, True, False, False)
+    """
+    return axis == 0 or (isinstance(axis, tuple) and axis == tuple(range(len(axis))))
+
+
+def to_groups(x: Tensor, axis: Axis, group_size: int) -> Tensor:
     """View ``x`` as ``(C, G, group_size)``: channels first, then groups of consecutive flattened entries.
 
     Args:
         x: Two or more dimensions, with C channels along ``axis``.
-        axis: The channel dimension.
+        axis: The channel dimension, or several.
         group_size: Entries a group; divides ``x.numel() / C``.
 
     Returns:
@@ -209,18 +317,19 @@ def to_groups(x: Tensor, axis: int, group_size: int) -> Tensor:
     Raises:
         ValueError: ``group_size`` does not divide the entries of a channel.
     """
-    channels = x.shape[axis]
+    channels = channel_count(x, axis)
     per_channel = x.numel() // max(channels, 1)
     if group_size < 1 or per_channel % group_size:
         raise ValueError(
             f"`group_size` must divide the {per_channel} entries of each channel of a tensor of shape "
             f"{tuple(x.shape)} (channel axis {axis}), got {group_size}."
         )
-    return x.movedim(axis, 0).reshape(channels, -1, group_size)
+    axes = channel_axes(axis, x.dim())
+    return x.movedim(axes, tuple(range(len(axes)))).reshape(channels, -1, group_size)
 
 
-def from_groups(groups: Tensor, shape: torch.Size, axis: int) -> Tensor:
+def from_groups(groups: Tensor, shape: torch.Size, axis: Axis) -> Tensor:
     """Undo :func:`to_groups`: return a tensor of ``shape`` from ``(C, G, group_size)``."""
-    axis %= len(shape)
-    moved = torch.Size([shape[axis], *shape[:axis], *shape[axis + 1 :]])
-    return groups.reshape(moved).movedim(0, axis)
+    axes = channel_axes(axis, len(shape))
+    moved = [shape[a] for a in axes] + [size for d, size in enumerate(shape) if d not in axes]
+    return groups.reshape(moved).movedim(tuple(range(len(axes))), axes)

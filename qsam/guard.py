@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from qsam import shards
-from qsam.coverage import Coverage
+from qsam.coverage import Coverage, refuse_changed
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.quantizers import Identity, Quantizer
 from qsam.slots import Slot, is_on_grid, refuse_moved, same_values
@@ -30,14 +30,20 @@ class Guard:
 
     Args:
         coverage: The model's coverage; None for a float model.
+        root: The model.
 
     Attributes:
         fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
             bring others than those that the model had at construction.
+        released: Whether the optimizer has handed the model over.
     """
 
-    def __init__(self, coverage: Coverage | None) -> None:
+    def __init__(self, coverage: Coverage | None, root: nn.Module) -> None:
         self.fresh = True
+        self.released = False
+        self._root = root
+        self._coverage = coverage
+        self._links = [] if coverage is None else _links(root)
         self._attached = [] if coverage is None else _places(coverage)
         self._seen: list[tuple[Any, ...]] = []
         self._suspects: list[tuple[str, Tensor | bool]] = []
@@ -69,6 +75,7 @@ class Guard:
             ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
+        self._check_tree()
         refuse_moved(slots)
         overflown = [path for path, flag in self._overflows if bool(flag)]
         self._overflows.clear()
@@ -92,15 +99,26 @@ class Guard:
         """Refuse to go on if the model no longer has the quantizers that this optimizer was built with.
 
         Raises:
-            RuntimeError: they were taken off, or replaced.
+            RuntimeError: they were taken off or replaced, or the optimizer has handed the model over.
         """
+        if self.released:
+            raise RuntimeError(
+                "this optimizer has handed its model over (release): it can no longer be used. Go on with the "
+                "optimizer that was built on the model since, or build one."
+            )
         for module, name, quantizer in self._attached:
-            if getattr(module, name, None) is not quantizer:
+            if module._modules.get(name) is not quantizer:
                 raise RuntimeError(
                     "the quantizers that this optimizer was built on have been taken off its model (dequantize_): it "
                     "can no longer be used. Build a new one; to keep its full-precision weights, call "
                     "qsam.dequantize_(model, optimizer), with the optimizer."
                 )
+
+    def _check_tree(self) -> None:
+        """Refuse to go on if a quantized module has left the model; a module that was wrapped has not."""
+        if self._coverage is not None and any(p._modules.get(name) is not child for p, name, child in self._links):
+            refuse_changed(self._coverage, self._root)
+            self._links = _links(self._root)
 
     def note_value(self, slot: Slot, out: Tensor) -> None:
         """Compare p with the Q(w) just computed; the verdict is read at the next check, without a device sync now."""
@@ -115,6 +133,11 @@ class Guard:
         """Note whether p holds Q(w)."""
         if same is not True:
             self._suspects.append((slot.path, True if same is False else ~same))
+
+
+def _links(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
+    """Return the tree: every module with its children."""
+    return [(parent, name, child) for parent in root.modules() for name, child in parent._modules.items()]
 
 
 def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:
@@ -133,7 +156,7 @@ def _refuse_foreign(paths: list[str]) -> None:
 
 
 def _say_if_on_grid(slots: Sequence[Slot]) -> None:
-    rows = [slot for slot in slots if not isinstance(slot.quantizer, Identity)]
+    rows = [slot for slot in slots if not (slot.lacks_scale or isinstance(slot.quantizer, Identity))]
     found = [is_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
     if found and all(found):
         warnings.warn(

@@ -1,7 +1,8 @@
 """Quantization of a layer's input in the graph: the forward pre-hook, and how it gets its first scale.
 
-The hook is a module-level function, so that a deepcopy or pickle of the model runs its own quantizer. Its flags are
-plain Python, so that a compiled graph stays whole.
+The hook is a module-level function, so that a deepcopy or pickle of the model runs its own quantizer. Whether an input
+has a scale, and its sign, are in the quantizer's buffer ``limits``: eager code reads them, a compiled graph computes
+with them and stays whole.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from qsam import linear
+from qsam.fused import linear
+from qsam.private import active_data_parallel, composed_modules
 from qsam.quantizers import Quantizer
 
 NAME = "input_quantizer"
@@ -47,17 +49,25 @@ class _Calibration:
 _CALIBRATION = _Calibration()
 
 
-@dataclasses.dataclass(frozen=True)
+_LOOKS = 128
+"""Forwards after calibration in which an unsigned input is watched for negative entries, at powers of two."""
+
+
+@dataclasses.dataclass(eq=False)
 class Place:
-    """Where an input quantizer sits, for messages.
+    """Where an input quantizer sits, and what its hook remembers.
 
     Attributes:
         path: Path of the module whose input it quantizes; empty for the model itself.
         said: What has been warned of once; one set for all inputs of a model.
+        samples: What calibration has collected so far; None outside calibration.
+        looks: How many forwards have come since the input was calibrated, up to :data:`_LOOKS`.
     """
 
     path: str
     said: set[str]
+    samples: list[Tensor] | None = None
+    looks: int = 0
 
 
 def attach_input_(module: nn.Module, quantizer: Quantizer, place: Place) -> None:
@@ -66,6 +76,25 @@ def attach_input_(module: nn.Module, quantizer: Quantizer, place: Place) -> None
     module.add_module(NAME, quantizer)
     hook = _quantize_attention_inputs if isinstance(module, nn.MultiheadAttention) else _quantize_first_input
     module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def batch_first_of(root: nn.Module, path: str) -> bool | None:
+    """Return ``batch_first`` of the module at ``path`` or of its nearest ancestor that tells it; None if none does.
+
+    A module tells it by an attribute ``batch_first``, its own or that of an ``nn.MultiheadAttention`` right inside it.
+
+    Example:
+        >>> batch_first_of(nn.TransformerEncoderLayer(8, 2, 16), "linear1"), batch_first_of(nn.Linear(2, 2), "")
+        (False, None)
+    """
+    parts = path.split(".") if path else []
+    for count in range(len(parts), -1, -1):
+        module = root.get_submodule(".".join(parts[:count]))
+        for each in (module, *(child for child in module.children() if isinstance(child, nn.MultiheadAttention))):
+            found = getattr(each, "batch_first", None)
+            if isinstance(found, bool):
+                return found
+    return None
 
 
 def detach_input_(module: nn.Module) -> None:
@@ -94,25 +123,34 @@ def frozen() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def collecting(quantizers: list[Quantizer], group: distributed.ProcessGroup | None = None) -> Iterator[None]:
+def collecting(quantizers: list[Quantizer], group: distributed.ProcessGroup | None = None) -> Iterator[set[Quantizer]]:
     """Within this context inputs pass through as float and samples of them are kept; then signs and scales are set.
 
-    An input that was not reached, in one of the processes of ``group``, stays as it was.
+    An input that was not reached, in one of the processes of ``group``, stays as it was; so does one that held zeros
+    only, about which a warning tells.
+
+    Yields:
+        A set that holds at the end, after this context, the quantizers whose inputs were reached.
 
     Raises:
         ValueError: at the end, if an input was not finite.
     """
-    for quantizer in quantizers:
-        quantizer.samples = []
+    places = [_place(quantizer) for quantizer in quantizers]
+    for place in places:
+        place.samples = []
     try:
-        yield
-        for quantizer in quantizers:
+        reached: set[Quantizer] = set()
+        yield reached
+        reached |= {quantizer for quantizer, place in zip(quantizers, places, strict=True) if place.samples}
+        for quantizer, place in zip(quantizers, places, strict=True):
             # An input that was not reached takes part with nothing, on its device: other processes may wait for it.
-            nothing = [p.new_zeros(0) for p in quantizer.parameters()] or [torch.zeros(0)]
-            _observe(quantizer, torch.cat([*nothing, *(quantizer.samples or ())]), group)
+            _observe(quantizer, torch.cat([quantizer.limits.new_zeros(0), *(place.samples or ())]), group)
+        _warn_zeros(
+            [_place(quantizer).path for quantizer in quantizers if quantizer in reached and not quantizer.calibrated]
+        )
     finally:
-        for quantizer in quantizers:
-            quantizer.samples = None
+        for place in places:
+            place.samples = None
 
 
 def data_parallel_group(model: nn.Module) -> distributed.ProcessGroup | None:
@@ -167,22 +205,76 @@ def _is_floating(value: Any) -> TypeGuard[Tensor]:
 
 def _quantized(module: nn.Module, x: Tensor) -> Tensor:
     quantizer: Quantizer = module._modules[NAME]  # type: ignore[assignment]
-    if quantizer.samples is not None:
-        _keep_sample(quantizer.samples, x)
+    if torch.compiler.is_compiling():
+        if not quantizer.calibrated:
+            return _quantized_outside(module, x)
+    elif not _is_ready(module, quantizer, x):
         return x
-    if not quantizer.calibrated:
-        if not x.numel():
-            return x
-        if not module.training or _CALIBRATION.forbidden:
-            _warn_uncalibrated(quantizer)
-            return x
-        _observe_first_batch(quantizer, x)
-    if quantizer.signed is None:
-        _refuse_unknown_sign(quantizer)
     if x.is_nested:
         return torch.nested.as_nested_tensor([quantizer(part) for part in x.unbind()], layout=x.layout)
     found = linear.pending(module, quantizer, x)  # to its layer as good as a tensor
     return quantizer(x) if found is None else found  # type: ignore[return-value]
+
+
+def _quantized_outside(module: nn.Module, x: Tensor) -> Tensor:
+    """Leave the graph that is being compiled, until the input has a scale."""
+    if torch.compiler.is_exporting():
+        raise RuntimeError(
+            f"the input of {shown(_place(module._modules[NAME]).path)} has no scale yet, as far as torch.export can "  # type: ignore[arg-type]
+            "see: call qsam.calibrate(model, batches), or run the model once, before exporting it."
+        )
+    return _quantized_eagerly(module, x)
+
+
+@torch.compiler.disable(reason="an input has no scale yet: call qsam.calibrate(model, batches) before compiling")
+def _quantized_eagerly(module: nn.Module, x: Tensor) -> Tensor:
+    return _quantized(module, x)
+
+
+def _is_ready(module: nn.Module, quantizer: Quantizer, x: Tensor) -> bool:
+    """Whether the input is to be quantized now; calibrate it, if it may be and has not been."""
+    place = _place(quantizer)
+    if place.samples is not None:
+        _keep_sample(place.samples, x)
+        return False
+    limits = quantizer.readable_limits()
+    if limits is None:  # the quantizer computes with the tensor
+        return True
+    quantizer.note_limits(limits)
+    low, high = limits
+    if high > low:
+        if low >= 0 and place.looks < _LOOKS:
+            _watch_sign(place, x)
+        return True
+    if math.isnan(low):
+        _refuse_unknown_sign(quantizer)
+    if not x.numel():
+        return False
+    if not module.training or _CALIBRATION.forbidden:
+        _warn_uncalibrated(quantizer)
+        return False
+    _observe_first_batch(quantizer, x)
+    return quantizer.calibrated
+
+
+def _watch_sign(place: Place, x: Tensor) -> None:
+    """Tell once of negative entries at an unsigned input; look rarely, because a look waits for the device."""
+    place.looks += 1
+    if place.looks & (place.looks - 1):
+        return
+    try:
+        negative = bool((_flat(x) < 0).any())
+    except RuntimeError:  # under vmap, or a tensor without values
+        return
+    if negative and "negative" not in place.said:
+        place.said.add("negative")
+        warnings.warn(
+            f"the input of {shown(place.path)} held no negative entry in the data that its scale was set from, and is "
+            "unsigned; now it holds negative entries, which become 0. Call qsam.calibrate(model, batches) with typical "
+            "batches: they decide the sign of every input anew.",
+            UserWarning,
+            stacklevel=3,
+        )
 
 
 def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:
@@ -196,20 +288,22 @@ def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:
 
 @torch.no_grad()
 def _observe(quantizer: Quantizer, x: Tensor, group: distributed.ProcessGroup | None = None) -> None:
-    """Set sign and parameters from data: a negative entry in any process makes it signed; parameters are averaged."""
-    empty = torch.tensor(x.numel() == 0, device=x.device)
-    facts = torch.stack([(x < 0).any(), ~x.isfinite().all(), empty]).to(torch.int32)
+    """Set sign and parameters from data: a negative entry in any process makes it signed; parameters are averaged.
+
+    No entry, or none but zeros, in any of the processes says nothing: the input stays as it was.
+    """
+    facts = torch.stack([(x < 0).any(), ~x.isfinite().all(), ~(x != 0).any()]).to(torch.int32)
     if group is not None:
         distributed.all_reduce(facts, distributed.ReduceOp.MAX, group)
-    negative, broken, unreached = facts.tolist()
-    if unreached:
+    negative, broken, nothing = facts.tolist()
+    if nothing:
         return
     if broken:
         raise ValueError(
             f"the input of {shown(_place(quantizer).path)} holds NaN or infinity: its scale cannot be set from it."
         )
-    quantizer.signed = bool(negative)
-    quantizer.observe_(x)
+    quantizer.observe_(x, signed=bool(negative))
+    _place(quantizer).looks = 0
     if group is not None:
         for tensor in filter(Tensor.is_floating_point, quantizer.state_dict().values()):
             distributed.all_reduce(tensor, distributed.ReduceOp.SUM, group)
@@ -224,7 +318,7 @@ def _active_data_parallel_group() -> distributed.ProcessGroup | None:
     """Return the processes of the DistributedDataParallel model whose forward is running, if one is."""
     if not _in_process_group():
         return None
-    active = nn.parallel.DistributedDataParallel._get_active_ddp_module()  # type: ignore[no-untyped-call]
+    active = active_data_parallel()
     return None if active is None else active.process_group
 
 
@@ -232,9 +326,10 @@ def _is_sharded_within(quantizer: Quantizer) -> bool:
     """Whether a module above ``quantizer`` is sharded: its parameters are gathered copies now, and writes are lost."""
     if not _in_process_group():
         return False
-    from torch.distributed._composable_state import _module_state_mapping
-
-    return any(is_sharded([m]) and any(quantizer is below for below in m.modules()) for m in _module_state_mapping)
+    modules = composed_modules()
+    if modules is None:
+        return True
+    return any(is_sharded([m]) and any(quantizer is below for below in m.modules()) for m in modules)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -286,9 +381,20 @@ def _warn_uncalibrated(quantizer: Quantizer) -> None:
     )
 
 
+def _warn_zeros(paths: list[str]) -> None:
+    if paths:
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        warnings.warn(
+            f"the input of {shown(paths[0])}{more} held zeros only, which say nothing about its scale: it passes in "
+            "float until a batch in training mode, or another qsam.calibrate, has other entries.",
+            UserWarning,
+            stacklevel=5,
+        )
+
+
 def _refuse_unknown_sign(quantizer: Quantizer) -> None:
     raise RuntimeError(
-        f"the scale of the input of {shown(_place(quantizer).path)} was loaded, but a state_dict does not say whether "
-        "the input is signed. Rebuild the quantizers with qsam.quantize_(model, spec=...), load the optimizer's "
-        "state_dict too, or call qsam.calibrate(model, batches)."
+        f"the scale of the input of {shown(_place(quantizer).path)} was loaded from a file of an older qsam, which "
+        "does not say whether the input is signed. Rebuild the quantizers with qsam.quantize_(model, spec=...), load "
+        "the optimizer's state_dict too, or call qsam.calibrate(model, batches)."
     )

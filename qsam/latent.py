@@ -11,27 +11,27 @@ is looked up at each verb, because Accelerate and FSDP replace Parameters.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam import shards, sweeps
-from qsam.attach import coverage_of, quantize_, refuse_overflow
-from qsam.coverage import Coverage, owner_of, set_owner
+from qsam import shards
+from qsam.attach import quantize_, refuse_overflow
+from qsam.coverage import Coverage, coverage_of, leave_latents, left_latents, owner_of, refuse_changed, set_owner
 from qsam.functional import wide_dtype
+from qsam.fused import sweeps
 from qsam.guard import Guard
 from qsam.inputs import is_sharded
-from qsam.policy import unwrap_model
+from qsam.layers import unwrap_model
 from qsam.quantizers import Noise, Quantizer
 from qsam.slots import Slot, noise_streams, same_values, slot_of
 
 _log = logging.getLogger("qsam")
-_BLOCK = "_qsam_block"
-"""Attribute of the root module: the name of the open block in which p is not Q(w)."""
 
 
 class Target(NamedTuple):
@@ -79,10 +79,14 @@ class Latents:
         self.noises: list[Noise] = []
         self._input_noises: list[Noise] = []
         self._off_grid: list[Quantizer] = []
-        self.guard = Guard(coverage)
+        self.guard = Guard(coverage, self.root)
+        if coverage is not None:
+            refuse_changed(coverage, self.root)
         if coverage is not None and owner_of(coverage) is not None:
             raise RuntimeError(
-                "another qsam optimizer owns the weights of this model: call qsam.dequantize_(model, optimizer) first."
+                "another qsam optimizer owns the weights of this model: call its release() first, which hands the "
+                "model over with its scales and latents, or qsam.dequantize_(model, optimizer), which takes the "
+                "quantizers off."
             )
         shards.refuse_unknown(self.root)
         if coverage is None:
@@ -91,7 +95,9 @@ class Latents:
         slots = [slot_of(row.name, row.module, row.attr) for row in coverage.quantized]
         _refuse_tied(slots)
         for slot in slots:
+            slot.set_scale()
             refuse_overflow(slot.path, slot.parameter, slot.quantizer, slot.latent)
+        _take_left(slots, left_latents(coverage))
         self.slots = slots
         self._input_noises = list(noise_streams(coverage.inputs))
         self.noises = [*noise_streams(coverage.quantized), *self._input_noises]
@@ -143,7 +149,7 @@ class Latents:
 
     def claim(self, owner: Any) -> None:
         """Note ``owner`` as the one optimizer of these weights."""
-        if self.coverage is not None:
+        if self.coverage is not None and not self.guard.released:
             set_owner(self.coverage, owner)
 
     def release(self) -> None:
@@ -152,6 +158,13 @@ class Latents:
         if self.coverage is not None:
             set_owner(self.coverage, None)
         self.slots, self.noises, self._input_noises = [], [], []
+
+    def hand_over(self) -> None:
+        """Give up ownership and leave the latents for the next optimizer; p goes on holding Q(w)."""
+        if self.coverage is not None:
+            leave_latents(self.coverage, {slot.path: slot.latent for slot in self.slots})
+        self.slots, self.noises, self._input_noises = [], [], []
+        self.guard.released = True
 
     @torch.no_grad()
     def write(self) -> None:
@@ -167,8 +180,15 @@ class Latents:
         self.guard.remember(self.slots)
         # Autocast caches 16-bit copies of weights by tensor, not by version.
         torch.clear_autocast_cache()
-        if vars(self.root).pop(_BLOCK, None) is not None:
-            _allow_state_dict(self.root)
+        _close_block(self.root)
+
+    def complete_scales(self) -> None:
+        """Set the scales of weights that were zeros before this step; called once per step, after :meth:`write`."""
+        lacking = [slot for slot in self.slots if slot.lacks_scale]
+        for slot in lacking:
+            slot.complete_scale()
+        if lacking:
+            self.write()
 
     def leave_shifted(self) -> None:
         """Leave p as a perturbed pass has it, for an update comes next: two sweeps over the weights less.
@@ -189,15 +209,17 @@ class Latents:
     @torch.no_grad()
     def put_latents(self) -> None:
         """Write ``p <- w``, in place."""
-        for slot in self.slots:
-            slot.parameter.copy_(slot.latent)
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:  # all are looked up before one is written
+            p.copy_(slot.latent)
         torch.clear_autocast_cache()
 
     @torch.no_grad()
     def take_present_weights(self) -> None:
         """Set ``w <- p`` from what the model holds now, and write Q(w)."""
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:
+            slot.latent.copy_(p)
         for slot in self.slots:
-            slot.latent.copy_(slot.parameter)
+            slot.set_scale()
         self.guard.forgive()
         self.write()
 
@@ -211,9 +233,8 @@ class Latents:
 
     def open_block(self, name: str) -> None:
         """Note on the model that p is not Q(w) from here on; the next :meth:`write` takes the note away."""
-        if _BLOCK not in vars(self.root):  # the hook stays no longer than the block: the optimizer may be thrown away
-            self.root.register_state_dict_pre_hook(_refuse_state_dict)  # type: ignore[no-untyped-call]
-        vars(self.root)[_BLOCK] = name
+        _close_block(self.root)
+        self.root.register_state_dict_pre_hook(_OpenBlock(name))  # type: ignore[no-untyped-call]
         torch.clear_autocast_cache()  # what is cached is Q(w), and p will not be
 
     @contextlib.contextmanager
@@ -360,7 +381,7 @@ class Latents:
             raise TypeError(
                 f"{slot.path!r} has a sparse gradient, which cannot be pulled back: build its module with sparse=False."
             )
-        point = slot.latent.detach() if slot.shift is None else slot.latent.detach() + slot.shift
+        point = slot.latent.detach() if slot.shift is None else slot.shifted_latent()
         out, dw, ds = shards.pull_back(slot.quantizer, point, grad, self._with_graph)
         if compare and slot.shift is None and not self.shifted:
             self.guard.note_value(slot, slot.quantized() if self.noisy else out)
@@ -373,8 +394,7 @@ class Latents:
 
 def open_block(root: nn.Module) -> str | None:
     """Return the name of the block in which the model's p are not Q(w) now, or None."""
-    block: str | None = vars(root).get(_BLOCK)
-    return block
+    return next((hook.name for hook in root._state_dict_pre_hooks.values() if isinstance(hook, _OpenBlock)), None)
 
 
 def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
@@ -419,6 +439,20 @@ def _gradients(slots: Sequence[Slot]) -> list[Tensor]:
     return [grad for slot in slots if (grad := slot.parameter.grad) is not None]
 
 
+@torch.no_grad()
+def _take_left(slots: Sequence[Slot], left: Mapping[str, nn.Parameter]) -> None:
+    """Take the latents that the last optimizer left, for each weight that still holds Q of them."""
+    for slot in slots:
+        latent = left.get(slot.path)
+        if latent is None or latent.device != slot.latent.device or latent.shape != slot.latent.shape:
+            continue
+        if shards.is_sharded(slot.parameter) and not shards.is_sharded(latent):
+            latent = nn.Parameter(shards.own_part(latent.detach(), slot.parameter))
+        present, slot.latent = slot.latent, latent
+        if not same_values(slot.parameter, slot.quantized()):
+            slot.latent = present
+
+
 def _refuse_tied(slots: Sequence[Slot]) -> None:
     """Refuse two weights that are one Parameter: it cannot hold two Q(w)."""
     first: dict[int, str] = {}
@@ -431,15 +465,22 @@ def _refuse_tied(slots: Sequence[Slot]) -> None:
             )
 
 
-def _allow_state_dict(root: nn.Module) -> None:
-    for key, hook in list(root._state_dict_pre_hooks.items()):
-        if hook is _refuse_state_dict:
-            del root._state_dict_pre_hooks[key]
+@dataclasses.dataclass(frozen=True)
+class _OpenBlock:
+    """Hook on the root module that refuses its state_dict while p is not Q(w), and by being there says so.
 
+    It stays no longer than the block: the optimizer may be thrown away.
+    """
 
-def _refuse_state_dict(module: nn.Module, *_: Any) -> None:
-    block = vars(module).get(_BLOCK)
-    if block is not None:
+    name: str
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
         raise RuntimeError(
-            f"model.state_dict() inside {block}() would save weights that are not Q(w): save outside the block."
+            f"model.state_dict() inside {self.name}() would save weights that are not Q(w): save outside the block."
         )
+
+
+def _close_block(root: nn.Module) -> None:
+    for key, hook in list(root._state_dict_pre_hooks.items()):
+        if isinstance(hook, _OpenBlock):
+            del root._state_dict_pre_hooks[key]

@@ -6,7 +6,8 @@ from itertools import pairwise
 
 from torch import nn
 
-from qsam.policy import Rules, is_lora
+from qsam.layers import is_lora
+from qsam.plan import Rules
 
 
 def _encoder_linear(name: str, module: nn.Module) -> bool:
@@ -16,7 +17,7 @@ def _encoder_linear(name: str, module: nn.Module) -> bool:
 
 
 squat_bert: Rules = ((_encoder_linear, {}), ("*", None))
-"""SQuAT's (and LSQ-BERT's) choice: the encoder's Linear layers; embeddings, pooler and head stay float.
+"""The encoder's Linear layers; embeddings, pooler and head stay float. The paper names no layers: this is our choice.
 
 References:
     Wang et al., SQuAT: Sharpness- and Quantization-Aware Training for BERT, arXiv 2210.07171, section 4.

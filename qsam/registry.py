@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib.metadata
-from collections.abc import Callable, Iterator
-from typing import Generic, TypeVar
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -37,6 +37,7 @@ class Registry(Generic[T]):
         self._check = check
         self._entry_points = entry_points
         self._classes: dict[str, type[T]] = {}
+        self._options: dict[str, dict[str, Any]] = {}
         self._broken: list[tuple[str, Exception]] = []
 
     def register(self, name: str) -> Callable[[type[T]], type[T]]:
@@ -44,18 +45,15 @@ class Registry(Generic[T]):
 
         Raises:
             TypeError: ``name`` is not a string, or the class does not implement the interface.
-            ValueError: the name is taken (by the same class too: a module that is imported twice is a mistake).
+            ValueError: The name is taken (by the same class too, because a module that is imported twice is a mistake).
         """
         if not isinstance(name, str) or not name:
             raise TypeError(f"A {self.kind}'s name must be a non-empty string, got {name!r}.")
 
         def add(cls: type[T]) -> type[T]:
-            if name in self._classes:
-                owner = self._classes[name]
-                raise ValueError(
-                    f"The {self.kind} name {name!r} is taken by "
-                    f"{owner.__module__}.{owner.__qualname__}: choose another."
-                )
+            if (owner := self._classes.get(name)) is not None:
+                taken = f"{owner.__module__}.{owner.__qualname__}"
+                raise ValueError(f"The {self.kind} name {name!r} is taken by {taken}: choose another.")
             if self._check is not None:
                 self._check(cls)
             self._classes[name] = cls
@@ -63,17 +61,24 @@ class Registry(Generic[T]):
 
         return add
 
+    def alias(self, name: str, cls: type[T], **options: Any) -> None:
+        """Register ``name`` for a class that has a name already, built with ``options`` (:meth:`options`)."""
+        self.register(name)(cls)
+        self._options[name] = options
+
+    def options(self, name: str) -> Mapping[str, Any]:
+        """Return the arguments that belong to a name and not to its class: those of an alias."""
+        return self._options.get(name, {})
+
     def get(self, name: str) -> type[T]:
         """Return the class registered as ``name``.
 
         Raises:
-            ValueError: there is none; the message names the nearest.
-            ImportError: there is none, and a package that may have it cannot be imported.
+            ValueError: There is none; the message names the nearest.
+            ImportError: There is none, and a package that may have it cannot be imported.
         """
         if name not in self._classes:
             self._load_entry_points()
-        if name not in self._classes:
-            self._refuse_broken()
         if name not in self._classes:
             known = list(self)
             hint = nearest(str(name), known) or f" Registered: {', '.join(known)}."
@@ -88,10 +93,11 @@ class Registry(Generic[T]):
         """Iterate over all names, sorted, those of other packages included.
 
         Raises:
-            ImportError: one of these packages cannot be imported.
+            ImportError: One of these packages cannot be imported.
         """
         self._load_entry_points()
-        self._refuse_broken()
+        for sentence, error in self._broken:
+            raise ImportError(sentence) from error
         return iter(sorted(self._classes))
 
     def __contains__(self, name: object) -> bool:
@@ -99,30 +105,21 @@ class Registry(Generic[T]):
         return name in list(self)
 
     def _load_entry_points(self) -> None:
+        """Import the entry points, once. One that fails is remembered, so that it does not hide the others."""
         if self._entry_points is None:
             return
         group, self._entry_points = self._entry_points, None
         for point in importlib.metadata.entry_points(group=group):
             try:
-                self._load(point)
-            except Exception as error:  # the import of a foreign package may raise whatever it likes
+                loaded = point.load()
+                # A module registers its classes when it is imported; any other class gets the name of its point.
+                if isinstance(loaded, type) and loaded not in self._classes.values():
+                    self.register(point.name)(loaded)
+            except Exception as error:  # the import of a foreign package may raise anything
+                package = f"{point.dist.name} {point.dist.version}" if point.dist else "unknown"
                 sentence = (
-                    f"the {self.kind} {point.name!r} of the package {_package(point)} cannot be loaded: its entry "
-                    f"point {point.value!r} in the group {group!r} raised {type(error).__name__} ({error}). Upgrade "
+                    f"the {self.kind} {point.name!r} of the package {package} cannot be loaded: its entry point "
+                    f"{point.value!r} in the group {group!r} raised {type(error).__name__} ({error}). Upgrade "
                     "that package, or uninstall it."
                 )
                 self._broken.append((sentence, error))
-
-    def _refuse_broken(self) -> None:
-        for sentence, error in self._broken:
-            raise ImportError(sentence) from error
-
-    def _load(self, point: importlib.metadata.EntryPoint) -> None:
-        loaded = point.load()
-        # A module registers its classes when it is imported; a class that has not done so is named by its point.
-        if isinstance(loaded, type) and loaded not in self._classes.values():
-            self.register(point.name)(loaded)
-
-
-def _package(point: importlib.metadata.EntryPoint) -> str:
-    return "unknown" if point.dist is None else f"{point.dist.name} {point.dist.version}"

@@ -1,7 +1,7 @@
 """Initial scales: from data to step size, one scale a row.
 
 Each rule maps rows ``(R, n)`` to scales ``(R,)``. It works in units of the row's largest magnitude, so that rows of
-1e-30 and of 1e+30 are treated alike; a row of zeros gets the mean scale of the others, or 1.
+1e-30 and of 1e+30 are treated alike; a row of zeros has no scale, and gets 0.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def initial_scale(rows: Tensor, quant_min: float, quant_max: float, init: str) -
             (``max|x| / Qp``) or ``"percentile"`` (99.9 % of ``|x|``, over Qp).
 
     Returns:
-        Shape ``(R,)``, fp32, finite and positive.
+        Shape ``(R,)``, fp32, finite; positive, but 0 for a row of zeros, which has no scale yet.
 
     Raises:
         ValueError: an unknown rule, or data that is not finite.
@@ -51,8 +51,7 @@ def initial_scale(rows: Tensor, quant_min: float, quant_max: float, init: str) -
     unit = (rows / largest.masked_fill(empty, 1)).to(torch.float32)
     scale = INIT_RULES[init](unit, quant_min, quant_max).to(torch.float64) * largest.squeeze(1)
     scale = scale.clamp(SCALE_FLOOR, torch.finfo(torch.float32).max)
-    filled = scale[~empty.squeeze(1)]
-    return scale.masked_fill(empty.squeeze(1), filled.mean() if filled.numel() else 1.0).to(torch.float32)
+    return scale.masked_fill(empty.squeeze(1), 0.0).to(torch.float32)
 
 
 def _lsq(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
@@ -88,11 +87,11 @@ def _mse(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
 
     one = rows.new_ones(rows.shape[0], 1)
     best, least = better(one, one * torch.inf, one / max(quant_max, -quant_min))
-    coarse = [one * ratio / quant_max for ratio in torch.logspace(0, -2.5, 24).tolist()]
+    coarse = [one * ratio / quant_max for ratio in torch.logspace(0, -2.5, 24, dtype=torch.float32).tolist()]
     for step in [*coarse, _lsq(rows, quant_min, quant_max).unsqueeze(1)]:
         best, least = better(best, least, step)
     centre = best
-    for ratio in torch.logspace(-2.5 / 23, 2.5 / 23, 48).tolist():
+    for ratio in torch.logspace(-2.5 / 23, 2.5 / 23, 48, dtype=torch.float32).tolist():
         best, least = better(best, least, centre * ratio)
     for _ in range(8):
         q = codes(best)

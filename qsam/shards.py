@@ -10,15 +10,15 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeGuard, cast
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import Tensor, distributed, nn
 from torch.func import functional_call
 
-from qsam.functional import lsq_grad_scale
-from qsam.quantizers import LSQ, Quantizer
-from qsam.quantizers.lsq import PerChannel
+from qsam.private import fsdp_param_dtype
+from qsam.quantizers import Quantizer
+from qsam.quantizers.base import LIMITS
 
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
@@ -91,7 +91,7 @@ def any_process(flag: bool, tensors: Iterable[Tensor]) -> bool:
     """Whether ``flag`` is set on any process that holds a part of one of ``tensors``."""
     meshes = {t.device_mesh for t in tensors if is_sharded(t)}
     for mesh in sorted(meshes, key=str):
-        seen = torch.tensor([float(flag)], device=mesh.device_type)
+        seen = torch.tensor([int(flag)], device=mesh.device_type)
         for group in mesh.get_all_groups():
             distributed.all_reduce(seen, distributed.ReduceOp.MAX, group)
         flag = bool(seen)
@@ -111,19 +111,34 @@ def step_size(quantizer: Quantizer, w: Tensor) -> Tensor | None:
     if not is_sharded(w):
         return quantizer.step_size(w)
     leaves = {f"quantizer.{name}": whole(s) for name, s in quantizer.named_parameters()}
-    found = functional_call(_StepSize(quantizer), leaves, (whole(w),))
+    found = functional_call(_Call(quantizer, "step_size"), leaves, (whole(w),))
     return None if found is None else own_part(found.expand(w.shape).contiguous(), w)
 
 
-class _StepSize(nn.Module):
-    """What ``functional_call`` needs to ask for a step size."""
+@torch.no_grad()
+def apply(quantizer: Quantizer, method: str, w: Tensor) -> Any:
+    """Call a method of a quantizer that sets its Parameters from a weight; both may be sharded."""
+    own = dict(quantizer.named_parameters())
+    if not any(map(is_sharded, [w, *own.values()])):
+        return getattr(quantizer, method)(w)
+    leaves = {name: whole(s).clone() for name, s in own.items()}
+    found = functional_call(
+        _Call(quantizer, method), {f"quantizer.{name}": s for name, s in leaves.items()}, (whole(w),)
+    )
+    for name, s in own.items():
+        local(s).copy_(local(own_part(leaves[name], s)))
+    return found
 
-    def __init__(self, quantizer: Quantizer) -> None:
+
+class _Call(nn.Module):
+    """A method of a quantizer as a module, which ``functional_call`` needs."""
+
+    def __init__(self, quantizer: Quantizer, method: str) -> None:
         super().__init__()
-        self.quantizer = quantizer
+        self.quantizer, self.method = quantizer, method
 
-    def forward(self, w: Tensor) -> Tensor | None:
-        return self.quantizer.step_size(w)
+    def forward(self, w: Tensor) -> Any:
+        return getattr(self.quantizer, self.method)(w)
 
 
 def pull_back(
@@ -144,7 +159,7 @@ def pull_back(
     g = whole(grad) if part.is_whole else local(grad)
     grads = torch.autograd.grad(out, [x, *leaves.values()], g.to(out.dtype), materialize_grads=True)
     own = dict(quantizer.named_parameters())
-    ds = {name: part.place_gradient(d, own[name], w) for name, d in zip(leaves, grads[1:], strict=True)}
+    ds = {name: part.place_gradient(name, d, own[name], w) for name, d in zip(leaves, grads[1:], strict=True)}
     return part.place(out.detach(), w), part.place(grads[0], w), ds
 
 
@@ -156,8 +171,6 @@ class _Part:
     x: Tensor
     leaves: dict[str, Tensor]
     is_whole: bool
-    correction: float = 1.0
-    """Of the gradient of a scale: LSQ divides by the root of the number of entries that it sees, here too few."""
 
     @staticmethod
     def of(quantizer: Quantizer, w: Tensor) -> _Part:
@@ -166,9 +179,9 @@ class _Part:
             return _Part(quantizer, w, own, False)
         if not _works_on_rows(quantizer, w):
             return _Part(quantizer, whole(w), {name: whole(s) for name, s in own.items()}, True)
-        rows = local(w)
-        leaves = {name: local(s) if _follows(s, w) else whole(s) for name, s in own.items()}
-        return _Part(quantizer, rows, leaves, False, _correction(cast(LSQ, quantizer), w, rows, leaves["scale"]))
+        return _Part(
+            quantizer, local(w), {name: local(s) if _follows(s, w) else whole(s) for name, s in own.items()}, False
+        )
 
     def run(self, x: Tensor, leaves: dict[str, Tensor]) -> Tensor:
         # Processes that hold no row (a weight of fewer rows than processes) take part in the communication only.
@@ -177,11 +190,13 @@ class _Part:
     def place(self, out: Tensor, w: Tensor) -> Tensor:
         return own_part(out, w) if self.is_whole else from_rows(out, w)
 
-    def place_gradient(self, ds: Tensor, s: Tensor, w: Tensor) -> Tensor:
+    def place_gradient(self, name: str, ds: Tensor, s: Tensor, w: Tensor) -> Tensor:
         """Sum the gradient of a parameter over the processes that computed parts of it, and shard it as that is."""
         if self.is_whole or not is_sharded(w):
             return own_part(ds, s)
-        ds = ds * self.correction
+        # LSQ divides by the root of the number of entries that it sees, here too few.
+        total, seen = w.numel() // max(s.numel(), 1), self.x.numel() // max(self.leaves[name].numel(), 1)
+        ds = ds * (self.quantizer.gradient_scale(total) / self.quantizer.gradient_scale(seen))
         if _follows(s, w):
             return from_rows(ds, s)
         for group in _shard_groups(w):
@@ -190,22 +205,17 @@ class _Part:
 
 
 def _works_on_rows(quantizer: Quantizer, w: Tensor) -> bool:
-    """Whether Q of some rows is these rows of Q: known of LSQ; another class may look at the whole weight."""
-    if type(quantizer) is not LSQ and type(quantizer) is not PerChannel:
+    """Whether Q of this process's rows can be computed from them: Q is so, and its tensors are there row by row."""
+    if not quantizer.rowwise:
         return False
-    return quantizer.granularity == "per_tensor" or (quantizer.axis == 0 and _follows(quantizer.scale, w))
+    own = [t for key, t in quantizer.state_dict(keep_vars=True).items() if key != LIMITS]
+    return all(t.numel() == 1 or _follows(t, w) for t in own)
 
 
 def _follows(s: Tensor, w: Tensor) -> bool:
     """Whether a parameter has one entry (or row of entries) a row of w, on the same process."""
     same = is_sharded(s) and is_sharded(w) and s.device_mesh == w.device_mesh and s.placements == w.placements
     return same and s.dim() == w.dim() and s.shape[0] == w.shape[0] and s.shape[0] > 1
-
-
-def _correction(quantizer: LSQ, w: Tensor, rows: Tensor, scale: Tensor) -> float:
-    total = w.numel() // max(quantizer.scale.numel(), 1)
-    seen = rows.numel() // max(scale.numel(), 1)
-    return lsq_grad_scale(total, quantizer.quant_max) / lsq_grad_scale(seen, quantizer.quant_max)
 
 
 def _shard_groups(tensor: Tensor) -> list[distributed.ProcessGroup]:
@@ -264,7 +274,7 @@ def refuse_16_bit_scales(root: nn.Module, inputs: Iterable[tuple[str, Quantizer]
     sharders = [m for m in root.modules() if isinstance(m, FSDPModule)]
     for path, quantizer in inputs:
         around = [m for m in sharders if any(quantizer is below for below in m.modules())]
-        dtype = around[-1]._get_fsdp_state()._mp_policy.param_dtype if around else None
+        dtype = fsdp_param_dtype(around[-1]) if around else None
         if dtype in (torch.float16, torch.bfloat16) and any(True for _ in quantizer.parameters()):
             raise ValueError(
                 f"the scale of the input of {path!r} would be {dtype} in the forward under this MixedPrecisionPolicy: "

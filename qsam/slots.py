@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from qsam import shards
-from qsam.coverage import Coverage, Input, Weight
-from qsam.functional import wide_dtype
+from qsam.coverage import Coverage, Input, Weight, parameter_at
+from qsam.functional import SCALE_FLOOR, wide_dtype
 from qsam.quantizers import Noise, Quantizer
+from qsam.quantizers.base import LIMITS
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,6 +30,8 @@ class Slot:
         latent: w, fp32 or the Parameter's dtype if that is wider.
         shift: What was added to w before it was quantized in the last perturbed pass (SAQ, case 2), until the update.
         parked: Whether p holds a copy of w, from a fused pull-back until the next write.
+        lacks_scale: Whether a row of w, or all of it, has been 0 so far, so that no scale could be set from it.
+        is_initial: Whether the scale is the one that w gave when the optimizer was built, and no step has come since.
     """
 
     path: str
@@ -37,12 +40,13 @@ class Slot:
     latent: nn.Parameter
     shift: Tensor | None = None
     parked: bool = False
+    lacks_scale: bool = False
+    is_initial: bool = False
 
     @property
     def parameter(self) -> nn.Parameter:
         """The model's Parameter p, as it is now."""
-        p = self.module._parameters.get(self.attr)
-        return getattr(self.module, self.attr) if p is None else p
+        return parameter_at(self.module, self.attr, self.path)
 
     @property
     def quantizer(self) -> Quantizer:
@@ -54,6 +58,15 @@ class Slot:
         """Return Q(w) in the dtype of p."""
         return self.fake_quantize(self.latent).to(self.parameter.dtype)
 
+    def shifted_latent(self) -> Tensor:
+        """Return ``w + e``; w alone where it has no scale yet, to which any e would be beyond the grid."""
+        w = self.latent.detach()
+        assert self.shift is not None
+        if not self.lacks_scale:
+            return w + self.shift
+        step = self.step_size()
+        return w if step is None else torch.where(step > SCALE_FLOOR, w + self.shift, w)
+
     def fake_quantize(self, w: Tensor) -> Tensor:
         """Return Q at another place than the latent, sharded as it is."""
         return shards.quantized(self.quantizer, w)
@@ -62,8 +75,28 @@ class Slot:
         """Return the distance of neighbouring grid values, broadcastable against the latent; None without a grid."""
         return shards.step_size(self.quantizer, self.latent.detach())
 
+    def set_scale(self) -> None:
+        """Set the scale from w, if no checkpoint brought one, and note whether w says enough."""
+        self.is_initial = self.is_initial or not self.quantizer.calibrated
+        if self.is_initial:
+            self.quantizer.set_sign_(None)
+            shards.apply(self.quantizer, "settle_", self.latent.detach())
+        self.lacks_scale = True
+        self.complete_scale()
+
+    def take_loaded_scale(self) -> None:
+        """Keep the scale, which a checkpoint brought together with w."""
+        self.is_initial = False
+        self.lacks_scale = True
+
+    def complete_scale(self) -> None:
+        """Set what could not be set from zeros, where w differs from 0 now."""
+        if self.lacks_scale:
+            self.lacks_scale = not shards.apply(self.quantizer, "complete_", self.latent.detach())
+
     def move_state(self) -> None:
         """Let the quantizer move its state by one step; one that has none is not asked to look at all shards of w."""
+        self.is_initial = False
         self.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
         w = self.latent.detach()
         self.quantizer.update(shards.whole(w) if type(self.quantizer).update is not Quantizer.update else w)
@@ -72,14 +105,15 @@ class Slot:
         """Return what changes when somebody writes p or a tensor of its quantizer."""
         p, quantizer = self.parameter, self.quantizer
         own = quantizer._parameters if _is_plain(quantizer) else quantizer.state_dict(keep_vars=True)
-        versions = [shards.local(t)._version for t in own.values() if t is not None]
+        # DDP broadcasts buffers in each forward: `limits` tell nothing here.
+        versions = [shards.local(t)._version for key, t in own.items() if t is not None and key != LIMITS]
         part = shards.local(p)
         return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *versions)
 
 
 def _is_plain(quantizer: Quantizer) -> bool:
-    """Whether a quantizer's Parameters are all its state."""
-    return not quantizer._buffers and not quantizer._modules
+    """Whether a quantizer's Parameters, and ``limits``, are all its state."""
+    return len(quantizer._buffers) == 1 and not quantizer._modules
 
 
 def scale_tensors(coverage: Coverage | None) -> tuple[list[ScaleSlot], list[ScaleSlot]]:
@@ -134,18 +168,27 @@ def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
             yield from module.parameters()
 
 
-def input_signs(coverage: Coverage | None) -> dict[str, bool | None]:
-    """Return which inputs are quantized on a signed grid (None: not decided yet), by module path."""
-    rows = coverage.inputs if coverage is not None else ()
-    return {row.name: row.quantizer.signed for row in rows if row.quantizer is not None}
+def signs(coverage: Coverage | None) -> dict[str, bool | None]:
+    """Return which weights and inputs have a signed grid (None: not set from data yet), by path."""
+    return {name: q.signed if q.calibrated else None for name, q in _by_name(coverage)}
 
 
-def set_input_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
-    """Set what :func:`input_signs` returned; an input whose sign is decided counts as calibrated."""
-    for row in coverage.inputs if coverage is not None else ():
-        if row.quantizer is not None and row.name in signs:
-            row.quantizer.signed = signs[row.name]
-            row.quantizer.calibrated = signs[row.name] is not None
+def set_signs(coverage: Coverage | None, found: Mapping[str, bool | None]) -> None:
+    """Set what :func:`signs` returned; one whose sign is decided counts as calibrated.
+
+    An older checkpoint says nothing of weights: their scales count as settled.
+    """
+    for name, quantizer in _by_name(coverage):
+        if quantizer.axis is not None:
+            quantizer.set_sign_(found.get(name, quantizer.signed))
+        elif name in found:
+            quantizer.set_sign_(found[name])
+
+
+def _by_name(coverage: Coverage | None) -> Iterator[tuple[str, Quantizer]]:
+    for row in (*coverage.inputs, *coverage.quantized) if coverage is not None else ():
+        if row.quantizer is not None:
+            yield row.name, row.quantizer
 
 
 def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> Iterator[ScaleSlot]:

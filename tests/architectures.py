@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import re
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,10 @@ the mechanics hold, not how accurate the quantized model is. No weight was downl
   a kernel that is on no grid: sum them before `quantize_`.
 - `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs; in a depthwise
   one each group has its own.
+- Matrices of layers that qsam does not know stay float. Where they are most of a model, `quantize_` warns and names them:
+  so it does for the experts of transformers' `MixtralExperts`, to which the rule
+  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel, and
+  for timm's `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no grid.
 - BatchNorm's statistics: [`reestimate_batchnorm`](loops.md#batchnorm), after training.
 """
 
@@ -221,7 +226,9 @@ class Row:
 def row_of(architecture: Architecture) -> Row:
     """Build and quantize an architecture, and say what stays float."""
     model = architecture.build()
-    coverage = qsam.quantize_(model, bits=4, activation_bits=8, init="absmax")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "only .* of the matrices' entries are quantized")  # the page says it
+        coverage = qsam.quantize_(model, bits=4, activation_bits=8, init="absmax")
     weights = [(row.name, row.reason) for row in coverage.weights if row.quantizer is None and len(row.shape) >= 2]
     inputs = [(row.name, f"its input: {row.reason}") for row in coverage.inputs if row.quantizer is None]
     attention = [(name, "scores and probabilities") for name in coverage.attention]

@@ -1,10 +1,14 @@
 """One thread for tensors of some hundred entries, and Hypothesis without chance: CI sees what we see."""
 
+import os
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-torch.set_num_threads(1)
+pytest.register_assert_rewrite("qsam.testing")  # before it is imported: a broken law then shows what it compared
+
+torch.set_num_threads(int(os.environ.get("QSAM_TEST_THREADS", "1")))
 
 settings.register_profile(
     "qsam",

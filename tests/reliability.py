@@ -20,10 +20,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "reliability.md"
 
 MODULES = {
-    "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue", "tests.recipes.test_runs"),
-    "Files that are torn, foreign or newer": ("tests.recipes.test_checkpoint_files", "tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.test_spec_files"),
+    "A process that is killed, a disk that is full": ("tests.recipes.test_kill", "tests.recipes.test_bert_glue"),
+    "Files that are torn, foreign or newer": ("tests.optim.test_foreign_checkpoints", "tests.optim.test_checkpoints", "tests.units.test_spec_files"),
     "Exceptions and bad numbers in a step": ("tests.optim.test_exactness", "tests.optim.test_bad_numbers", "tests.test_batchnorm"),
-    "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.test_registry"),
+    "Data that say nothing, and data that came first": ("tests.contract.test_first_data",),
+    "Other hands on the model": ("tests.optim.test_guard", "tests.optim.test_taken_off", "tests.contract.test_one_owner", "tests.units.test_registry"),
 }  # fmt: skip
 
 INTRO = """# What goes wrong, what happens then, and what is kept
@@ -36,11 +37,11 @@ those of before the fault, and the next step works, unless the row says otherwis
 LIMITS = """## What no test here can show
 
 - Tested on CPUs and Linux only: no GPU was there, and no network file system.
-- `SIGKILL` loses what the process had in memory; a power failure may also lose what the disk had promised. The recipe
-  flushes files and folders (`fsync`) before it renames; that a disk keeps its promise was not tested.
+- `SIGKILL` loses what the process had in memory; a power failure may also lose what the disk had promised. A recipe
+  compares every file of a checkpoint with its checksum before it goes on from it.
 - `torch.load` does not compare a file with its checksums: bits that flip within the tensors of a checkpoint are read as
-  if nothing had happened (`tests/recipes/test_checkpoint_files.py` shows it). The recipe compares them first; with a
-  training loop of your own, use `zipfile.ZipFile(path).testzip()`.
+  if nothing had happened. The recipes compare them first; with a training loop of your own, use
+  `zipfile.ZipFile(path).testzip()`.
 - `qsam.json` is a text that may be edited, and has no checksum of its own: a flipped bit that leaves it a valid spec is
   not noticed. The checksum of `qsam.safetensors` is in it.
 - Infinity in the input of a quantized layer is clipped to its grid, as every value beyond it; NaN passes through.
@@ -78,7 +79,8 @@ def fault(name: str, *, happens: str, kept: str) -> Callable[[Test], Test]:
 
 def faults_of(module: ModuleType) -> Iterator[tuple[Fault, str]]:
     """Yield the faults that the tests of a module provoke, with the test's name."""
-    for test in vars(module).values():
+    classes = [value for value in vars(module).values() if isinstance(value, type)]
+    for test in [*vars(module).values(), *(value for cls in classes for value in vars(cls).values())]:
         found = getattr(test, "fault", None)
         if isinstance(found, Fault):
             yield found, test.__name__

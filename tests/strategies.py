@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qsam.quantizers import QUANTIZERS
 from qsam.testing import Case
-from qsam.testing.case import owners, row_count
+from qsam.testing.inputs import owners, row_count
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 

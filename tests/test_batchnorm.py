@@ -231,7 +231,7 @@ WRONG = {
         lambda: nn.Sequential(nn.BatchNorm2d(4).eval()),
         lambda: images(1),
         ValueError,
-        "every BatchNorm is in eval mode inside a model in training mode, thus frozen: call model.eval\\(\\) before",
+        "every BatchNorm is in eval mode inside a model in training mode, and so frozen: call model.eval\\(\\) before",
     ),
 }
 

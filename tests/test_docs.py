@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qsam.optim import DIRECTIONS, OPTIMIZERS
-from qsam.optim.two_pass import TwoPass
+from qsam.optim import DIRECTIONS, OPTIMIZERS, QuantizedOptimizer
 from qsam.quantizers import QUANTIZERS
 from tests.reference import quantizers as quantizer_twins
 
@@ -105,7 +104,7 @@ def keywords(cls):
 def test_every_setting_of_a_method_is_described(name):
     index = (DOCS / "methods" / "README.md").read_text(encoding="utf-8")
     card = (DOCS / "methods" / f"{name}.md").read_text(encoding="utf-8")
-    common = keywords(TwoPass)
+    common = keywords(QuantizedOptimizer)
     assert not [key for key in common if f"`{key}`" not in index]
     assert not [key for key in keywords(OPTIMIZERS.get(name)) - common if f"`{key}`" not in card]
 

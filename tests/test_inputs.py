@@ -320,16 +320,16 @@ class TestCalibrate:
     def test_what_is_kept_of_many_batches_is_bounded(self):
         model = nn.Linear(64, 2)
         qsam.quantize_(model)
-        sizes = []
+        sizes, place = [], model.input_quantizer._qsam_place
 
         def batches():
             for _ in range(24):
                 yield torch.randn(2**10, 64)
-                sizes.append(sum(map(len, model.input_quantizer.samples)))
+                sizes.append(sum(map(len, place.samples)))
 
         qsam.calibrate(model, batches())
         assert max(sizes) <= 2**20 < 24 * 2**16
-        assert model.input_quantizer.samples is None
+        assert place.samples is None
 
     def test_modes_are_restored(self, model, x):
         qsam.quantize_(model)
@@ -355,7 +355,7 @@ class TestCalibrate:
         with pytest.raises(RuntimeError, match="shape"):
             qsam.calibrate(model, [x, torch.randn(2, 5)])
         assert all(module.training for module in model.modules())
-        assert all(q.samples is None and not q.calibrated for q in quantizers(model))
+        assert all(q._qsam_place.samples is None and not q.calibrated for q in quantizers(model))
 
     def test_inputs_that_no_batch_reaches_are_named(self, x):
         class Half(nn.Module):
@@ -421,11 +421,11 @@ class TestSign:
         qsam.calibrate(calibrated, [3 * x])
         assert all(q.scale is scale for q, scale in zip(quantizers(calibrated), before, strict=True))
 
-    def test_a_loaded_scale_without_its_sign_is_refused(self, calibrated, x):
+    def test_a_scale_of_an_old_file_without_its_sign_is_refused(self, calibrated, x):
         other = mlp()
         qsam.quantize_(other)
-        other.load_state_dict(calibrated.state_dict())
-        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded, .*spec=.*calibrate"):
+        other.load_state_dict({key: value for key, value in calibrated.state_dict().items() if "limits" not in key})
+        with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded .*older qsam.*spec=.*calibr"):
             other(x)
         qsam.calibrate(other, [x])
         assert torch.equal(other(x), calibrated(x))
@@ -682,7 +682,7 @@ def run_rank(rank, path):
             everywhere = [torch.zeros(1), torch.zeros(1)]
             distributed.all_gather(everywhere, q.scale.detach())
             assert torch.equal(*everywhere)
-        model[0].input_quantizer.calibrated = False
+        model[0].input_quantizer.set_sign_(None)
         with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):  # else one waits for ever
             wrapped(data[rank] / torch.arange(2)[rank])
     distributed.destroy_process_group()

@@ -42,8 +42,9 @@ def test_wheel_holds_the_package_and_its_metadata_only(wheel):
     assert tops == {"qsam", f"qsam-{qsam.__version__}.dist-info"}
 
 
-def test_wheel_holds_every_module_the_type_marker_and_the_licence(wheel):
-    modules = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("qsam/**/*.py")}
+def test_wheel_holds_every_module_the_kernels_the_type_marker_and_the_licence(wheel):
+    modules = {path.relative_to(ROOT).as_posix() for kind in ("py", "c") for path in ROOT.glob(f"qsam/**/*.{kind}")}
+    assert "qsam/fused/sweeps.c" in modules
     licence = f"qsam-{qsam.__version__}.dist-info/licenses/LICENSE"
     assert {*modules, "qsam/py.typed", licence} <= set(wheel.namelist())
 

@@ -7,10 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qsam.functional import integer_limits
-from qsam.quantizers import LSQ, FixedStep, Identity, PerChannel, Quantizer
+from qsam.quantizers import LSQ, FixedStep, Identity, Quantizer, build_quantizer
 from qsam.scales import INIT_RULES, initial_scale
 from qsam.testing import LAWS
-from qsam.testing.case import owners
+from qsam.testing.inputs import owners
 from tests.strategies import cases, settings_of_the_registry
 
 SETTINGS = settings_of_the_registry()
@@ -169,7 +169,7 @@ def test_calibrated_is_set_by_observe_and_by_a_load():
 
 def test_a_load_into_another_module_does_not_calibrate():
     model = torch.nn.ModuleDict({"a": LSQ(bits=4), "b": LSQ(bits=4)})
-    model.load_state_dict({"a.scale": torch.ones(1)}, strict=False)
+    model.load_state_dict({"a.scale": torch.full((1,), 0.5)}, strict=False)
     assert model["a"].calibrated
     assert not model["b"].calibrated
 
@@ -186,7 +186,10 @@ def test_print_shows_the_settings():
 
 
 def test_per_channel_is_lsq_per_channel():
-    q, lsq = PerChannel(bits=4, granularity="per_tensor", axis=1), LSQ(bits=4, granularity="per_channel", axis=1)
+    q, lsq = (
+        build_quantizer("per_channel", bits=4, granularity="per_tensor", axis=1),
+        LSQ(bits=4, granularity="per_channel", axis=1),
+    )
     q.observe_(WEIGHT)
     lsq.observe_(WEIGHT)
     assert torch.equal(q(WEIGHT), lsq(WEIGHT))
@@ -196,7 +199,7 @@ def test_fixed_step_learns_nothing_and_saves_its_scale():
     q = FixedStep(bits=4)
     q.observe_(WEIGHT)
     assert list(q.parameters()) == []
-    assert list(q.state_dict()) == ["scale"]
+    assert list(q.state_dict()) == ["limits", "scale"]
 
 
 def test_fixed_step_is_lsq_in_value_and_in_the_gradient_of_x():
@@ -273,18 +276,18 @@ def test_a_setting_that_means_nothing_is_refused(cls, kind, error, message):
 
 def test_per_channel_refuses_groups_and_activations():
     with pytest.raises(
-        ValueError, match="'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'"
+        ValueError, match="'per_channel' has granularity 'per_channel': use 'lsq' for granularity 'per_group'"
     ):
-        PerChannel(bits=4, granularity="per_group", axis=0, group_size=2)
+        build_quantizer("per_channel", bits=4, granularity="per_group", axis=0, group_size=2)
     with pytest.raises(ValueError, match="'per_channel' needs `axis`"):
-        PerChannel(bits=4)
+        build_quantizer("per_channel", bits=4)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"signed": "no"}, "`signed` must be True, False or None, got 'no'"),
-        ({"axis": 1.0}, "`axis` must be an integer, the channel dimension, or None, got 1.0"),
+        ({"axis": 1.0}, "`axis` must be an integer, the channel dimension, a tuple of several, or None, got 1.0"),
         ({"axis": True}, "`axis` must be an integer"),
     ],
 )
@@ -295,7 +298,7 @@ def test_a_setting_of_the_wrong_kind_is_refused(options, message):
 
 def test_per_channel_refuses_a_group_size():
     with pytest.raises(ValueError, match="`group_size` belongs to granularity 'per_group'"):
-        PerChannel(bits=4, axis=0, group_size=4)
+        build_quantizer("per_channel", bits=4, axis=0, group_size=4)
 
 
 def test_a_group_size_that_does_not_divide_is_refused():

@@ -1,14 +1,16 @@
-"""Lightning: its automatic optimization hands a closure on, which the optimizer calls once a pass.
+"""Lightning: its automatic optimization hands a closure on, which the optimizer calls once per pass.
 
 class Lit(LightningMixin, LightningModule): ...
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule
+from torch import Tensor, nn
 
 from qsam.optim import QuantizedOptimizer, unwrap
 
@@ -24,6 +26,8 @@ class LightningMixin(LightningModule):
     Without the mixin training is the same, in fp32 and bf16-mixed; with it,
 
     - ``self.log`` in ``training_step`` and Lightning's own loss are those of the first pass, not of the last;
+    - torchmetrics that are attributes of the module count the first pass only, and all buffers of the module (those of
+      a discriminator or a teacher too) move in the first pass only;
     - ``qsam_rise`` and the other figures of ``optimizer.diagnostics()`` are logged;
     - ``gradient_clip_val`` clips the pulled-back gradients, unless the optimizer has a ``max_grad_norm`` of its own;
     - what Lightning cannot do is refused before training: 16-mixed and ``accumulate_grad_batches`` run the closure
@@ -48,7 +52,8 @@ class LightningMixin(LightningModule):
 
         def closure() -> Any:
             self._qsam_pass += 1
-            loss = optimizer_closure()
+            with contextlib.nullcontext() if self._qsam_pass == 1 else _metrics_kept(self):
+                loss = optimizer_closure()
             results.append(optimizer_closure._result)  # type: ignore[attr-defined]
             return loss
 
@@ -99,6 +104,9 @@ class QuantizedTraining(Callback):
             return
         optimizers = [unwrap(optimizer) for optimizer in trainer.optimizers]
         _refuse_unsupported(trainer)
+        for optimizer in optimizers:
+            if pl_module not in optimizer.modules:
+                optimizer.modules.append(pl_module)
         if trainer.gradient_clip_val:
             for optimizer in optimizers:
                 _hand_clipping_on(optimizer, trainer)
@@ -109,6 +117,26 @@ class QuantizedTraining(Callback):
         if trainer.global_step % trainer.log_every_n_steps == 0 and pl_module.automatic_optimization:
             figures = unwrap(trainer.optimizers[0]).diagnostics()
             pl_module.log_dict({f"qsam_{name}": value for name, value in figures.items()})
+
+
+@contextlib.contextmanager
+def _metrics_kept(module: nn.Module) -> Iterator[None]:
+    """Put the attributes of every torchmetrics metric in ``module`` back at the end: its states are no buffers."""
+    metrics = [m for m in module.modules() if any(c.__module__.startswith("torchmetrics.") for c in type(m).__mro__)]
+    kept = [(metric, {name: _copied(value) for name, value in vars(metric).items()}) for metric in metrics]
+    try:
+        yield
+    finally:
+        for metric, attributes in kept:
+            vars(metric).clear()
+            vars(metric).update(attributes)
+
+
+def _copied(value: Any) -> Any:
+    """Return a state of a metric that is not written in place: a tensor, or a list of tensors that only grows."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    return list(value) if type(value) is list else value
 
 
 def _refuse_unsupported(trainer: Any) -> None:

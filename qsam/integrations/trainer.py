@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from qsam.attach import coverage_of
+from qsam.coverage import coverage_of
+from qsam.layers import unwrap_model
 from qsam.optim import QuantizedOptimizer, SQuAT, unwrap
 from qsam.optim.groups import needs_closure
-from qsam.policy import unwrap_model
 from qsam.slots import quantizer_parameters
 
 _log = logging.getLogger("qsam")

@@ -1,8 +1,8 @@
-"""The methods, one file each; importing this package registers them."""
+"""The methods, one file each, and their directions; importing this package registers them."""
 
-from qsam.optim.base import OPTIMIZERS, QuantizedOptimizer, register_optimizer
 from qsam.optim.directions import DIRECTIONS, Direction, register_direction
 from qsam.optim.joint import JointSAM
+from qsam.optim.optimizer import OPTIMIZERS, QuantizedOptimizer, register_optimizer
 from qsam.optim.qat import QAT
 from qsam.optim.sam import SAM
 from qsam.optim.saq import SAQ

@@ -1,31 +1,48 @@
-"""An optimizer's state: the merged view that schedulers and checkpoints read, and saving and loading it."""
+"""An optimizer's state: the merged view that schedulers and checkpoints read, and saving and loading it.
+
+The format is torch's own: ``state`` by index and ``param_groups``. Beside the base's entries a quantized weight has
+``qsam_latent`` and a scale has ``qsam_scale``. Facts about the whole run are entries ``qsam_...`` of the first group.
+"""
 
 from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from qsam.optim import state as packing
 from qsam.optim.groups import pointed_at_latents
-from qsam.optim.passes import Passes
-from qsam.slots import input_signs, set_input_signs
+from qsam.optim.scale_optimizer import restore_balance_, take_balance_
+from qsam.plan import FORMAT
+from qsam.shards import local
+from qsam.slots import set_signs, signs
 
 if TYPE_CHECKING:
+    from qsam.latent import Latents
+    from qsam.optim.perturbation import Perturbation
     from qsam.slots import ScaleSlot
 
+Group = dict[str, Any]
+Pairs = list[tuple[Tensor, Tensor]]
+"""Parameters, each with a saved tensor."""
 
-class Checkpoint(Passes):
+
+class Checkpoint:
     """The state of base, scales and latents as one optimizer's."""
 
+    _latents: Latents
+    base: Optimizer
+    perturbation: Perturbation | None
     scale_base: Optimizer | None
     scale_slots: list[ScaleSlot]
+    param_groups: list[Group]
     _state_created: bool
+    _refuse_inside_block: Callable[[str], None]
+    _start_passes: Callable[[], None]
     _optimizer_state_dict_pre_hooks: Any
     _optimizer_state_dict_post_hooks: Any
     _optimizer_load_state_dict_pre_hooks: Any
@@ -34,17 +51,18 @@ class Checkpoint(Passes):
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
-        if self.base.state or self._state_created or self.steps:  # plain SGD never has a state of its own
-            entries = self._entries()
+        # Plain SGD never has a state of its own.
+        if self.base.state or self._state_created or self.param_groups[0]["qsam_step"]:
+            entries = _entries(self)
             for group in self.param_groups:
                 merged.update({p: entries[id(p)] for p in group["params"] if entries[id(p)]})
         return merged
 
     @state.setter
     def state(self, value: Any) -> None:
-        """Refuse silently what torch's own ``__setstate__`` assigns: the state lives in the two optimizers."""
+        """Ignore what torch's own ``__setstate__`` assigns, because the state lives in the two optimizers."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return latents, scales, counters and both optimizers' state: tensors and plain Python types only.
@@ -53,20 +71,19 @@ class Checkpoint(Passes):
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("state_dict")
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        self.param_groups[0]["qsam_input_signs"] = input_signs(self.latents_of.coverage)
-        self._note_parameters()
-        if self.perturbation is not None and self.perturbation.kept_norm is not None:
-            self.param_groups[0]["qsam_kept_norm"] = float(self.perturbation.kept_norm)
-        packed = packing.pack(self.param_groups, self._entries())
-        with pointed_at_latents(self.base, self.latents_of):
+        first = self.param_groups[0]
+        first["qsam_parameters"] = _shapes(self)
+        first.update({key: value for key, (get, _) in _facts(self).items() if (value := get()) is not None})
+        packed = _pack(self.param_groups, _entries(self))
+        with pointed_at_latents(self.base, self._latents):
             own = self.base.state_dict()
         if set(own) != {"state", "param_groups"}:
             packed["qsam_base"] = own
-        owned = {id(p) for p in self._parameters()}
-        frozen = {s.path: s.latent.detach() for s in self.latents_of.slots if id(s.parameter) not in owned}
+        owned = {id(p) for group in self.param_groups for p in group["params"]}
+        frozen = {s.path: s.latent.detach() for s in self._latents.slots if id(s.parameter) not in owned}
         if frozen:
             packed["qsam_frozen"] = frozen
         for post_hook in self._optimizer_state_dict_post_hooks.values():
@@ -78,10 +95,10 @@ class Checkpoint(Passes):
         """Load what :meth:`state_dict` returned, or a bare base optimizer's. Load the model first, then this.
 
         The latents win over the model's weights and are written. A bare checkpoint has none: they start from the
-        model's present weights, which is said once.
+        model's present weights, and a warning says so.
 
         Raises:
-            TypeError: not a dict.
+            TypeError: ``state_dict`` is not a dict.
             ValueError: it does not fit; nothing has been changed then.
             RuntimeError: called inside a block.
         """
@@ -90,123 +107,329 @@ class Checkpoint(Passes):
             raise TypeError(
                 f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
             )
-        self.latents_of.settle(self.base)
+        self._latents.settle(self.base)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
-        if packing.is_plain(state_dict):
-            self._load_plain(state_dict)
+        if _is_plain(state_dict):
+            _load_plain(self, state_dict)
         else:
-            self._load(state_dict)
+            _load(self, state_dict)
         self._start_passes()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def _load(self, state_dict: dict[str, Any]) -> None:
-        self._note_parameters()
-        packing.check(state_dict, self.param_groups)
-        found = packing.entries(state_dict, self.param_groups, "qsam_latent")
-        scales = packing.entries(state_dict, self.param_groups, "qsam_scale")
-        weights = {id(slot.parameter): slot.path for slot in self.latents_of.slots}
-        packing.check_latents(self.param_groups, found, weights)
-        ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
-        theirs = [i for i, group in enumerate(self.param_groups) if "qsam_scales" in group]
-        self._load_base(state_dict.get("qsam_base") or packing.part(state_dict, ours), ours)
-        if self.scale_base is not None:
-            self.scale_base.load_state_dict(self._scale_state(state_dict, theirs))
-            for i, group in zip(theirs, self.scale_base.param_groups, strict=True):
-                self.param_groups[i].update({k: v for k, v in state_dict["param_groups"][i].items() if k != "params"})
-                group["params"] = self.param_groups[i]["params"]
-        by_parameter = {id(slot.parameter): slot for slot in self.latents_of.slots}
-        for p, value in found:
-            by_parameter.pop(id(p)).latent.copy_(value)
-        for s, value in scales:
-            s.copy_(value)
-        for slot in by_parameter.values():
-            self.latents_of.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
-        set_input_signs(self.latents_of.coverage, self.param_groups[0].get("qsam_input_signs", {}))
-        self._load_memories(state_dict)
-        self.latents_of.write()
 
-    def _scale_state(self, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
-        """Return the scale optimizer's state_dict; the state of a weight's scale rides in the entry of the weight."""
-        found = packing.part(state_dict, positions)
-        pairs = zip(self.param_groups, state_dict["param_groups"], strict=True)
-        index = {id(p): i for ours, saved in pairs for p, i in zip(ours["params"], saved["params"], strict=True)}
-        for slot in self.latents_of.slots:
-            entry = state_dict["state"].get(index.get(id(slot.parameter)), {})
-            for name, s in slot.quantizer.named_parameters():
-                prefix = f"qsam_{name}_"
-                own = {k.removeprefix(prefix): v for k, v in entry.items() if str(k).startswith(prefix)}
-                if own:
-                    found["state"][index[id(s)]] = own
-        return found
+# --- what is saved ------------------------------------------------------------------------------------------------
 
-    def _load_memories(self, state_dict: dict[str, Any]) -> None:
-        paths = {id(p): path for path, p in self.latents_of.root.named_parameters()}
-        for name, memory in self._memories().items():
+
+def _tensors(o: Checkpoint) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]], Callable[[Pairs], None]]]:
+    """Return how each kind of tensor is read, by the id of its parameter, and how what was saved is set."""
+    latents = {id(slot.parameter): slot.latent for slot in o._latents.slots}
+    paths = {id(p): path for path, p in o._latents.root.named_parameters()}
+
+    def copy(targets: Mapping[int, Tensor]) -> Callable[[Pairs], None]:
+        def put(pairs: Pairs) -> None:
+            for p, value in pairs:
+                targets[id(p)].copy_(value)
+
+        return put
+
+    def read(memory: dict[str, Tensor]) -> Callable[[], Mapping[int, Tensor]]:
+        return lambda: {i: memory[path] for i, path in paths.items() if path in memory}
+
+    def replace(memory: dict[str, Tensor]) -> Callable[[Pairs], None]:
+        def put(pairs: Pairs) -> None:
             memory.clear()
-            for p, value in packing.entries(state_dict, self.param_groups, name):
-                memory[paths[id(p)]] = value.detach().to(p.device, copy=True)
-        norm = self.param_groups[0].get("qsam_kept_norm")
-        if self.perturbation is not None and norm is not None:
-            self.perturbation.kept_norm = torch.tensor(norm)
+            memory.update({paths[id(p)]: value.detach().to(p.device, copy=True) for p, value in pairs})
 
-    def _load_plain(self, state_dict: dict[str, Any]) -> None:
-        ours = [i for i, group in enumerate(self.param_groups) if "qsam_scales" not in group]
-        first = {k: v for k, v in self.param_groups[0].items() if k.startswith("qsam_")}
-        packing.check(state_dict, [self.param_groups[i] for i in ours])
-        self._load_base(state_dict, ours)
-        for i in ours:
-            self.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
-        self.param_groups[0].update(first)
-        for slot in self.latents_of.slots:
-            self.latents_of.take_frozen(slot, None)
-        self.latents_of.write()
-        warnings.warn(
-            "this is a checkpoint of the bare base optimizer: the latents start from the model's present weights.",
-            UserWarning,
-            stacklevel=3,
+        return put
+
+    scales = {id(scale.parameter): scale.parameter.detach() for scale in o.scale_slots}
+    memories = {}
+    if o.perturbation is not None:
+        memories = {"qsam_direction": o.perturbation.direction.memory, "qsam_kept": o.perturbation.kept}
+    return {
+        "qsam_latent": (lambda: {i: w.detach() for i, w in latents.items()}, copy(latents)),
+        "qsam_scale": (lambda: scales, copy(scales)),
+        **{name: (read(memory), replace(memory)) for name, memory in memories.items()},
+    }
+
+
+def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
+    """Return how each fact about the run that lives outside the groups is read (None: there is none) and set."""
+    coverage, perturbation = o._latents.coverage, o.perturbation
+    facts: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
+        "qsam_input_signs": (lambda: signs(coverage), lambda found: set_signs(coverage, found)),
+    }
+    if perturbation is not None:
+        facts["qsam_kept_norm"] = (
+            lambda: None if perturbation.kept_norm is None else float(perturbation.kept_norm),
+            lambda norm: setattr(perturbation, "kept_norm", torch.tensor(norm, dtype=torch.float32)),
         )
+    return facts
 
-    def _note_parameters(self) -> None:
-        self.param_groups[0]["qsam_parameters"] = packing.parameter_shapes(self.param_groups, self.latents_of.root)
 
-    def _load_base(self, state_dict: dict[str, Any], positions: list[int]) -> None:
-        with pointed_at_latents(self.base, self.latents_of):
-            self.base.load_state_dict(state_dict)
-        for i, group in zip(positions, self.base.param_groups, strict=True):
-            self.param_groups[i] = group
+def _riders(o: Checkpoint) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
+    """Yield each weight with a scale of it, and the prefix under which the scale's state rides in the weight's entry.
 
-    def _entries(self) -> dict[int, dict[str, Any]]:
-        """Return every parameter's state by its id: the base's, the scales', and what qsam adds to them."""
-        keys = {id(slot.parameter): slot.latent for slot in self.latents_of.slots}
-        found: dict[int, dict[str, Any]] = {}
-        for group in self.param_groups:
-            for p in group["params"]:
-                found[id(p)] = dict(self.base.state.get(keys.get(id(p), p), {}))
-        states = {} if self.scale_base is None else self.scale_base.state
-        for scale in self.scale_slots:
-            found[id(scale.parameter)] = {**states.get(scale.parameter, {}), "qsam_scale": scale.parameter.detach()}
-        for slot in self.latents_of.slots:
-            entry = found.setdefault(id(slot.parameter), {})
-            entry["qsam_latent"] = slot.latent.detach()
-            # torch.distributed.checkpoint drops the state of what has no gradient: a weight's scale.
-            for name, s in slot.quantizer.named_parameters():
-                entry |= {f"qsam_{name}_{key}": value for key, value in states.get(s, {}).items()}
-                found[id(s)] = {"qsam_scale": s.detach()}
-        for entry in found.values():
-            # And it wants an entry for all that has one, where a base without state (plain SGD) has none.
-            if not entry:
-                entry["qsam_stateless"] = torch.zeros(())
-        for name, memory in self._memories().items():
-            for path, p in self.latents_of.root.named_parameters():
-                if path in memory and id(p) in found:
-                    found[id(p)][name] = memory[path]
-        return found
+    torch.distributed.checkpoint drops the state of a parameter that has no gradient, as the scale of a weight.
+    """
+    for slot in o._latents.slots:
+        for name, scale in slot.quantizer.named_parameters():
+            yield slot.parameter, scale, f"qsam_{name}_"
 
-    def _memories(self) -> dict[str, dict[str, Tensor]]:
-        """Return what the perturbation remembers from step to step, by kind and by the parameter's path."""
-        if self.perturbation is None:
-            return {}
-        return {"qsam_direction": self.perturbation.direction.memory, "qsam_kept": self.perturbation.kept}
+
+def _entries(o: Checkpoint) -> dict[int, dict[str, Any]]:
+    """Return every parameter's state by its id: the base's, the scales', and what qsam adds to them."""
+    keys = {id(slot.parameter): slot.latent for slot in o._latents.slots}
+    found = {id(p): dict(o.base.state.get(keys.get(id(p), p), {})) for group in o.param_groups for p in group["params"]}
+    states = {} if o.scale_base is None else o.scale_base.state
+    for scale in o.scale_slots:
+        found[id(scale.parameter)] = dict(states.get(scale.parameter, {}))
+    for weight, s, prefix in _riders(o):
+        found.setdefault(id(weight), {}).update({f"{prefix}{k}": v for k, v in found[id(s)].items()})
+        found[id(s)] = {}
+    for name, (get, _) in _tensors(o).items():
+        for i, tensor in get().items():
+            if i in found:
+                found[i][name] = tensor
+    for entry in found.values():
+        # torch.distributed.checkpoint wants an entry for all that has a gradient, and plain SGD has none.
+        if not entry:
+            entry["qsam_stateless"] = torch.zeros((), dtype=torch.float32)
+    return found
+
+
+def _pack(groups: Sequence[Group], entries: Mapping[int, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return ``{"state": ..., "param_groups": ...}`` with parameters replaced by indices in order."""
+    state: dict[int, Mapping[str, Any]] = {}
+    packed = []
+    index = 0
+    for group in groups:
+        indices = list(range(index, index + len(group["params"])))
+        packed.append({**{k: v for k, v in group.items() if k != "params"}, "params": indices})
+        state.update({i: entries[id(p)] for i, p in zip(indices, group["params"], strict=True) if entries[id(p)]})
+        index += len(indices)
+    return {"state": state, "param_groups": packed}
+
+
+def _shapes(o: Checkpoint) -> dict[str, str]:
+    """Return the shape of each Parameter of the base's groups by its path, in order, as "16x8"."""
+    paths = {id(p): path.replace("_orig_mod.", "") for path, p in o._latents.root.named_parameters()}
+    own = (p for group in o.param_groups if "qsam_scales" not in group for p in group["params"])
+    return {paths[id(p)]: "x".join(map(str, p.shape)) for p in own if id(p) in paths}
+
+
+# --- loading ------------------------------------------------------------------------------------------------------
+
+
+def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
+    o.param_groups[0]["qsam_parameters"] = _shapes(o)
+    _check(state_dict, o.param_groups)
+    saved = {name: _saved(state_dict, o.param_groups, name) for name in _tensors(o)}
+    _check_latents(o, saved["qsam_latent"])
+    groups: list[Group] = state_dict["param_groups"]
+    ours = [i for i, group in enumerate(o.param_groups) if "qsam_scales" not in group]
+    theirs = [i for i, group in enumerate(o.param_groups) if "qsam_scales" in group]
+    _load_base(o, state_dict.get("qsam_base") or _part(state_dict, ours), ours)
+    if o.scale_base is not None:
+        o.scale_base.load_state_dict(_scale_state(o, state_dict, theirs))
+        for i, group in zip(theirs, o.scale_base.param_groups, strict=True):
+            o.param_groups[i].update({k: v for k, v in groups[i].items() if k != "params"})
+            group["params"] = o.param_groups[i]["params"]
+    for name, (_, put) in _tensors(o).items():
+        put(saved[name])
+    loaded = {id(p) for p, _ in saved["qsam_latent"]}
+    for slot in o._latents.slots:
+        if id(slot.parameter) not in loaded:
+            o._latents.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
+    for key, (_, put_fact) in _facts(o).items():
+        if key in o.param_groups[0]:
+            put_fact(o.param_groups[0][key])
+    for slot in o._latents.slots:
+        slot.take_loaded_scale()
+    older = [
+        o.param_groups[i] for i in theirs if "qsam_balance" in o.param_groups[i] and "qsam_balance" not in groups[i]
+    ]
+    restore_balance_(older, o.base, o._latents.slots)
+    o._latents.write()
+
+
+def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
+    ours = [i for i, group in enumerate(o.param_groups) if "qsam_scales" not in group]
+    first = {k: v for k, v in o.param_groups[0].items() if k.startswith("qsam_")}
+    _check(state_dict, [o.param_groups[i] for i in ours])
+    _load_base(o, state_dict, ours)
+    for i in ours:
+        o.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
+    o.param_groups[0].update(first)
+    for slot in o._latents.slots:
+        o._latents.take_frozen(slot, None)
+    balance_present_weights(o)
+    o._latents.write()
+    warnings.warn(
+        "this is a checkpoint of the bare base optimizer: the latents start from the model's present weights.",
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def balance_present_weights(o: Checkpoint) -> None:
+    """Take the balance of the scales' rates again, because the latents are new."""
+    take_balance_([group for group in o.param_groups if "qsam_balance" in group], o.base, o._latents.slots)
+
+
+def _load_base(o: Checkpoint, state_dict: dict[str, Any], positions: list[int]) -> None:
+    with pointed_at_latents(o.base, o._latents):
+        o.base.load_state_dict(state_dict)
+    for i, group in zip(positions, o.base.param_groups, strict=True):
+        o.param_groups[i] = group
+
+
+def _scale_state(o: Checkpoint, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
+    """Return the scale optimizer's state_dict, with the state that rides in the entries of the weights."""
+    found = _part(state_dict, positions)
+    pairs = zip(o.param_groups, state_dict["param_groups"], strict=True)
+    index = {id(p): i for ours, saved in pairs for p, i in zip(ours["params"], saved["params"], strict=True)}
+    for weight, s, prefix in _riders(o):
+        entry = state_dict["state"].get(index.get(id(weight)), {})
+        if own := {k.removeprefix(prefix): v for k, v in entry.items() if str(k).startswith(prefix)}:
+            found["state"][index[id(s)]] = own
+    return found
+
+
+def _part(state_dict: Mapping[str, Any], picked: Sequence[int]) -> dict[str, Any]:
+    """Return the state_dict of one underlying optimizer: some of the groups, without qsam's own entries.
+
+    A parameter that its optimizer has not stepped yet has no entry there (Adam refuses an empty one).
+    """
+    groups = [state_dict["param_groups"][i] for i in picked]
+    indices = {i for group in groups for i in group["params"]}
+    state = {}
+    for i, entry in state_dict["state"].items():
+        own = {k: v for k, v in entry.items() if not str(k).startswith("qsam_")}
+        if i in indices and own:
+            state[i] = own
+    return {"state": state, "param_groups": groups}
+
+
+def _saved(state_dict: Mapping[str, Any], groups: Sequence[Group], name: str) -> Pairs:
+    """Return every parameter whose saved state holds ``name``, with the saved tensor."""
+    found = []
+    for group, saved in zip(groups, state_dict["param_groups"], strict=True):
+        for p, i in zip(group["params"], saved["params"], strict=True):
+            value = state_dict["state"].get(i, {}).get(name)
+            if value is not None:
+                if value.shape != p.shape:
+                    raise ValueError(
+                        f"a saved {name} has shape {tuple(value.shape)}, its parameter {tuple(p.shape)}: another model."
+                    )
+                found.append((p, value))
+    return found
+
+
+# --- what does not fit --------------------------------------------------------------------------------------------
+
+
+def _is_plain(state_dict: Mapping[str, Any]) -> bool:
+    """Whether this is a checkpoint of a bare base optimizer, not one of qsam's."""
+    groups = state_dict.get("param_groups")
+    first = groups[0] if isinstance(groups, Sequence) and groups else {}
+    return not isinstance(first, Mapping) or "qsam_step" not in first
+
+
+def _check(state_dict: Mapping[str, Any], groups: Sequence[Group]) -> None:
+    """Refuse a checkpoint that does not fit, before anything is changed: name the first difference."""
+    for key in ("state", "param_groups"):
+        if key not in state_dict:
+            raise ValueError(f"the checkpoint has no {key!r}: it is not an optimizer's state_dict.")
+    saved = state_dict["param_groups"]
+    if not isinstance(saved, Sequence) or not all(isinstance(g, Mapping) and "params" in g for g in saved):
+        raise ValueError("the checkpoint's 'param_groups' is no list of groups: it is not an optimizer's state_dict.")
+    if saved and (number := saved[0].get("qsam_format", FORMAT)) != FORMAT:
+        raise ValueError(f"the checkpoint has qsam_format {number!r}; this qsam reads {FORMAT}: install a newer qsam.")
+    if len(saved) != len(groups):
+        raise ValueError(
+            f"the checkpoint has {len(saved)} parameter groups, this optimizer {len(groups)}: build "
+            "it as it was built then."
+        )
+    for i, (ours, theirs) in enumerate(zip(groups, saved, strict=True)):
+        if len(ours["params"]) != len(theirs["params"]):
+            raise ValueError(
+                f"group {i} has {len(theirs['params'])} parameters in the checkpoint and "
+                f"{len(ours['params'])} here: it is "
+                "of another model, or other parameters are trainable."
+            )
+    if not _is_plain(state_dict):
+        _check_quantizers(saved[0].get("qsam_quantizers", {}), groups[0].get("qsam_quantizers", {}))
+        _check_parameters(saved[0].get("qsam_parameters", {}), groups[0].get("qsam_parameters", {}))
+        _check_optimizers(saved, groups)
+
+
+def _check_quantizers(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    for path in [*ours, *theirs]:
+        if theirs.get(path) != ours.get(path):
+            raise ValueError(
+                f"{path!r} is {ours.get(path, 'float')} here and {theirs.get(path, 'float')} in the checkpoint: call "
+                "quantize_ as it was called then, or with `spec`."
+            )
+
+
+def _check_parameters(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
+    """Compare the parameters one by one: state goes by position, and must not land in another parameter."""
+    if not (theirs and ours):
+        return
+    for (path, shape), (their_path, their_shape) in zip(ours.items(), theirs.items(), strict=True):
+        if path != their_path:
+            raise ValueError(
+                f"{path!r} here has the place of {their_path!r} in the checkpoint: it is of another model, or its "
+                "parameters were given in another order."
+            )
+        if shape != their_shape:
+            raise ValueError(f"{path!r} has shape {shape} here and {their_shape} in the checkpoint: another model.")
+
+
+def _check_optimizers(saved: Sequence[Group], groups: Sequence[Group]) -> None:
+    theirs, ours = saved[0].get("qsam_base_class"), groups[0].get("qsam_base_class")
+    if theirs is not None and theirs != ours:
+        raise ValueError(
+            f"the checkpoint is of the base optimizer {theirs}, this one is {ours}: build it as it was built then."
+        )
+    for group, other in zip(groups, saved, strict=True):
+        if "qsam_scales" in group:
+            ours = group["qsam_scale_class"]
+            # A file written before the class was noted tells balanced rates from given ones by their setting.
+            theirs = other.get("qsam_scale_class", "BalancedSGD" if "normalized" in other else None)
+            if theirs != ours and (theirs is not None or ours == "BalancedSGD"):
+                raise ValueError(
+                    f"the checkpoint's scales were stepped by {theirs or 'another optimizer'}, and are by {ours} here: "
+                    "give `scale_lr` and `scale_optimizer` as they were given then (scale_lr=None is BalancedSGD)."
+                )
+
+
+def _check_latents(o: Checkpoint, saved: Pairs) -> None:
+    """Refuse a checkpoint that lacks the latent of a trainable quantized weight."""
+    there = {id(p) for p, _ in saved}
+    owned = {id(p) for group in o.param_groups for p in group["params"]}
+    for slot in o._latents.slots:
+        p = slot.parameter
+        if p.requires_grad and id(p) in owned and id(p) not in there:
+            raise ValueError(
+                f"the checkpoint has no latent of {slot.path!r}: its full-precision weights are lost. Save the "
+                "whole optimizer.state_dict()."
+            )
+
+
+# --- how torch.distributed.checkpoint creates a state -------------------------------------------------------------
+
+
+def all_lr_zero(groups: Sequence[Group]) -> bool:
+    """Whether every group's learning rate is 0: how torch.distributed.checkpoint creates an optimizer's state."""
+    return all("lr" in group and float(group["lr"]) == 0.0 for group in groups)
+
+
+def no_gradient_but_zeros(groups: Sequence[Group]) -> bool:
+    """Whether the gradients are all exactly zero (and there are some)."""
+    grads = [p.grad for group in groups for p in group["params"] if p.grad is not None]
+    return bool(grads) and not any(bool(torch.count_nonzero(local(g))) for g in grads)

@@ -53,17 +53,26 @@ def perturbation_figures(latents: Latents) -> dict[str, float]:
     }
 
 
-def unseen_inputs(coverage: Coverage) -> list[str]:
-    """Return the layers whose weight has a gradient while their input quantizer, unlike others, has seen no batch.
+def unseen_inputs(coverage: Coverage | None) -> str:
+    """Return a warning if a weight has a gradient while its layer's input quantizer, unlike others, has seen no batch.
 
-    A module may use the weight of a layer without calling it: then the layer's pre-hook never runs.
+    A module may use the weight of a layer without calling it: then the layer's pre-hook never runs. Otherwise the text
+    is empty.
     """
-    rows = [(row, row.quantizer) for row in coverage.inputs if row.quantizer is not None]
-    if not any(quantizer.calibrated for _, quantizer in rows):
-        return []  # gradients that somebody made without a forward
+    rows = [(row, q) for row in (coverage.inputs if coverage is not None else ()) if (q := row.quantizer) is not None]
+    if coverage is None or not any(quantizer.calibrated for _, quantizer in rows):
+        return ""  # gradients that somebody made without a forward
     used = {id(row.module) for row in coverage.quantized if getattr(row.module, row.attr).grad is not None}
     unseen = [(row, q) for row, q in rows if not q.calibrated and id(row.module) in used]
-    return [shown(row.name) for row, quantizer in unseen if not was_passed_as_float(quantizer)]
+    layers = [shown(row.name) for row, quantizer in unseen if not was_passed_as_float(quantizer)]
+    if not layers:
+        return ""
+    named = ", ".join(layers[:5]) + (", ..." if len(layers) > 5 else "")
+    return (
+        f"the first step used the weight of {named} without calling the layer (or with a PackedSequence): its input "
+        "stays float, and DistributedDataParallel would wait for its scale. Give quantize_ a rule for it, with "
+        "{'activations': None}."
+    )
 
 
 def _noise(slot: Slot) -> Tensor:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
 from qsam.latent import Latents
@@ -133,18 +133,42 @@ def _exchange(base: Optimizer, table: dict[int, nn.Parameter]) -> None:
         group["params"][:] = [table.get(id(p), p) for p in group["params"]]
 
 
+def without_scales(param_group: dict[str, Any], latents: Latents) -> dict[str, Any]:
+    """Return a group to be added, without the scales among its parameters, and say how many were left out.
+
+    Args:
+        param_group: As torch takes it: ``"params"`` is a Parameter, or an iterable of Parameters or of pairs
+            (name, Parameter).
+        latents: The model's latents.
+    """
+    group = dict(param_group)
+    if isinstance(group["params"], Iterable) and not isinstance(group["params"], set):
+        scales = {id(p) for p in quantizer_parameters(latents.root)}
+        given = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        kept = [p for p in given if id(p[1] if isinstance(p, tuple) else p) not in scales]
+        group["params"] = kept
+        _say_moved(len(given) - len(kept), stacklevel=4)
+    return group
+
+
 def _strip_scales(base: Optimizer, scales: set[int]) -> None:
     found = 0
     for group in base.param_groups:
-        kept = [p for p in group["params"] if id(p) not in scales]
+        kept = [i for i, p in enumerate(group["params"]) if id(p) not in scales]
         found += len(group["params"]) - len(kept)
-        group["params"][:] = kept  # in place: LBFGS and wrappers hold on to the list
-    if found:
+        for key in ("params", "param_names"):
+            if key in group:
+                group[key][:] = [group[key][i] for i in kept]  # in place: LBFGS and wrappers hold on to the list
+    _say_moved(found, stacklevel=6)
+
+
+def _say_moved(count: int, stacklevel: int) -> None:
+    if count:
         warnings.warn(
-            f"{found} scales were in the base optimizer's groups and are moved to the scale optimizer: they step with "
+            f"{count} scales were in the base optimizer's groups and are moved to the scale optimizer: they step with "
             "`scale_lr`.",
             UserWarning,
-            stacklevel=5,
+            stacklevel=stacklevel,
         )
 
 

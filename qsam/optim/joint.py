@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from qsam.optim.base import register_optimizer
 from qsam.optim.groups import Base
-from qsam.optim.two_pass import TwoPass
+from qsam.optim.optimizer import QuantizedOptimizer, register_optimizer
 
 
 @register_optimizer("joint")
-class JointSAM(TwoPass):
+class JointSAM(QuantizedOptimizer):
     """SAM on the quantized weights with one joint step of w and s, and no clip mask on dw.
 
-    With ``ste="clipped"`` it is bitwise :class:`~qsam.SAQ`, case 3. Arguments as
-    :class:`~qsam.optim.two_pass.TwoPass`, but ``ste="identity"`` by default.
+    With ``ste="clipped"`` it is bitwise :class:`~qsam.SAQ`, case 3. The arguments are those of
+    :class:`~qsam.optim.optimizer.QuantizedOptimizer`, with ``ste="identity"`` by default.
 
     References:
         Wang et al., SQuAT, arXiv 2210.07171, Eq 5 to 7.

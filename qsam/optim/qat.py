@@ -1,42 +1,34 @@
-"""QAT: quantization-aware training, one pass a step.
+"""QAT: quantization-aware training, one pass per step.
 
 g = dL/dQ at Q(w);   (dw, ds) = VJP of Q;   w and s step
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim import SGD, Optimizer
+from torch import Tensor, nn
 
-from qsam.optim.base import QuantizedOptimizer, register_optimizer
 from qsam.optim.groups import Base, needs_closure, pointed_at_model
-from qsam.optim.ranks import DataParallel
-from qsam.optim.scale_rates import ScaleRate
-from qsam.optim.update import Closure
-
-_SAM_ONLY = {"rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope"}
+from qsam.optim.optimizer import Closure, QuantizedOptimizer, register_optimizer
+from qsam.optim.options import PERTURBATION_KEYWORDS
+from qsam.slots import Slot
 
 
 @register_optimizer("qat")
 class QAT(QuantizedOptimizer):
-    """Plain quantization-aware training round any torch optimizer; with the quantizer ``lsq`` this is LSQ.
+    """Plain quantization-aware training around any torch optimizer; with the quantizer ``lsq`` this is LSQ.
 
     Args:
-        model: The model; a plain one is quantized with the defaults of :func:`qsam.quantize_`.
-        base: A torch Optimizer class, given ``arguments``, or an instance.
-        ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
-        rng: Of no effect with one pass; here so that methods are exchanged by name.
-        max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
-        ddp: False where the processes of a group each train a model of their own. None: they train copies of this one.
-        params: Parameters or groups for a base class; all trainable ones by default.
-        scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at
-            which a scale keeps pace with the weights; see :mod:`qsam.optim.scale_rates`.
-        scale_optimizer: The scales' optimizer class.
-        arguments: The base's own keywords.
+        model: As :class:`~qsam.optim.optimizer.QuantizedOptimizer`.
+        base: As there. One that calls its closure by itself (LBFGS) is allowed.
+        options: As there, without those of the perturbation. ``rng``, ``modules`` and ``skip_unused_gradients`` have no
+            effect on a method of one pass; they are accepted, so that methods are exchanged by name.
+
+    Raises:
+        TypeError: An option of the perturbation is given.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 1))
@@ -53,50 +45,29 @@ class QAT(QuantizedOptimizer):
         Esser et al., Learned Step Size Quantization, ICLR 2020.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        base: Base,
-        *,
-        ste: str = "clipped",
-        rng: str = "shared",
-        max_grad_norm: float | None = None,
-        ddp: DataParallel = None,
-        params: Iterable[Any] | None = None,
-        scale_lr: ScaleRate = None,
-        scale_optimizer: type[Optimizer] = SGD,
-        **arguments: Any,
-    ) -> None:
-        if taken := sorted(_SAM_ONLY & set(arguments)):
-            raise TypeError(f"QAT has no perturbation and takes no {taken}: use SAQ or SQuAT, or drop them.")
-        super().__init__(
-            model, base, perturbation=None, rho=0.0, ste=ste, rng=rng, max_grad_norm=max_grad_norm, ddp=ddp,
-            params=params, scale_lr=scale_lr, scale_optimizer=scale_optimizer, arguments=arguments,
-            ours={"ste", "rng", "max_grad_norm", "ddp", "params", "scale_lr", "scale_optimizer"},
-        )  # fmt: skip
+    perturbs = False
 
-    def _run(self, closure: Closure) -> Any:
-        self._meet()
-        if needs_closure(self.base):
-            return self._let_base_call(closure)
-        with self._plain_pass():
-            loss = closure()
-        self._note_loss("loss", loss)
-        self._finish_step()
-        return loss
+    def __init__(self, model: nn.Module, base: Base, **options: Any) -> None:
+        if taken := sorted(set(PERTURBATION_KEYWORDS) & set(options)):
+            raise TypeError(f"QAT has no perturbation and takes no {taken}: use SAQ or SQuAT, or drop them.")
+        super().__init__(model, base, **options)
+
+    def _walk(self, closure: Closure) -> Any:
+        return self._let_base_call(closure) if needs_closure(self.base) else super()._walk(closure)
 
     @torch.no_grad()
     def _let_base_call(self, closure: Closure) -> Any:
         """Step a base that calls the closure itself (LBFGS): each call sees Q(w) and leaves dw on the latents."""
-        latents, scale_grads = self.latents_of, {}
-        self._check_guard()
+        latents = self._latents
+        scale_grads: dict[int, Tensor] = {}
+        self._check_weights()
 
         def evaluate() -> Any:
             nonlocal scale_grads
             with pointed_at_model(self.base, latents):
                 latents.write()
-                self._clear_gradients()
-                with torch.enable_grad(), latents.noise("step", self._look):
+                self._drop_gradients()
+                with torch.enable_grad(), latents.noise("step", self._check_for_foreign_writes):
                     loss = closure()
                 scale_grads = self._pull_back(self._differentiate)
             self._clip()
@@ -109,3 +80,14 @@ class QAT(QuantizedOptimizer):
         self._note_loss("loss", loss)
         self._count_step()
         return loss
+
+    def _differentiate(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
+        """Put dw on each latent, and leave p as it is."""
+        for slot in slots:
+            assert slot.parameter.grad is not None
+            dw, ds = self._latents.pull_back(slot, slot.parameter.grad)
+            if self.ste == "clipped":
+                slot.latent.grad, slot.parameter.grad = dw, None
+            else:
+                self._take_unmasked(slot)
+            yield ds

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from qsam.policy import unwrap_model
+from qsam.layers import unwrap_model
 from qsam.shards import in_process_group
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ class Ranks:
             groups: Its parameter groups; balanced rates of scales come from the weights, which may have differed.
 
         Raises:
-            RuntimeError: on all ranks, if they are at different steps, or a scheduler has noted different rates.
+            RuntimeError: on all ranks, if they are at different steps.
         """
         group = self.group
         if group is None or group is self._met or latents.sharded:
@@ -101,7 +101,6 @@ class Ranks:
             )
         for tensor in _owned(latents):
             _broadcast(tensor, group)
-        _share_signs(latents, group, device)
         _share_rates([g for g in groups if "qsam_scales" in g], group, device)
         self._met, self._unverified = group, True
 
@@ -110,7 +109,7 @@ class Ranks:
         group = self.group
         if group is None or latents.sharded:
             return flag
-        seen = torch.tensor([float(flag)], device=_device(latents))
+        seen = torch.tensor([int(flag)], device=_device(latents))
         distributed.all_reduce(seen, distributed.ReduceOp.MAX, group)
         return bool(seen)
 
@@ -174,29 +173,13 @@ def _owned(latents: Latents) -> Iterable[Tensor]:
         yield from quantizer.state_dict(keep_vars=True).values()
 
 
-def _share_signs(latents: Latents, group: distributed.ProcessGroup, device: torch.device) -> None:
-    """Give all ranks rank 0's signs of inputs: plain Python flags, which no broadcast of tensors reaches."""
-    codes: dict[bool | None, int] = {None: -1, False: 0, True: 1}
-    inputs = latents.input_quantizers
-    flags = torch.tensor([[codes[q.signed], q.calibrated] for q in inputs], dtype=torch.int64, device=device)
-    _broadcast(flags, group)
-    for quantizer, (sign, calibrated) in zip(inputs, flags.tolist(), strict=True):
-        quantizer.signed = None if sign < 0 else bool(sign)
-        quantizer.calibrated = bool(calibrated)
-
-
 def _share_rates(groups: Sequence[dict[str, Any]], group: distributed.ProcessGroup, device: torch.device) -> None:
-    rates = torch.tensor([float(g["lr"]) for g in groups], dtype=torch.float64, device=device)
-    if not groups or _equal(rates, group):
-        return
-    if any("initial_lr" in g for g in groups):
-        raise RuntimeError(
-            "the ranks' weights differed when the scales' rates were taken from them, and a scheduler has noted the "
-            "rates: build the optimizer after DistributedDataParallel, seed the ranks alike, or give `scale_lr`."
-        )
-    _broadcast(rates, group)
-    for g, rate in zip(groups, rates.tolist(), strict=True):
-        g["lr"] = rate
+    """Give all ranks rank 0's balance of the scales' rates: it was taken from weights that may have differed."""
+    balanced = [g for g in groups if "qsam_balance" in g]
+    numbers = torch.tensor([[g["qsam_balance"], g["lr"]] for g in balanced], dtype=torch.float64, device=device)
+    _broadcast(numbers, group)
+    for g, (balance, lr) in zip(balanced, numbers.tolist(), strict=True):
+        g.update(qsam_balance=balance, lr=lr)
 
 
 @torch.no_grad()

@@ -9,17 +9,16 @@ from typing import Any
 
 from torch import nn
 
-from qsam.optim.base import register_optimizer
 from qsam.optim.groups import Base
-from qsam.optim.two_pass import TwoPass
+from qsam.optim.optimizer import QuantizedOptimizer, register_optimizer
 
 
 @register_optimizer("sam")
-class SAM(TwoPass):
-    """SAM round any torch optimizer, without quantizers: the float baseline of the tables.
+class SAM(QuantizedOptimizer):
+    """SAM around any torch optimizer, without quantizers: the float baseline of the tables.
 
-    Arguments as :class:`~qsam.optim.two_pass.TwoPass`; every trainable parameter is perturbed (``perturb="all"``), and
-    those that concern scales have no effect.
+    The arguments are those of :class:`~qsam.optim.optimizer.QuantizedOptimizer`. Every trainable parameter is perturbed
+    (``perturb="all"``), and the arguments that concern scales have no effect.
 
     References:
         Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, ICLR 2021.

@@ -14,17 +14,16 @@ from typing import Any
 
 from torch import nn
 
-from qsam.optim.base import register_optimizer
 from qsam.optim.groups import Base
-from qsam.optim.two_pass import TwoPass
+from qsam.optim.optimizer import QuantizedOptimizer, register_optimizer
 
 
 @register_optimizer("saq")
-class SAQ(TwoPass):
+class SAQ(QuantizedOptimizer):
     """Sharpness-aware quantization: SAM on the quantized weights, w and s stepping together from the second pass.
 
     Args:
-        model: As :class:`~qsam.optim.two_pass.TwoPass`, as are all ``options``.
+        model: As :class:`~qsam.optim.optimizer.QuantizedOptimizer`, as are all ``options``.
         base: As there.
         case: 1, 2 or 3; see the module. In case 1 the clip mask zeroes entries of e that the loss would feel; in case 2
             a small e is rounded away, and e is kept until the update (one copy of the weights).

@@ -1,4 +1,4 @@
-"""What a pass of a step leaves behind besides gradients: buffers and random states, kept and put back.
+"""The buffers and random states that a pass of a step moves, kept and put back.
 
 Of all passes of a step only the first may move BatchNorm statistics, counters and random number generators. BatchNorm's
 ``momentum`` is never touched: that would recompile the model and miss ``num_batches_tracked``.
@@ -8,18 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import sys
-from collections.abc import Iterator
+import types
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+_LONGEST_PATH = 4
+_LONGEST_CONTAINER = 64
+_FOLLOWED = (types.FunctionType, types.MethodType, functools.partial, list, tuple, dict)
+_OPAQUE = (type, types.ModuleType, Tensor, torch.optim.Optimizer)
+
 
 @dataclasses.dataclass(frozen=True)
 class RandomState:
-    """The states of Python's, torch's CPU and all CUDA generators, and of NumPy's global one where it is in use."""
+    """The states of Python's, torch's CPU and all CUDA generators, and of NumPy's global one if NumPy is in use."""
 
     python: Any
     cpu: Tensor
@@ -58,23 +65,87 @@ def same_random_numbers(start: RandomState | None) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Put every buffer of the model back at the end: identity, and values where they may have been written.
+def buffers_kept(*models: nn.Module) -> Iterator[None]:
+    """Put every buffer of the models back at the end: identity, and values if they may have been written.
 
     BatchNorm writes its statistics without counting a version, so the version alone tells too little; comparing values
-    would wait for the device. An expanded buffer cannot be written, and is not.
+    would wait for the device. An expanded buffer cannot be written, and is not. A buffer made under ``inference_mode``
+    has no version and can only be written under it.
     """
+    modules = dict.fromkeys(module for model in models for module in model.modules())
     kept = [
-        (module, name, buffer, buffer._version, buffer.clone())
-        for module in model.modules()
+        (module, name, buffer, _version(buffer), buffer.clone())
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for module, name, buffer, version, values in kept:
-                if buffer._version != version or (buffer.is_floating_point() and buffer.is_contiguous()):
+        for module, name, buffer, version, values in kept:
+            if _version(buffer) != version or _is_written_unseen(buffer):
+                with torch.inference_mode(buffer.is_inference()), torch.no_grad():
                     buffer.copy_(values)
-                module._buffers[name] = buffer
+            module._buffers[name] = buffer
+
+
+def _version(buffer: Tensor) -> int | None:
+    return None if buffer.is_inference() else buffer._version
+
+
+def _is_written_unseen(buffer: Tensor) -> bool:
+    """Whether somebody may write the values without a trace in the version."""
+    if buffer.layout != torch.strided:  # nothing of torch's writes the statistics of a layer into a sparse tensor
+        return buffer.is_inference()
+    return (buffer.is_floating_point() and buffer.is_contiguous()) or buffer.is_inference()
+
+
+def modules_of(function: Any) -> list[nn.Module]:
+    """Return the modules that a function refers to: a discriminator, a teacher, a frozen encoder.
+
+    The search follows variables of enclosing functions, globals that the function names, default arguments, bound
+    methods, ``functools.partial``, short lists, tuples and dicts, and the attributes of one object, over at most four
+    references. A module stands for all its submodules.
+
+    Args:
+        function: A closure, or any object that is called like one.
+    """
+    modules: list[nn.Module] = []
+    seen: set[int] = set()
+    level = [(function, True)]
+    for _ in range(_LONGEST_PATH + 1):
+        below: list[tuple[Any, bool]] = []
+        for value, into_objects in level:
+            if id(value) in seen:
+                continue
+            seen.add(id(value))
+            if isinstance(value, nn.Module):
+                modules.append(value)
+            elif isinstance(value, _FOLLOWED):
+                below += [(inner, into_objects) for inner in _references(value)]
+            elif into_objects and not isinstance(value, _OPAQUE):
+                below += [(inner, False) for inner in vars(value).values()] if hasattr(value, "__dict__") else []
+        level = below
+    return modules
+
+
+def _references(value: Any) -> Iterable[Any]:
+    """Return the objects that a function, a bound method, a partial or a short container refers to."""
+    if isinstance(value, types.MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, *value.args, *value.keywords.values()
+    if isinstance(value, types.FunctionType):
+        if str(value.__module__).partition(".")[0] == "torch":
+            return ()
+        named = (value.__globals__.get(name) for name in value.__code__.co_names)
+        return [*_contents(value), *(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *named]
+    if len(value) > _LONGEST_CONTAINER:
+        return ()
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
+def _contents(function: types.FunctionType) -> Iterator[Any]:
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # a variable that has no value yet
+            yield cell.cell_contents

@@ -1,10 +1,15 @@
-"""The optimizer inside the wrappers that training frameworks put round it."""
+"""The optimizer inside the wrappers of training frameworks, and its scales as an optimizer of their own."""
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
 
-from qsam.optim.base import QuantizedOptimizer
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from qsam.optim.optimizer import QuantizedOptimizer
 
 _INSIDE = ("_optimizer", "optimizer")
 """Where Lightning and Accelerate keep what they wrap."""
@@ -14,7 +19,7 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
     """Return the qsam optimizer inside Accelerate's or Lightning's wrappers, or the optimizer itself.
 
     The wrappers pass ``step`` and ``state_dict`` on; the blocks, ``latents()`` and ``diagnostics()`` are called on what
-    this returns. Wrappers round wrappers are followed.
+    this returns. Wrappers around wrappers are followed.
 
     Args:
         optimizer: A qsam optimizer, an ``AcceleratedOptimizer``, a ``LightningOptimizer``, or any object that keeps
@@ -39,7 +44,7 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
         found = [vars(inner)[name] for name in _INSIDE if name in getattr(inner, "__dict__", {})]
         if not found or any(found[0] is known for known in seen):
             raise TypeError(
-                f"`optimizer` must be a qsam optimizer or a wrapper round one, got {type(optimizer).__name__}: "
+                f"`optimizer` must be a qsam optimizer or a wrapper around one, got {type(optimizer).__name__}: "
                 "build it as in `optimizer = qsam.SQuAT(model, AdamW)`."
             )
         inner = found[0]
@@ -48,5 +53,55 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
 
 
 def _is_ours(optimizer: Any) -> bool:
+    from qsam.optim.optimizer import QuantizedOptimizer  # which gives each optimizer the class below
+
     # Lightning's proxy borrows the class of what it wraps, and has no state of its own.
-    return isinstance(optimizer, QuantizedOptimizer) and "latents_of" in vars(optimizer)
+    return isinstance(optimizer, QuantizedOptimizer) and "_latents" in vars(optimizer)
+
+
+class ScaleFacade(Optimizer):
+    """``optimizer.scales``: what ``GradScaler`` needs to unscale and step the scales by themselves.
+
+    Its one group holds everything that has a gradient in the scales' pass; its ``step`` is ``step_scales``.
+    """
+
+    def __init__(self, owner: QuantizedOptimizer) -> None:
+        self.__setstate__({"owner": owner, "defaults": {}, "state": defaultdict(dict)})
+
+    @property
+    def owner(self) -> QuantizedOptimizer:
+        """The optimizer. The reference is weak, so that an optimizer that is thrown away is freed at once.
+
+        Raises:
+            RuntimeError: It has been thrown away.
+        """
+        if (owner := self._owner()) is None:
+            raise RuntimeError("the optimizer of these scales is gone: keep it, and use its `optimizer.scales`.")
+        return owner
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+        """All tensors that have gradients.
+
+        Raises:
+            RuntimeError: between the passes of ``perturbation_scope="rank"``.
+        """
+        if self.owner.ranks.scope == "rank" and self.owner._gradients_of == "first_pass":
+            raise RuntimeError(
+                "a GradScaler would judge each rank's own first pass, and ranks could part ways: with "
+                "perturbation_scope='rank' and schedule='fused' use bf16 autocast, or another schedule."
+            )
+        return [{"params": [p for p in self.owner._parameters() if p.requires_grad], "lr": 0.0}]
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Step the scales."""
+        self.owner.step_scales()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep the owner."""
+        return {"owner": self.owner, "defaults": {}, "state": self.state}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Refer to the owner weakly again."""
+        self._owner = weakref.ref(state["owner"])
+        super().__setstate__({key: value for key, value in state.items() if key != "owner"})

@@ -1,12 +1,12 @@
 """The quantizers, one file each; importing this package registers them."""
 
-from qsam.quantizers.base import QUANTIZERS, Quantizer, list_quantizers, register_quantizer
+from qsam.quantizers.base import QUANTIZERS, Quantizer, Spec, build_quantizer, list_quantizers, register_quantizer
 from qsam.quantizers.diffq import DiffQ
 from qsam.quantizers.fixed_step import FixedStep
 from qsam.quantizers.gobo import GOBO
 from qsam.quantizers.identity import Identity
 from qsam.quantizers.liq import LIQ
-from qsam.quantizers.lsq import LSQ, PerChannel
+from qsam.quantizers.lsq import LSQ
 from qsam.quantizers.lsq_plus import LSQPlus
 from qsam.quantizers.lsq_statistics import LSQStatistics
 from qsam.quantizers.minmax_ema import MinMaxEMA
@@ -30,12 +30,13 @@ __all__ = [
     "LSQStatistics",
     "MinMaxEMA",
     "Noise",
-    "PerChannel",
     "PerToken",
     "QBert",
     "Quantizer",
+    "Spec",
     "Stochastic",
     "Stretched",
+    "build_quantizer",
     "list_quantizers",
     "register_quantizer",
 ]

@@ -11,6 +11,7 @@ The offset is 0 or 1/2; (low, high) are where the straight-through gradient stop
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any, NamedTuple
 
@@ -136,8 +137,31 @@ class Affine(LSQ):
             return self.forward(x[None])[0]
         return self._ungroup(_Affine.apply(self._group(x), self.scale, self.shift, self.rule(x)), x)
 
+    def gradient_scale(self, count: int) -> float:
+        """Return LSQ's factor where the gradient carries it."""
+        return lsq_grad_scale(count, self.quant_max + self.offset) if self.normalizes else 1.0
+
     def grid(self, x: Tensor) -> None:
         """Return None: the fused kernels compute LSQ's grid and gradient, and this is another."""
+
+    @torch.no_grad()
+    def complete_(self, w: Tensor) -> bool:
+        """Set the scales of rows that were zeros and no longer are; return whether nothing is missing."""
+        if not bool(w.any()):
+            return False
+        if not self.calibrated:
+            self.observe_(w)
+        elif bool((self.scale == 0).any()):
+            fresh, missing = copy.deepcopy(self), self.scale == 0
+            fresh.init_(w)
+            for mine, new in zip(self._fitted(), fresh._fitted(), strict=True):
+                mine.copy_(torch.where(missing, new, mine))
+        return not bool((self.scale == 0).any())
+
+    def _fitted(self) -> list[Tensor]:
+        """Return the tensors that are set from data, one entry a row each."""
+        shape = self.scale.shape
+        return [t for t in (*self.parameters(), *self.buffers()) if t.shape == shape and t is not self.limits]
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:

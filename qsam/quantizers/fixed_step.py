@@ -5,6 +5,8 @@ Q(x; s) = s * round(clip(x / s, Qn, Qp)),   dQ/dx = 1[Qn < x/s < Qp],   s consta
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -22,18 +24,10 @@ class FixedStep(LSQ):
         (None, [], tensor([1.]))
     """
 
-    def __init__(
-        self,
-        *,
-        bits: int,
-        signed: bool | None = True,
-        granularity: str = "per_tensor",
-        axis: int | None = None,
-        group_size: int | None = None,
-    ) -> None:
-        super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)
+    def __init__(self, **setting: Any) -> None:
+        super().__init__(**setting)
         del self.scale
-        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scale", torch.zeros(1, dtype=torch.float32))
 
     def _hold(self, scale: Tensor) -> Tensor:
         return scale

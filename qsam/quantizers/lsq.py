@@ -2,7 +2,8 @@
 
     Q(x; s) = s * round(clip(x / s, Qn, Qp)),   ds scaled by 1 / sqrt(N * Qp)
 
-One s a tensor, a channel or a group; N counts the entries that share one s, of one sample.
+There is one s per tensor, channel or group. N counts the entries that share one s; for an
+activation, those of one sample.
 """
 
 from __future__ import annotations
@@ -12,10 +13,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam import kernels
-from qsam.functional import fake_quantize, from_groups, lsq_grad_scale, positive, quantize, to_groups
-from qsam.quantizers.base import Quantizer, register_quantizer
+from qsam.functional import (
+    Grid,
+    are_leading,
+    channel_axes,
+    channel_count,
+    fake_quantize,
+    from_groups,
+    integer_limits,
+    lsq_grad_scale,
+    positive,
+    quantize,
+    to_groups,
+)
+from qsam.quantizers.base import QUANTIZERS, Quantizer, register_quantizer
 from qsam.scales import initial_scale
+
+_FOLLOWED = 1.01
+"""A growth per step that the scales' optimizer can follow by itself: its own steps are at most this long."""
+
+_ROOM = 2.0
+"""Of a weight that grows from zeros, the scale is so many times the one that fits: what is clipped cannot grow."""
 
 
 @register_quantizer("lsq")
@@ -40,24 +58,13 @@ class LSQ(Quantizer):
 
     scale: Tensor
 
-    _known: tuple[Any, Any] | None = None
-    """The last shape, which is mostly the next one, and its grid without the scale."""
-
-    def __init__(
-        self,
-        *,
-        bits: int,
-        signed: bool | None = True,
-        granularity: str = "per_tensor",
-        axis: int | None = None,
-        group_size: int | None = None,
-    ) -> None:
-        super().__init__(bits=bits, signed=signed, granularity=granularity, axis=axis, group_size=group_size)
-        self.scale = nn.Parameter(torch.ones(1))
+    def __init__(self, **setting: Any) -> None:
+        super().__init__(**setting)
+        self.scale = nn.Parameter(torch.zeros(1, dtype=torch.float32))
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
-        """Set ``scale`` from the data, by the rule in ``self.init``.
+        """Set ``scale`` from the data, by the rule in ``self.init``; 0, no scale yet, for a row of zeros.
 
         Args:
             x: The weight, or a batch of the activation.
@@ -69,62 +76,107 @@ class LSQ(Quantizer):
         else:
             self.scale = self._hold(scale)
 
+    @torch.no_grad()
+    def complete_(self, w: Tensor) -> bool:
+        """Set the scales of rows that were zeros and no longer are; return whether nothing is missing.
+
+        A weight that was zeros as a whole (a probe, a ControlNet, adaLN-zero) grows by large factors in its first
+        steps, and would be clipped to the size of its very first one. So its scales follow it, with room for twice its
+        size, until no scale grows by more than 1 % in a step, which is what a learned scale can follow.
+        """
+        rows = self._rows(w)
+        old = self.scale.flatten()
+        if self.calibrated:
+            grows = (old == 0) & rows.any(dim=1)
+            if bool(grows.any()):
+                new = old.clone()
+                new[grows] = initial_scale(rows[grows], self.quant_min, self.quant_max, self.init).to(new.device)
+                self.scale.copy_(new.view_as(self.scale))
+        elif bool(rows.any()):
+            new = initial_scale(rows, self.quant_min, self.quant_max, self.init).to(old.device)
+            grows = new > _FOLLOWED * old / _ROOM
+            if bool(grows.any()):
+                self.scale.copy_(torch.where(grows, _ROOM * new, old).view_as(self.scale))
+            else:
+                self.scale.copy_(new.view_as(self.scale))
+                self.set_sign_(self.signed is not False)
+        return self.calibrated and not bool((self.scale == 0).any())
+
     def forward(self, x: Tensor) -> Tensor:
         """Return Q(x), of the shape and dtype of ``x``."""
-        grid = self.grid(x)
-        fused = None if grid is None else kernels.quantized(x, grid)
-        if fused is not None:
-            return fused
-        grad_scale = lsq_grad_scale(self._count(x), self.quant_max)
-        return self._ungroup(fake_quantize(self._group(x), self.scale, self.quant_min, self.quant_max, grad_scale), x)
+        if self.axis is None and not self._has_plain_limits():
+            return self._by_tensors(x)
+        return self._fake_quantize(x, self.scale, self.quant_min, self.quant_max)
 
-    def grid(self, x: Tensor) -> kernels.Grid | None:
-        """Return what Q is, for the fused kernels; None where step sizes do not belong to contiguous rows of ``x``."""
-        if torch.compiler.is_compiling():
+    def _fake_quantize(self, x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> Tensor:
+        grad_scale = lsq_grad_scale(self._count(x), quant_max)
+        return self._ungroup(fake_quantize(self._group(x), scale, quant_min, quant_max, grad_scale), x)
+
+    def _has_plain_limits(self) -> bool:
+        """Whether sign and scale can be read as Python numbers and used as they are."""
+        limits = self.readable_limits()
+        return limits is not None and (not limits[1] > limits[0] or limits[1] - limits[0] == 2**self.bits - 1)
+
+    def _by_tensors(self, x: Tensor) -> Tensor:
+        """Return Q(x) by arithmetic on ``limits``, without a branch: a graph sees later calibration.
+
+        Both grids are computed and one is taken. A scale of 0 is none: x passes in float.
+        """
+        of_sign = [self._fake_quantize(x, self._scale_in_force(), *integer_limits(self.bits, s)) for s in (True, False)]
+        low, high = self.limits.unbind()
+        is_signed = torch.where(high > low, low < 0, self.spec.signed is not False)
+        return torch.where(self.scale == 0, x, torch.where(is_signed, *of_sign))
+
+    def _scale_in_force(self) -> Tensor:
+        """Return s. An average that began before the first batch is part 0, and ``limits`` is that part too."""
+        if self.axis is not None or self._has_plain_limits():
+            return self.scale
+        low, high = self.limits.unbind()
+        return self.scale / torch.where(high > low, (high - low) / (2**self.bits - 1), 1)
+
+    def grid(self, x: Tensor) -> Grid | None:
+        """Return Q's grid for the fused kernels; None if the step sizes do not belong to contiguous rows of ``x``."""
+        if torch.compiler.is_compiling() or (self.axis is None and not self._has_plain_limits()):
             return None
-        scale, known = self.scale, self._known
-        key = (x.shape, scale.shape, self.bits, self.signed, self.granularity, self.axis, self.group_size)
-        if known is not None and known[0] == key:
-            return kernels.Grid(scale, *known[1])
-        found = self._new_grid(x)
-        if found is not None and self._limits_are_those_of_bits:
-            self._known = key, found[1:]
-        return found
-
-    def _new_grid(self, x: Tensor) -> kernels.Grid | None:
-        if not self._is_lsq or not (self.axis == 0 or self.granularity == "per_tensor"):
+        if not self._is_lsq or not (are_leading(self.axis) or self.granularity == "per_tensor"):
             return None
         scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
         if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
             return None
-        return kernels.Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
-
-    @property
-    def _limits_are_those_of_bits(self) -> bool:
-        cls = type(self)
-        return cls.quant_min is Quantizer.quant_min and cls.quant_max is Quantizer.quant_max
+        if self.granularity == "per_channel" and x.shape[:1] != scale.shape[:1]:
+            return None
+        return Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
 
     @property
     def _is_lsq(self) -> bool:
         """Whether Q is what is written here, and not what a subclass made of it."""
         return type(self).forward is LSQ.forward
 
+    @property
+    def rowwise(self) -> bool:
+        """Whether no entry depends on another row: not where a subclass has another Q."""
+        return self._is_lsq and (self.granularity == "per_tensor" or are_leading(self.axis))
+
+    def gradient_scale(self, count: int) -> float:
+        """Return LSQ's ``1 / sqrt(N * Qp)``."""
+        return lsq_grad_scale(count, self.quant_max)
+
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
         """Return the integers of ``x``: int8 (uint8 where unsigned), of its shape; ``codes * scale`` is Q(x)."""
-        codes = quantize(self._group(x), self.scale, self.quant_min, self.quant_max)
-        return self._ungroup(codes, x).to(torch.uint8 if self.signed is False else torch.int8)
+        codes = quantize(self._group(x), self._scale_in_force(), self.quant_min, self.quant_max)
+        return self._ungroup(codes, x).to(self.code_dtype)
 
     @torch.no_grad()
     def dequantize(self, codes: Tensor) -> Tensor:
         """Return ``codes * s`` in fp32, of the shape of ``codes``."""
-        return self._ungroup(self._group(codes.to(torch.float32)) * positive(self.scale), codes)
+        return self._ungroup(self._group(codes.to(torch.float32)) * positive(self._scale_in_force()), codes)
 
     @torch.no_grad()
     def step_size(self, x: Tensor) -> Tensor:
         """Return s, broadcastable against ``x``."""
         if self.group_size is None:
-            return positive(self.scale)
+            return positive(self._scale_in_force())
         return self.dequantize(torch.ones_like(x))
 
     def _hold(self, scale: Tensor) -> Tensor:
@@ -134,21 +186,29 @@ class LSQ(Quantizer):
         if self.granularity == "per_tensor":
             return x.reshape(1, -1)
         assert self.axis is not None
-        return to_groups(x, self.axis, self.group_size or x.numel() // max(x.shape[self.axis], 1)).flatten(0, 1)
+        size = self.group_size or x.numel() // max(channel_count(x, self.axis), 1)
+        return to_groups(x, self.axis, size).flatten(0, 1)
 
     def _scale_shape(self, x: Tensor) -> tuple[int, ...]:
         if self.granularity == "per_tensor":
             return (1,)
         assert self.axis is not None
         if self.granularity == "per_group":
-            return (x.shape[self.axis], -1, 1)
-        return tuple(x.shape[d] if d == self.axis % x.dim() else 1 for d in range(x.dim()))
+            return (channel_count(x, self.axis), -1, 1)
+        axes = channel_axes(self.axis, x.dim())
+        return tuple(x.shape[d] if d in axes else 1 for d in range(x.dim()))
 
     def _count(self, x: Tensor) -> int:
         """Return N: the entries that share one step size; for an activation, the features of one sample."""
         if self.axis is None:
-            return x.numel() // x.shape[0] if x.dim() > 1 and len(x) else x.numel()
+            return x.numel() // max(self._sample_count(x), 1)
         return x.numel() // max(self.scale.numel(), 1)
+
+    def _sample_count(self, x: Tensor) -> int:
+        """Return how many samples a batch of an activation holds; 1 where it is a single one."""
+        if self.batch_first is None:
+            return x.shape[0] if x.dim() > 1 else 1
+        return x.shape[0 if self.batch_first else 1] if x.dim() > 2 else 1
 
     def _group(self, x: Tensor) -> Tensor:
         if self.group_size is None:
@@ -163,24 +223,4 @@ class LSQ(Quantizer):
         return from_groups(groups, like.shape, self.axis)
 
 
-@register_quantizer("per_channel")
-class PerChannel(LSQ):
-    """LSQ with a scale per output channel, whatever granularity the call asked for.
-
-    It exists so that a registered name can say "per channel" where only a name can be given.
-    """
-
-    def __init__(
-        self,
-        *,
-        bits: int,
-        signed: bool | None = True,
-        granularity: str = "per_channel",
-        axis: int | None = None,
-        group_size: int | None = None,
-    ) -> None:
-        if granularity == "per_group":
-            raise ValueError(
-                "the quantizer 'per_channel' has one scale a channel: use 'lsq' for granularity 'per_group'."
-            )
-        super().__init__(bits=bits, signed=signed, granularity="per_channel", axis=axis, group_size=group_size)
+QUANTIZERS.alias("per_channel", LSQ, granularity="per_channel")

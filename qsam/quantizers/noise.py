@@ -127,7 +127,7 @@ class Noisy(LSQ):
     def _perturbed(self, x: Tensor, u: Tensor, grad_scale: float) -> Tensor:
         """Return Q~(x) with its gradient. ``nil`` is 0 in value, so that no value is changed to give a gradient."""
         wide = wide_dtype(x.dtype)
-        s = positive(self.scale.detach()).to(wide)
+        s = positive(self._scale_in_force().detach()).to(wide)
         v = x.detach().to(wide) / s
         inside = (v > self.quant_min) & (v < self.quant_max)
         clipped = v.clamp(self.quant_min, self.quant_max)

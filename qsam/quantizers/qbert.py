@@ -51,18 +51,19 @@ class QBert(Affine):
     minimum: Tensor
 
     def __init__(self, **setting: Any) -> None:
-        granularity = setting.get("granularity", "per_tensor")
-        if granularity == "per_group":
+        if setting.get("granularity") == "per_group":
             raise ValueError(
                 "the quantizer 'qbert' groups rows, and not the entries of a row: use granularity 'per_tensor' (128 "
                 "runs of rows) or 'per_channel'."
             )
-        self.in_runs = granularity == "per_tensor"
-        if setting.get("axis") is not None:
-            setting["granularity"] = "per_channel"
         super().__init__(**setting)
         self.register_buffer("scale", torch.ones(1))
         self.register_buffer("minimum", torch.zeros(1))
+
+    @property
+    def granularity(self) -> str:
+        """Per channel for a weight, whose scale has one entry a row; the setting says whether rows come in runs."""
+        return self.spec.granularity if self.axis is None else "per_channel"
 
     @property
     def shift(self) -> Tensor:  # type: ignore[override]
@@ -101,7 +102,7 @@ class QBert(Affine):
             raise ValueError("the range cannot be set from data that holds NaN or infinity.")
         low = rows.amin(1) if rows.numel() else rows.new_zeros(len(rows))
         high = rows.amax(1) if rows.numel() else rows.new_zeros(len(rows))
-        if self.in_runs and len(rows) > RUNS:
+        if self.spec.granularity == "per_tensor" and len(rows) > RUNS:
             run = torch.arange(len(rows), device=rows.device) * RUNS // len(rows)
             low = torch.full_like(low[:RUNS], torch.inf).scatter_reduce(0, run, low, "amin")[run]
             high = torch.full_like(high[:RUNS], -torch.inf).scatter_reduce(0, run, high, "amax")[run]

@@ -9,9 +9,8 @@ from typing import Any
 from qsam.quantizers import QUANTIZERS, Quantizer
 from qsam.quantizers.base import GRANULARITIES
 from qsam.registry import nearest
-from qsam.testing.battery import GROUP_SIZE, NARROWER, battery, normal, shape_of
-from qsam.testing.case import Case
-from qsam.testing.table import LAWS, Law
+from qsam.testing.inputs import GROUP_SIZE, NARROWER, Case, battery, normal
+from qsam.testing.laws import LAWS, Law
 
 
 def check_quantizer(
@@ -26,45 +25,54 @@ def check_quantizer(
     """Check that a quantizer keeps every law that applies to it.
 
     A setting that the class refuses with ValueError is skipped. A class that breaks a law on purpose says so in a
-    class attribute ``exempt_laws: dict[str, str]``, law -> reason. The widest grid is asked on the whole battery, the
-    narrower ones on ties and bounds.
+    class attribute ``exempt_laws: dict[str, str]``, law -> reason. The widest grid is checked on the whole battery of
+    inputs, the narrower ones on ties and bounds.
 
     Args:
         name_or_class: A registered name, or a subclass of ``qsam.Quantizer``.
         bits: One width or several; None for 2 to 8.
         signed: Grids to check.
         granularities: Granularities to check. Activations (no axis) are checked with ``"per_tensor"``.
-        axes: Channel dimensions of the weights, of three dimensions.
+        axes: Channel dimensions of the weights, which have three dimensions.
         laws: Names in ``qsam.testing.LAWS``; None for all.
 
     Returns:
         How often each law was asked, and held.
 
     Raises:
-        AssertionError: a law is broken: its name, the setting, the input, what must hold, the first offending values.
-            Or every setting was refused.
-        TypeError: neither a name nor a quantizer class.
-        ValueError: an unknown quantizer or law; no setting to check.
+        AssertionError: A law is broken: its name, the setting, the input, what must hold, the first offending values.
+            Or the class refused every setting.
+        RuntimeError: Python runs with ``-O``, which removes the assertions of the laws.
+        TypeError: ``name_or_class`` is neither a name nor a quantizer class.
+        ValueError: The quantizer or a law is unknown, or there is no setting to check.
 
     Example:
         >>> check_quantizer("lsq", bits=4, laws=["idempotent"])["idempotent"] > 100
         True
     """
+    if not __debug__:
+        raise RuntimeError("check_quantizer needs Python's assertions: run it without `python -O` (PYTHONOPTIMIZE).")
     cls = _resolve(name_or_class)
     chosen = _chosen(cls, laws)
     widths = range(2, 9) if bits is None else (bits,) if isinstance(bits, int) else bits
-    asked_for = list(_settings(widths, signed, granularities, axes))
+    asked_for = list(_settings(widths, signed, list(granularities), list(axes)))
     if not asked_for:
         raise ValueError("`bits`, `signed`, `granularities` and `axes` leave no setting to check.")
-    settings = [setting for setting in asked_for if _takes(cls, setting)]
-    if not settings:
+    taken = [(setting, q) for setting in asked_for if (q := _taken(cls, setting)) is not None]
+    if not taken:
         raise AssertionError(f"{cls.__name__} refused every setting with ValueError: there was nothing to check.")
-    widest = max(setting["bits"] for setting in settings)
+    widest = max(setting["bits"] for setting, _ in taken)
     asked: Counter[str] = Counter()
-    for setting in settings:
-        for case, law in _questions(cls, setting, chosen, None if setting["bits"] == widest else NARROWER):
-            law(case)
-            asked[law.name] += 1
+    for setting, q in taken:
+        applying = [law for law in chosen if law.applies(q)]
+        for label, (x, scale) in battery(q).items():
+            if setting["bits"] < widest and label not in NARROWER:
+                continue
+            case = Case(cls, x, setting, scale, label)
+            for law in applying:
+                if law.inputs is None or label in law.inputs:
+                    law(case)
+                    asked[law.name] += 1
     return asked
 
 
@@ -77,7 +85,7 @@ def _resolve(name_or_class: str | type[Quantizer]) -> type[Quantizer]:
 
 
 def _chosen(cls: type[Quantizer], laws: Iterable[str] | None) -> list[Law]:
-    """Return the laws asked for, without those the class exempts itself from."""
+    """Return the laws asked for, without those from which the class exempts itself."""
     exempt: dict[str, str] = getattr(cls, "exempt_laws", {})
     names = list(LAWS if laws is None else laws)
     for name in [*names, *exempt]:
@@ -89,42 +97,25 @@ def _chosen(cls: type[Quantizer], laws: Iterable[str] | None) -> list[Law]:
 
 
 def _settings(
-    bits: Iterable[int], signed: Iterable[bool], granularities: Iterable[str], axes: Iterable[int]
+    bits: Iterable[int], signed: Iterable[bool], granularities: list[str], axes: list[int]
 ) -> Iterator[dict[str, Any]]:
     """Yield keyword arguments of a quantizer: activations, and weights of each granularity along each axis."""
-    granularities, axes, signed = list(granularities), list(axes), list(signed)
     kinds: list[tuple[str, int | None]] = [("per_tensor", None)] if "per_tensor" in granularities else []
     for granularity in granularities:
         kinds += [(granularity, axis) for axis in (axes[:1] if granularity == "per_tensor" else axes)]
+    signs = list(signed)
     for width in bits:
-        for sign in signed:
+        for sign in signs:
             for granularity, axis in kinds:
                 size = GROUP_SIZE if granularity == "per_group" else None
                 yield {"bits": width, "signed": sign, "granularity": granularity, "axis": axis, "group_size": size}
 
 
-def _takes(cls: type[Quantizer], setting: dict[str, Any]) -> bool:
-    """Whether the class takes a setting, on ordinary data; it refuses one with ValueError."""
+def _taken(cls: type[Quantizer], setting: dict[str, Any]) -> Quantizer | None:
+    """Return a quantizer set from ordinary data, or None if the class refuses the setting with ValueError."""
     try:
-        _probe(cls, setting)
+        q = cls(**setting)
+        q.observe_(normal(q))
     except ValueError:
-        return False
-    return True
-
-
-def _probe(cls: type[Quantizer], setting: dict[str, Any]) -> Quantizer:
-    q = cls(**setting)
-    q.observe_(normal(shape_of(q), q.signed is not False))
+        return None
     return q
-
-
-def _questions(
-    cls: type[Quantizer], setting: dict[str, Any], laws: list[Law], inputs: tuple[str, ...] | None
-) -> Iterator[tuple[Case, Law]]:
-    """Yield what to ask in one setting, on ``inputs`` (None for all)."""
-    q = _probe(cls, setting)
-    laws = [law for law in laws if law.applies(q)]
-    for label, x, scale in battery(q):
-        if inputs is None or label in inputs:
-            case = Case(cls, x, setting, scale, label)
-            yield from ((case, law) for law in laws if law.inputs is None or label in law.inputs)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torchmetrics
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
 from lightning.pytorch.loggers import CSVLogger
@@ -132,6 +133,46 @@ def test_the_log_is_of_the_first_pass(tmp_path):
     assert float(trainer.callback_metrics["qsam_perturbation_norm"]) == pytest.approx(0.5, rel=1e-4)
 
 
+class Measured(Lit):
+    """A module with metrics, one of them in a collection, and with a second network."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        torch.manual_seed(0)
+        self.accuracy = torchmetrics.classification.MulticlassAccuracy(4)
+        self.others = torchmetrics.MetricCollection({"rows": torchmetrics.CatMetric(), "sum": torchmetrics.SumMetric()})
+        self.judge = torch.nn.BatchNorm1d(4)
+
+    def training_step(self, batch, _):
+        outputs = self.model(batch["x"])
+        self.judge(outputs.detach())
+        self.accuracy(outputs, batch["labels"])
+        self.others.update(batch["labels"].float())
+        loss = torch.nn.functional.cross_entropy(outputs, batch["labels"])
+        self.log("accuracy", self.accuracy, on_epoch=True, on_step=False)
+        self.seen.append(outputs.detach())
+        return loss
+
+    def on_train_epoch_end(self):
+        self.counted = self.accuracy.update_count, self.others["rows"].compute(), self.others["sum"].compute()
+        self.value = self.accuracy.compute()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.name in ("saq", "squat", "qat")], ids=str)
+def test_a_metric_and_a_second_network_count_the_first_pass_only(method, tmp_path):
+    module = Measured(method, MLP)
+    fit(tmp_path, module)
+    updates, rows, total = module.counted
+    labels = torch.cat([MLP.batch(i)["labels"] for i in range(4)])
+    assert updates == 4
+    assert torch.equal(rows, labels.float()) and total == labels.sum()
+    assert module.judge.num_batches_tracked == 4
+    if method.schedule != "next_batch":
+        firsts = module.seen[:: len(module.seen) // 4]
+        expected = torchmetrics.functional.classification.multiclass_accuracy(torch.cat(firsts), labels, 4)
+        assert module.value == pytest.approx(float(expected), rel=8 * torch.finfo(torch.float32).eps)
+
+
 @pytest.mark.parametrize("own", [None, 0.01])
 def test_clipping_is_the_optimizer_s(own, tmp_path):
     module = Lit(SQUAT, base=SGD, lr=0.1, max_grad_norm=own)
@@ -192,7 +233,7 @@ def test_an_optimizer_that_is_not_ours_is_refused_before_training(tmp_path):
             return SGD(self.model.parameters(), lr=0.1)
 
     module = Wrong(SQUAT)
-    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper round one, got SGD"):
+    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper around one, got SGD"):
         fit(tmp_path, module)
     assert not module.seen
 

@@ -265,7 +265,7 @@ def test_the_optimizer_follows_the_best_model(only_model, tmp_path):
     steps_by_hand(expected, twin, BERT, [[0], [1]])
     assert_same(dict(model.state_dict()), dict(twin.state_dict()))
     if only_model:  # the full-precision weights of that step were not saved
-        assert all(torch.equal(slot.latent, slot.parameter) for slot in optimizer.latents_of.slots)
+        assert all(torch.equal(slot.latent, slot.parameter) for slot in optimizer._latents.slots)
     else:
         assert_same(everything(optimizer, model), everything(expected, twin))
     with warnings.catch_warnings():
@@ -307,7 +307,7 @@ def test_training_again_goes_on(tmp_path):
 
 def test_what_the_trainer_cannot_drive_is_refused_before_training(tmp_path):
     model = BERT.quantized()
-    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper round one, got AdamW"):
+    with pytest.raises(TypeError, match=r"must be a qsam optimizer or a wrapper around one, got AdamW"):
         trainer(tmp_path, model).train()
     optimizer = qsam.SQuAT(model, AdamW, lr=1e-3, schedule="fused")
     with pytest.raises(

@@ -53,15 +53,15 @@ def test_squat_alone_trains_a_model(task):
     assert {row.name: row.quantizer.bits for row in optimizer.coverage.quantized} == expected
     train(optimizer, model, task, 1)
     before = mean_loss(task, model, optimizer)
-    scales = [slot.quantizer.scale.clone() for slot in optimizer.latents_of.slots]
+    scales = [slot.quantizer.scale.clone() for slot in optimizer._latents.slots]
     train(optimizer, model, task, STEPS[task.name], start=1)
     assert_on_grid(optimizer)
     assert mean_loss(task, model, optimizer) < before
     assert all(
-        not torch.equal(slot.quantizer.scale, s) for slot, s in zip(optimizer.latents_of.slots, scales, strict=True)
+        not torch.equal(slot.quantizer.scale, s) for slot, s in zip(optimizer._latents.slots, scales, strict=True)
     )
     assert all(row.quantizer.calibrated for row in optimizer.coverage.inputs if row.quantizer is not None)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         q = slot.quantizer
         assert torch.equal(q.dequantize(q.codes(slot.latent.detach())), slot.parameter)
 

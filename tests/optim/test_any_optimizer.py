@@ -107,10 +107,10 @@ def same(first: nn.Module, second: nn.Module) -> bool:
 def test_moves_the_latents_and_leaves_the_grid_in_the_model(name: str) -> None:
     model = build_quantized()
     optimizer = qsam.QAT(model, build_base(name, model))
-    before = [slot.latent.detach().clone() for slot in optimizer.latents_of.slots]
+    before = [slot.latent.detach().clone() for slot in optimizer._latents.slots]
     losses = train(model, optimizer, 4)
     assert all(torch.isfinite(torch.tensor(losses)))
-    for slot, old in zip(optimizer.latents_of.slots, before, strict=True):
+    for slot, old in zip(optimizer._latents.slots, before, strict=True):
         assert not torch.equal(slot.latent, old)
         assert torch.equal(slot.parameter, slot.quantizer(slot.latent))
 

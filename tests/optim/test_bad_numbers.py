@@ -140,7 +140,7 @@ def test_an_fp16_overflow_in_training_is_told_one_step_later():
     model = half_model(60000.0)
     (qat,) = (m for m in QUANTIZING if m.name == "qat")
     optimizer = qat(model, SGD, lr=0.0, scale_lr=1.0)
-    (slot,) = optimizer.latents_of.slots
+    (slot,) = optimizer._latents.slots
 
     def step(grow):
         slot.parameter.grad = torch.zeros_like(slot.parameter)
@@ -148,7 +148,7 @@ def test_an_fp16_overflow_in_training_is_told_one_step_later():
         if grow:
             with torch.no_grad():
                 slot.quantizer.scale.fill_(35000.0)
-            optimizer.latents_of.write()
+            optimizer._latents.write()
 
     step(grow=False)
     step(grow=True)

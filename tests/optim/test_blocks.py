@@ -120,15 +120,13 @@ def test_a_step_after_the_phase_of_the_scales_is_theirs(method):
     if method.schedule != "fused":
         step_by_blocks(optimizer, model, MLP, 0)
         assert optimizer.blocks == ("scale_phase",)
-    weights = [slot.latent.detach().clone() for slot in optimizer.latents_of.slots]
-    scales = [slot.quantizer.scale.clone() for slot in optimizer.latents_of.slots]
+    weights = [slot.latent.detach().clone() for slot in optimizer._latents.slots]
+    scales = [slot.quantizer.scale.clone() for slot in optimizer._latents.slots]
     with optimizer.scale_phase():
         MLP.loss(model, MLP.batch(0)).backward()
     optimizer.step()
-    assert all(torch.equal(s.latent, w) for s, w in zip(optimizer.latents_of.slots, weights, strict=True))
-    assert not any(
-        torch.equal(s.quantizer.scale, old) for s, old in zip(optimizer.latents_of.slots, scales, strict=True)
-    )
+    assert all(torch.equal(s.latent, w) for s, w in zip(optimizer._latents.slots, weights, strict=True))
+    assert not any(torch.equal(s.quantizer.scale, old) for s, old in zip(optimizer._latents.slots, scales, strict=True))
     assert optimizer.blocks == ("first_pass", "perturbed")
     assert_on_grid(optimizer)
 
@@ -173,7 +171,7 @@ def test_a_model_that_was_moved_is_refused(method):
     message = r"moved from cpu to meta \('0\.weight'\), and its latents were not: move the model first, then build"
     with pytest.raises(RuntimeError, match=message):
         optimizer.first_pass().__enter__()
-    assert all(slot.latent.device.type == "cpu" for slot in optimizer.latents_of.slots)
+    assert all(slot.latent.device.type == "cpu" for slot in optimizer._latents.slots)
 
 
 @each_method
@@ -195,7 +193,7 @@ def test_unwrap_refuses_what_holds_no_optimizer_of_ours():
     turning.optimizer = turning
     for other, name in ((plain, "SGD"), (turning, "Turning"), (None, "NoneType"), ("adam", "str")):
         with pytest.raises(
-            TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper round one, got {name}"
+            TypeError, match=rf"`optimizer` must be a qsam optimizer or a wrapper around one, got {name}"
         ):
             qsam.unwrap(other)
 

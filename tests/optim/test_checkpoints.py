@@ -55,7 +55,7 @@ def resumed(method, task, saved, base, build=None, **options):
 
 
 def quantized_latents(optimizer):
-    return {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    return {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
 
 
 def snapshot(model, optimizer):
@@ -200,7 +200,7 @@ def test_the_state_is_a_view_by_parameter(method):
     train(optimizer, model, MLP, 2)
     named = dict(model.named_parameters())
     assert {id(p) for p in optimizer.state} == {id(p) for p in named.values()}
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         entry = optimizer.state[slot.parameter]
         assert torch.equal(entry["qsam_latent"], slot.latent)
         assert entry["exp_avg"].shape == slot.latent.shape
@@ -368,7 +368,7 @@ REFUSED = [
 )
 def test_a_checkpoint_that_does_not_fit_is_refused_and_changes_nothing(method, other):
     saving, message = other(method)
-    model = saving.latents_of.root
+    model = saving._latents.root
     task = CONV if other is of_another_model else MLP
     if other is not of_other_shapes:
         train(saving, model, task, 2)

@@ -211,12 +211,12 @@ def test_after_an_exception_in_the_base_the_latents_are_rolled_back(method):
     model = method.model(MLP)
     optimizer = method(model, Failing)
     train(optimizer, model, MLP, 2 if method.schedule == "next_batch" else 1)
-    before = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     scales, steps = {k: v.clone() for k, v in scales_of(model).items()}, optimizer.steps
     with pytest.raises(Boom):
         train(optimizer, model, MLP, 1, start=3)
     assert_on_grid(optimizer)
-    assert_same({slot.path: slot.latent.detach() for slot in optimizer.latents_of.slots}, before)
+    assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
     assert optimizer.steps == steps
     assert all(p.grad is None for p in model.parameters())
     if method.schedule != "fused":  # there the scales have stepped before
@@ -252,10 +252,10 @@ def test_an_exception_in_the_scale_optimizer_takes_the_step_of_the_weights_back(
 
     model = method.model(MLP)
     optimizer = method(model, scale_lr=0.01, scale_optimizer=FailingSGD)
-    before = [slot.latent.detach().clone() for slot in optimizer.latents_of.slots]
+    before = [slot.latent.detach().clone() for slot in optimizer._latents.slots]
     with pytest.raises(Boom):
         train(optimizer, model, MLP, 1)
-    assert all(torch.equal(slot.latent, w) for slot, w in zip(optimizer.latents_of.slots, before, strict=True))
+    assert all(torch.equal(slot.latent, w) for slot, w in zip(optimizer._latents.slots, before, strict=True))
     assert optimizer.steps == 0
     assert_on_grid(optimizer)
 

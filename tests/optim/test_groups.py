@@ -1,7 +1,7 @@
 """Contract 1: the groups, whatever the base is: class, instance or factory."""
 
 import functools
-import gc
+import warnings
 
 import pytest
 import torch
@@ -181,7 +181,7 @@ def test_a_tied_weight_steps_once(method):
     train(optimizer, model, TIED, 1)
     assert model.a.weight is model.b.weight
     assert torch.equal(latents(optimizer, model)["a.weight"], before.sub(gradient, alpha=0.1))
-    assert sum(slot.parameter is model.a.weight for slot in optimizer.latents_of.slots) == method.quantizes
+    assert sum(slot.parameter is model.a.weight for slot in optimizer._latents.slots) == method.quantizes
 
 
 @each_method
@@ -210,6 +210,57 @@ def test_a_group_may_be_added(method):
     assert optimizer.param_groups[groups]["lr"] == 5e-3
     with pytest.raises(ValueError, match="some parameters appear in more than one parameter group"):
         optimizer.add_param_group({"params": [model[2].weight]})
+
+
+@each_quantizing
+@pytest.mark.parametrize("named", [False, True], ids=["parameters", "named"])
+def test_scales_in_an_added_group_stay_with_the_scale_optimizer_and_that_is_said(method, named):
+    """``layer.parameters()`` after quantize_ holds the scales of the layer's weight and input too."""
+    ends = []
+    for careless in (True, False):
+        model = method.model(MLP)
+        layer = model[2].requires_grad_(False)
+        given = (lambda m: m.named_parameters()) if named else (lambda m: m.parameters())
+        first = [item for child in (model[0], model[4]) for item in given(child)]
+        with pytest.warns(UserWarning, match="4 scales were in the base optimizer's groups and are moved"):
+            optimizer = method(model, params=first)
+        layer.requires_grad_(True)
+        scales = ids([layer.weight_quantizer.scale, layer.input_quantizer.scale])
+        added = [item for item in given(layer) if careless or id(item[1] if named else item) not in scales]
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            optimizer.add_param_group({"params": iter(added), "lr": 1e-2})
+        assert [str(w.message)[:12] for w in caught] == (["2 scales were"[:12]] if careless else [])
+        assert all(w.filename == __file__ for w in caught)
+        assert ids(optimizer.param_groups[-1]["params"]) == ids([layer.weight, layer.bias])
+        assert optimizer.param_groups[-1].get("param_names") == (["weight", "bias"] if named else None)
+        listed = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert len(listed) == len(set(listed))
+        train(optimizer, model, MLP, 4)
+        ends.append(everything(optimizer, model))
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert_same(*ends)
+
+
+def test_a_scale_alone_is_no_group_of_the_base():
+    model = MLP.quantized()
+    optimizer = qsam.QAT(model, AdamW)
+    with pytest.warns(UserWarning, match="1 scales were in the base optimizer's groups"):
+        optimizer.add_param_group({"params": model[2].weight_quantizer.scale})
+    assert not optimizer.param_groups[-1]["params"]
+    train(optimizer, model, MLP, 1)
+
+
+@each_quantizing
+def test_scales_among_named_parameters_are_moved_with_their_names(method):
+    model = method.model(MLP)
+    with pytest.warns(UserWarning, match="6 scales were in the base optimizer's groups and are moved"):
+        optimizer = method(model, params=model.named_parameters())
+    group = optimizer.param_groups[0]
+    assert group["param_names"] == ["0.weight", "0.bias", "2.weight", "2.bias", "4.weight", "4.bias"]
+    assert ids(group["params"]) == ids(own(model))
+    train(optimizer, model, MLP, 2)
+    optimizer.load_state_dict(optimizer.state_dict())
 
 
 @each_method
@@ -289,7 +340,8 @@ def test_a_second_optimizer_is_refused_and_names_the_way_out(method):
     before = everything(optimizer, model)
     with pytest.raises(
         RuntimeError,
-        match=r"another qsam optimizer owns the weights of this model: call qsam\.dequantize_\(model, optimizer\) first",
+        match=r"another qsam optimizer owns the weights of this model: call its release\(\) first, which hands the model "
+        r"over with its scales and latents, or qsam\.dequantize_\(model, optimizer\), which takes the quantizers off",
     ):
         method(model)
     assert_same(everything(optimizer, model), before)
@@ -333,7 +385,6 @@ def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
     train(optimizer, model, MLP, 1)
     saved = optimizer.state_dict()
     del optimizer
-    gc.collect()
     optimizer = method(model)
     with pytest.warns(
         UserWarning,
@@ -342,7 +393,6 @@ def test_an_optimizer_on_weights_that_were_rounded_says_so(method):
         train(optimizer, model, MLP, 1)
     train(optimizer, model, MLP, 1)
     del optimizer
-    gc.collect()
     resumed = method(model)
     resumed.load_state_dict(saved)  # it brings the full-precision weights: there is nothing to say
     train(resumed, model, MLP, 1)
@@ -366,7 +416,7 @@ def test_inside_latents_the_model_holds_w(method):
     train(optimizer, model, MLP, 2)
     p = {name: t.clone() for name, t in model.state_dict().items()}
     with optimizer.latents():
-        for slot in optimizer.latents_of.slots:
+        for slot in optimizer._latents.slots:
             assert torch.equal(slot.parameter, slot.latent)
         w = {name: t.clone() for name, t in model.state_dict().items()}  # may be saved here
     assert_same(model.state_dict(), p)

@@ -249,11 +249,11 @@ def test_equal_values_are_no_alarm(method):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_a_cast_model_is_no_alarm(method, dtype):
     model, optimizer = build(method)
-    before = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     model.to(dtype)
-    optimizer.latents_of.check()
+    optimizer._latents.check()
     assert_on_grid(optimizer)
-    assert_same({slot.path: slot.latent.detach() for slot in optimizer.latents_of.slots}, before)
+    assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)
 
 
 @each_method
@@ -277,15 +277,15 @@ def test_ordinary_use_is_no_alarm(method):
     copy.deepcopy(model)
     model.requires_grad_(True)
     train(optimizer, model, TIED, 2)
-    assert not any(slot.quantizer.scale.requires_grad for slot in optimizer.latents_of.slots)
+    assert not any(slot.quantizer.scale.requires_grad for slot in optimizer._latents.slots)
     assert_on_grid(optimizer)
 
 
 @each_method
 def test_the_alarm_leaves_the_latents_alone(method):
     model, optimizer = build(method)
-    before = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     in_place(model)
     with pytest.raises(RuntimeError, match=ALARM):
         optimizer.step(closure_of(optimizer, model, MLP, MLP.batch(1)))
-    assert_same({slot.path: slot.latent.detach() for slot in optimizer.latents_of.slots}, before)
+    assert_same({slot.path: slot.latent.detach() for slot in optimizer._latents.slots}, before)

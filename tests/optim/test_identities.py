@@ -1,5 +1,7 @@
 """Contract 4: what each method becomes when a part of it is switched off. All equalities are bitwise."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.optim import SGD, AdamW
@@ -146,7 +148,7 @@ def test_a_step_between_the_perturbed_ones_is_an_unperturbed_one(method):
         model = method.model(MLP)
         optimizer = method(model)
         train(optimizer, model, MLP, 1 if method.schedule != "next_batch" else 2)
-        optimizer.perturbation.every, optimizer.perturbation.start = options.get("every", 1), options.get("start", 0)
+        optimizer.perturbation.options = dataclasses.replace(optimizer.perturbation.options, **options)
         train(optimizer, model, MLP, 1, start=5)
         ends.append(latents(optimizer, model))
     assert_same(*ends)

@@ -289,7 +289,7 @@ def test_a_quantized_layer_that_is_never_called_stays_where_it_is(method):
     model = task.build()
     qsam.quantize_(model, activations=None)
     optimizer = method(model)
-    slot = next(s for s in optimizer.latents_of.slots if s.path == "unused.weight")
+    slot = next(s for s in optimizer._latents.slots if s.path == "unused.weight")
     before = slot.latent.detach().clone(), slot.quantizer.scale.detach().clone()
     train(optimizer, model, task, 3)
     assert torch.equal(slot.latent, before[0]) and torch.equal(slot.quantizer.scale, before[1])
@@ -331,7 +331,7 @@ def test_lora_trains_on_a_quantized_base(method, trained_base):
     bases = [name for name in before if "base_layer.weight" in name]
     assert factors and bases
     if method.quantizes:
-        quantized = {slot.path for slot in optimizer.latents_of.slots}
+        quantized = {slot.path for slot in optimizer._latents.slots}
         assert set(bases) <= quantized and not quantized & set(factors)
     train(optimizer, model, BERT, 4)
     after = latents(optimizer, model)

@@ -52,10 +52,10 @@ def test_a_bf16_model_trains_fp32_latents(method, base):
     model = method.model(MLP).bfloat16()
     options = {"lr": 1e-6, "weight_decay": 0.0} if base is AdamW else {"lr": 1e-5, "momentum": 0.9}
     optimizer = method(model, base, **options, scale_lr=0.0)
-    assert all(slot.latent.dtype is torch.float32 for slot in optimizer.latents_of.slots)
-    before = {slot.path: slot.latent.detach().clone() for slot in optimizer.latents_of.slots}
+    assert all(slot.latent.dtype is torch.float32 for slot in optimizer._latents.slots)
+    before = {slot.path: slot.latent.detach().clone() for slot in optimizer._latents.slots}
     train(optimizer, model, Cast(MLP, torch.bfloat16), 4)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         moved = slot.latent.detach() - before[slot.path]
         assert (moved != 0).float().mean() > 0.3
         assert moved.abs().max() < 1e-4
@@ -105,9 +105,9 @@ def test_the_realised_norm_is_measured(method):
     batch = halved(MLP.batch(0), torch.bfloat16)
     with optimizer.first_pass():
         Cast(MLP, torch.bfloat16).loss(model, batch).backward()
-    before = [slot.parameter.detach().double() for slot in optimizer.latents_of.slots]
+    before = [slot.parameter.detach().double() for slot in optimizer._latents.slots]
     with pytest.warns(UserWarning, match="realised") as caught, optimizer.perturbed():
-        after = [slot.parameter.detach().double() for slot in optimizer.latents_of.slots]
+        after = [slot.parameter.detach().double() for slot in optimizer._latents.slots]
     norm = torch.cat([(a - b).flatten() for a, b in zip(after, before, strict=True)]).norm()
     assert float(str(caught[0].message).split("for, ")[1].split(" ")[0]) == pytest.approx(
         float(norm), rel=5e-3
@@ -121,7 +121,7 @@ def test_a_double_model_keeps_its_digits(method):
     task = Cast(MLP, torch.float64)
     task.loss = MLP.loss
     train(optimizer, model, task, 2)
-    assert all(slot.latent.dtype is torch.float64 for slot in optimizer.latents_of.slots)
+    assert all(slot.latent.dtype is torch.float64 for slot in optimizer._latents.slots)
     assert all(
         t.float().double().ne(t).any() for name, t in latents(optimizer, model).items() if name.endswith("weight")
     )

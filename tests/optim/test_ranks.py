@@ -97,7 +97,7 @@ def own_perturbations(
     model: nn.Module, task: Task, rank: int, count: int, rho: float
 ) -> tuple[list[Tensor], list[Tensor]]:
     """Return, computed without DDP and without the optimizer: each rank's e, and the mean of the second gradients."""
-    weights = [row.module.weight for row in qsam.attach.coverage_of(model).quantized]
+    weights = [row.module.weight for row in qsam.coverage_of(model).quantized]
     start = [w.detach().clone() for w in weights]
     own: list[Tensor] = []
     total = [torch.zeros_like(w) for w in weights]
@@ -125,13 +125,13 @@ def each_rank_has_its_own_e(rank: int, by_hand: bool) -> None:
     reference = copy.deepcopy(model)
     e, mean = own_perturbations(reference, MLP, rank, distributed.get_world_size(), 0.05)
     before = latents(ours, model)
-    resting = {slot.path: slot.parameter.detach().clone() for slot in ours.latents_of.slots}
+    resting = {slot.path: slot.parameter.detach().clone() for slot in ours._latents.slots}
     seen: list[Tensor] = []
     batch = part(MLP.batch(0), rank)
 
     def look(*_: Any) -> None:
         if ours._block == "perturbed":
-            seen[:] = [slot.parameter.detach() - resting[slot.path] for slot in ours.latents_of.slots]
+            seen[:] = [slot.parameter.detach() - resting[slot.path] for slot in ours._latents.slots]
 
     model.register_forward_pre_hook(look)
     if by_hand:
@@ -145,7 +145,7 @@ def each_rank_has_its_own_e(rank: int, by_hand: bool) -> None:
     for ours_e, theirs_e in zip(seen, e, strict=True):
         torch.testing.assert_close(ours_e, theirs_e, rtol=1e-4, atol=1e-7)
     after = latents(ours, model)
-    for slot, gradient in zip(ours.latents_of.slots, mean, strict=True):
+    for slot, gradient in zip(ours._latents.slots, mean, strict=True):
         torch.testing.assert_close(before[slot.path] - after[slot.path], gradient, rtol=1e-4, atol=1e-6)
     first = seen[0].contiguous()
     others = [torch.zeros_like(first) for _ in range(distributed.get_world_size())]
@@ -178,7 +178,7 @@ def a_foreign_write_stops_all(rank: int, method: Method) -> None:
     step_on_part(ours, ddp, MLP, 0, rank)
     if rank == 1:
         with torch.no_grad():
-            ours.latents_of.slots[1].parameter.add_(1)
+            ours._latents.slots[1].parameter.add_(1)
     where = "'2.weight'" if rank == 1 else "of another rank"
     with pytest.raises(RuntimeError, match=f"the quantized weight {where} was written by somebody else"):
         step_on_part(ours, ddp, MLP, 1, rank)

@@ -55,7 +55,7 @@ def loss_at(model: nn.Module, weights: dict[str, Tensor]) -> Tensor:
 
 def expected_step(model: nn.Module, optimizer: Any, case: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the latents and scales after one step of plain descent, by autograd of the printed equations."""
-    slots = {slot.path: slot for slot in optimizer.latents_of.slots}
+    slots = {slot.path: slot for slot in optimizer._latents.slots}
     w = {path: slot.latent.detach().clone().requires_grad_() for path, slot in slots.items()}
     s = {path: slot.quantizer.scale.detach().clone().requires_grad_() for path, slot in slots.items()}
 
@@ -87,7 +87,7 @@ def test_a_step_is_autograd_of_the_equations(case: int, shrink: float) -> None:
     model, optimizer = build(case, shrink=shrink)
     latents, scales = expected_step(model, optimizer, case)
     step(model, optimizer)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         # One step of 0.1 * gradient in fp32: the orders of summation differ by a few units in the last place.
         torch.testing.assert_close(slot.latent.detach(), latents[slot.path], rtol=1e-5, atol=1e-6)
         torch.testing.assert_close(slot.quantizer.scale.detach(), scales[slot.path], rtol=1e-5, atol=1e-6)
@@ -96,7 +96,7 @@ def test_a_step_is_autograd_of_the_equations(case: int, shrink: float) -> None:
 def state_after(case: int, steps: int, **options: Any) -> list[Tensor]:
     model, optimizer = build(case, **options)
     step(model, optimizer, steps)
-    return [*model.state_dict().values(), *(slot.latent.detach() for slot in optimizer.latents_of.slots)]
+    return [*model.state_dict().values(), *(slot.latent.detach() for slot in optimizer._latents.slots)]
 
 
 def equal(first: list[Tensor], second: list[Tensor]) -> bool:
@@ -138,7 +138,7 @@ def qat_after(steps: int) -> list[Tensor]:
     qsam.quantize_(model, bits=3, activations=None, rules=[("*", {})])
     optimizer = qsam.QAT(model, torch.optim.SGD, lr=0.1, scale_lr=0.1)
     step(model, optimizer, steps)
-    return [*model.state_dict().values(), *(slot.latent.detach() for slot in optimizer.latents_of.slots)]
+    return [*model.state_dict().values(), *(slot.latent.detach() for slot in optimizer._latents.slots)]
 
 
 def test_case_2_refuses_several_micro_batches() -> None:
@@ -174,7 +174,7 @@ def test_other_cases_are_refused(case: Any) -> None:
 def test_normalized_weights_put_rho_in_units_of_the_standard_deviation() -> None:
     """e = rho * sigma^2 g / ||sigma g||: the SAM step of v = w / sigma, carried back to w."""
     model, optimizer = build(3, normalize_weights=True)
-    slots = optimizer.latents_of.slots
+    slots = optimizer._latents.slots
     sigma = [slot.latent.detach().std(correction=0) for slot in slots]
     with optimizer.first_pass():
         loss_of(model).backward()
@@ -191,7 +191,7 @@ def test_normalized_weights_put_rho_in_units_of_the_standard_deviation() -> None
 def test_diagnostics_are_what_they_say() -> None:
     model, optimizer = build(3, shrink=0.5)
     optimizer.diagnostics()  # asks the next perturbed pass to measure
-    slots = optimizer.latents_of.slots
+    slots = optimizer._latents.slots
     w = [slot.latent.detach().clone() for slot in slots]
     q = [slot.quantized() for slot in slots]
     with optimizer.first_pass():

@@ -127,7 +127,7 @@ def gather_whole(rank: int, folder: Path, method: Method) -> None:
     states, optimizers = get_state_dict(called, optimizer, options=options)
     states, optimizers = copy.deepcopy((states, optimizers))  # they share tensors with what trains on
     entry = optimizers["state"]["0.weight"]
-    latent = whole(optimizer.latents_of.slots[0].latent.detach())
+    latent = whole(optimizer._latents.slots[0].latent.detach())
     assert torch.equal(entry["qsam_latent"], latent)
     assert not any(hasattr(t, "device_mesh") for e in optimizers["state"].values() for t in e.values())
     go(optimizer, called, range(STEPS, 2 * STEPS), rank)

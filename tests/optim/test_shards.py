@@ -61,7 +61,7 @@ def build(method: Method, first: str, options: dict[str, Any], quantized: dict[s
 
 
 def gathered(optimizer: Any, model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {f"latent.{slot.path}": whole(slot.latent.detach()) for slot in optimizer.latents_of.slots}
+    found = {f"latent.{slot.path}": whole(slot.latent.detach()) for slot in optimizer._latents.slots}
     found |= {f"model.{name}": whole(p.detach()) for name, p in model.named_parameters()}
     return found | {f"scale.{name}": whole(p) for name, p in scales_of(model).items()}
 
@@ -88,7 +88,7 @@ def equals_one_process(
         if ours.perturbation is not None and ours.perturbation.norm is not None:
             torch.testing.assert_close(ours.perturbation.norm, theirs.perturbation.norm, rtol=1e-4, atol=0)
     close(gathered(ours, model), gathered(theirs, alone))
-    for slot in ours.latents_of.slots:
+    for slot in ours._latents.slots:
         assert is_sharded(slot.latent)
         assert slot.latent.placements == slot.parameter.placements
         q = slot.quantizer
@@ -196,7 +196,7 @@ def foreign_writes(rank: int, method: Method) -> None:
     step(optimizer, model, 0, rank)
     if rank == 0:
         with torch.no_grad():
-            local(optimizer.latents_of.slots[0].parameter).add_(1)
+            local(optimizer._latents.slots[0].parameter).add_(1)
     with pytest.raises(RuntimeError, match="written by somebody else since the last step"):
         step(optimizer, model, 1, rank)
     optimizer.sync_latents()
@@ -217,7 +217,7 @@ def exceptions(rank: int) -> None:
     with pytest.raises(ZeroDivisionError), ours.perturbed():
         MLP.loss(model, part(MLP.batch(1), rank))  # a forward without its backward leaves gathered Parameters
         raise ZeroDivisionError
-    for slot in ours.latents_of.slots:
+    for slot in ours._latents.slots:
         assert is_sharded(slot.parameter)
     for name, p in model.named_parameters():
         assert torch.equal(before[name], whole(p.detach())), name
@@ -233,9 +233,9 @@ def nonfinite(rank: int) -> None:
     with ours.first_pass():
         MLP.loss(model, part(MLP.batch(1), rank)).backward()
     if rank == 0:
-        local(ours.latents_of.slots[0].parameter.grad).view(-1)[0] = float("nan")
+        local(ours._latents.slots[0].parameter.grad).view(-1)[0] = float("nan")
     with ours.perturbed():
-        for slot in ours.latents_of.slots:
+        for slot in ours._latents.slots:
             assert torch.equal(local(slot.parameter), local(slot.quantized())), "e must be 0 on all"
         MLP.loss(model, part(MLP.batch(1), rank)).backward()
     ours.step()
@@ -256,7 +256,7 @@ def sixteen_bit_scales(rank: int) -> None:
         QAT(shard_(QAT.model(MLP), mp_policy=policy))
     model = QAT.model(MLP)
     seen = []
-    for row in qsam.attach.coverage_of(model).inputs:
+    for row in qsam.coverage_of(model).inputs:
         if row.quantizer is not None:
             fully_shard(row.quantizer, mesh=distributed.init_device_mesh("cpu", (2,)))
             row.quantizer.register_forward_pre_hook(lambda q, _: seen.append(q.scale.dtype))
@@ -264,7 +264,7 @@ def sixteen_bit_scales(rank: int) -> None:
     optimizer = QAT(model)
     step(optimizer, model, 0, rank)
     assert set(seen) == {torch.float32}
-    assert {slot.latent.dtype for slot in optimizer.latents_of.slots} == {torch.float32}
+    assert {slot.latent.dtype for slot in optimizer._latents.slots} == {torch.float32}
 
 
 def test_a_param_dtype_that_rounds_scales_is_refused_and_its_cure_works(two: Processes) -> None:

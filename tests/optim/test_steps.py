@@ -60,8 +60,8 @@ def test_step_writes_the_weights_once_after_each_update(method, monkeypatch):
     optimizer = method(model)
     closure = closure_of(optimizer, model, MLP, MLP.batch(0))
     calls, counts = [], []
-    write = optimizer.latents_of.write
-    monkeypatch.setattr(optimizer.latents_of, "write", lambda: calls.append(1) or write())
+    write = optimizer._latents.write
+    monkeypatch.setattr(optimizer._latents, "write", lambda: calls.append(1) or write())
     for _ in range(2):
         calls.clear()
         optimizer.step(closure)

@@ -1,7 +1,6 @@
 """An optimizer whose quantizers were taken off its model can do no harm, and leaves nothing behind."""
 
 import copy
-import gc
 
 import pytest
 import torch
@@ -113,7 +112,6 @@ def test_nothing_of_an_optimizer_stays_on_the_model(method):
             MLP.loss(model, MLP.batch(0)).backward()
     assert not model._state_dict_pre_hooks
     del optimizer
-    gc.collect()
     model.zero_grad()
     second = method(model)
     with pytest.warns(UserWarning, match="on the quantization grid already"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.optim import SGD, AdamW
 
-from qsam.attach import coverage_of
+from qsam import coverage_of
 from qsam.optim import OPTIMIZERS
 from tests.models import BERT, CONV, MLP, TIED
 from tests.optim.methods import (

@@ -77,7 +77,7 @@ class ScaleDescent:
 
     def __init__(self, kind: str, rate: float) -> None:
         self.kind, self.rate = kind, rate
-        self.average: dict[Tensor, Tensor] = {}
+        self.root: dict[Tensor, Tensor] = {}
         self.count: dict[Tensor, int] = {}
 
     @torch.no_grad()
@@ -91,11 +91,13 @@ class ScaleDescent:
         s -= (self.rate * move).clamp(-LONGEST_RELATIVE_STEP * s, LONGEST_RELATIVE_STEP * s)
 
     def normalized(self, s: Tensor) -> Tensor:
-        v = self.average.get(s, torch.zeros_like(s)).lerp(s.grad.square(), 1 - 0.999)
+        """Return ds / sqrt(v), from the root of v / (1 - .999), in units in which no square leaves the range of fp32."""
+        root = self.root.get(s, torch.zeros_like(s))
         t = self.count.get(s, 0) + 1
-        self.average[s], self.count[s] = v, t
-        size = (v / (1 - 0.999**t)).sqrt()
-        return torch.where(size > 0, s.grad / size, 0)
+        unit = torch.maximum(root, s.grad.abs()).clamp_min(torch.finfo(s.dtype).tiny)
+        root = (0.999 * (root / unit).square() + (s.grad / unit).square()).sqrt() * unit
+        self.root[s], self.count[s] = root, t
+        return torch.where(root > 0, s.grad / root * math.sqrt((1 - 0.999**t) / (1 - 0.999)), 0)
 
 
 def balanced(base: torch.optim.Optimizer, latents: list[Tensor]) -> tuple[str, float]:

@@ -1,0 +1,79 @@
+"""The kernels as formulas: what ``torch.compile`` is given for a GPU, and what every kernel is tested against.
+
+Each takes rows ``(n,)`` with one scale ``(1,)``, or ``(R, n)`` with scales ``(R, 1)``, and limits ``(Qn, Qp)``. It
+writes in place, and returns ``<grad, dQ/ds>`` of each row and the largest distance of Q(w) and p, or None for what it
+is not asked for. Arguments are in the order of ``sweeps.c``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qsam.functional import clipped, codes_of, positive, slope_of, wide_dtype
+
+Found = tuple[Tensor | None, Tensor | None]
+
+
+def write(x: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> Found:
+    """Write ``out <- Q(x)``."""
+    out.copy_(_quantized(x, scale, limits).to(x.dtype))
+    return None, None
+
+
+def backward(x: Tensor, grad: Tensor, out: Tensor, scale: Tensor, limits: Tensor) -> Found:
+    """Write ``out <- M(x) * grad``; return ds."""
+    dx, ds, _ = _pulled(x, grad, scale, limits)
+    out.copy_(dx)
+    return ds, None
+
+
+def pull_back(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Found:
+    """Write ``grad <- M(w) * grad`` and ``p <- w``; return ds, and the distance of p as it was."""
+    dw, ds, q = _pulled(w, grad, scale, limits)
+    far = _farthest(q, p)
+    grad.copy_(dw)
+    p.copy_(w)
+    return ds, far
+
+
+def scale_gradient(w: Tensor, grad: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Found:
+    """Return ds and the distance of p."""
+    _, ds, q = _pulled(w, grad, scale, limits)
+    return ds, _farthest(q, p)
+
+
+def perturb(  # noqa: PLR0917 (tensors of one kernel)
+    w: Tensor, p: Tensor, step: Tensor, coefficient: Tensor, scale: Tensor, limits: Tensor
+) -> Found:
+    """Write ``p <- Q(w) + coefficient * step``; return the distance of p as it was."""
+    q = _quantized(w, scale, limits)
+    far = _farthest(q, p)
+    p.copy_(q + step * coefficient)
+    return None, far
+
+
+def distance(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Found:
+    """Return the distance of p."""
+    return None, _farthest(_quantized(w, scale, limits), p)
+
+
+def _quantized(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
+    """Return Q(x) in the wide dtype."""
+    s = positive(scale).to(wide_dtype(x.dtype))
+    return codes_of(x.to(s.dtype) / s, *limits.unbind()) * s
+
+
+def _pulled(x: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return ``M * grad``, ``<grad, dQ/ds>`` over what shares a scale, and Q(x)."""
+    s = positive(scale).to(wide_dtype(x.dtype))
+    v = x.to(s.dtype) / s
+    outside, codes = clipped(v, *limits.unbind()), codes_of(v, *limits.unbind())
+    total = (slope_of(v, codes, outside) * grad).sum(-1, keepdim=True)
+    # s enters as |s|: on the negative side its slope is -1.
+    return grad.masked_fill(outside, 0), torch.where(scale < 0, -total, total), codes * s
+
+
+def _farthest(q: Tensor, p: Tensor) -> Tensor:
+    """Return the largest distance of q and p; a NaN is no distance."""
+    return (q - p).abs().nan_to_num(0.0, torch.inf).amax()

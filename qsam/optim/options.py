@@ -1,0 +1,136 @@
+"""The options of the methods, and every refusal of a value that has no meaning."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from qsam.optim.directions import DIRECTIONS, Direction
+from qsam.optim.ranks import SCOPES
+
+PERTURBATION_KEYWORDS = (
+    "rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope",
+)  # fmt: skip
+"""The keywords of a method that concern its perturbation."""
+
+Selection = str | Callable[[str, nn.Parameter], bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class SamOptions:
+    """The options of a perturbation, checked.
+
+    Attributes:
+        rho: The L2 norm of e over everything that is perturbed, in units of the weights. Finite, >= 0.
+        direction: The name of a registered direction, or an instance of :class:`~qsam.Direction` with its own settings.
+        perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
+            predicate ``(name, parameter) -> bool`` over the trainable parameters. Scales are never perturbed.
+        every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
+        start: The first step that may be perturbed, counted from 0. An integer >= 0.
+        reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass; or None.
+        normalize_weights: Take e in units of each tensor's standard deviation, as if its weights had unit variance.
+        scope: ``"global"``, one e for all processes; ``"rank"``, one per process.
+        masked: Take ``M * g_Q`` instead of g_Q: the gradient as the quantizer's clip mask lets it through.
+        inside: Add e to w and quantize the sum, ``p <- Q(w + e)``, instead of ``p <- Q(w) + e``.
+
+    Raises:
+        TypeError: An option has the wrong type.
+        ValueError: An option has a value outside its range.
+    """
+
+    rho: float = 0.1
+    direction: str | Direction = "sam"
+    perturb: Selection = "quantized"
+    every: int = 1
+    start: int = 0
+    reuse: str | None = None
+    normalize_weights: bool = False
+    scope: str = "global"
+    masked: bool = False
+    inside: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse every value that has no meaning."""
+        checked_rho(self.rho)
+        for name, value, least in (("every", self.every, 1), ("start", self.start, 0)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
+            if value < least:
+                raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
+        if not callable(self.perturb) and self.perturb not in ("quantized", "all"):
+            raise ValueError(
+                f"`perturb` must be 'quantized', 'all' or a predicate (name, parameter), got {self.perturb!r}."
+            )
+        if self.reuse not in (None, "perturbation"):
+            raise ValueError(f"`reuse` must be None or 'perturbation', got {self.reuse!r}.")
+        if self.scope not in SCOPES:
+            raise ValueError(f"`perturbation_scope` must be 'global' or 'rank', got {self.scope!r}.")
+        remembers = self.reuse is not None or self.new_direction().averages
+        if self.scope == "rank" and remembers:
+            option = f"reuse={self.reuse!r}" if self.reuse is not None else f"direction={self.direction!r}"
+            raise ValueError(
+                f"{option} remembers first passes, which differ between ranks with perturbation_scope='rank', and a "
+                "checkpoint holds the memory of one: use 'global'."
+            )
+
+    def new_direction(self) -> Direction:
+        """Return a direction without memory; an instance given by the user is copied, settings included."""
+        if not isinstance(self.direction, Direction):
+            return DIRECTIONS.get(self.direction)()
+        direction = copy.deepcopy(self.direction)
+        direction.memory = {}
+        return direction
+
+
+def checked_rho(rho: Any) -> float:
+    """Return ``rho`` as a float.
+
+    Raises:
+        TypeError: It is not a number.
+        ValueError: It is negative or not finite.
+    """
+    if isinstance(rho, bool) or not isinstance(rho, int | float):
+        raise TypeError(f"`rho` must be a number >= 0, got {rho!r}.")
+    if not 0 <= rho < math.inf:
+        raise ValueError(f"`rho` must be finite and >= 0, got {rho}.")
+    return float(rho)
+
+
+def checked_modules(modules: Any) -> list[nn.Module]:
+    """Return ``modules``, one or several, as a list.
+
+    Raises:
+        TypeError: One is not a module.
+    """
+    several = isinstance(modules, Iterable) and not isinstance(modules, nn.Module)
+    found = list(modules) if several else [modules]
+    for module in found:
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"`modules` must be torch.nn.Modules, got {type(module).__name__}.")
+    return found
+
+
+def check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) -> None:
+    """Refuse a model, or an option that every method has, that has no meaning.
+
+    Raises:
+        TypeError: One has the wrong type.
+        ValueError: One has a value outside its range.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"`model` must be a torch.nn.Module, got {type(model).__name__}: the model comes first, then the optimizer."
+        )
+    if ste not in ("clipped", "identity"):
+        raise ValueError(f"`ste` must be 'clipped' or 'identity', got {ste!r}.")
+    if rng not in ("shared", "independent"):
+        raise ValueError(f"`rng` must be 'shared' or 'independent', got {rng!r}.")
+    if max_grad_norm is not None and (isinstance(max_grad_norm, bool) or not isinstance(max_grad_norm, int | float)):
+        raise TypeError(f"`max_grad_norm` must be None or a number > 0, got {max_grad_norm!r}.")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"`max_grad_norm` must be > 0, got {max_grad_norm}.")

@@ -1,0 +1,181 @@
+"""Which changes of qsam/ do the tests catch? Each change is made in a copy of the checkout, and pytest runs there.
+
+    python -m tests.mutations --select functional --jobs 2 -- tests/units tests/contract
+
+The outcome of each change is written to a JSON file as soon as it is known, and a second call with the same arguments
+goes on where the first one stopped. A change that no test catches is a missing test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+LEFT_BEHIND = shutil.ignore_patterns(
+    ".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "runs"
+)
+OUTCOMES = {0: "survived", 1: "caught", 2: "caught"}  # 2: a test file cannot be imported
+
+
+@dataclasses.dataclass(frozen=True)
+class Mutation:
+    """One change.
+
+    Attributes:
+        file: The changed file, relative to the root of the checkout.
+        old: A text that occurs once in it.
+        new: The text that takes its place.
+    """
+
+    file: str
+    old: str
+    new: str
+
+    def __str__(self) -> str:
+        return f"{self.file}: {self.old.strip()!r} -> {self.new.strip()!r}"
+
+    def apply(self, root: Path) -> None:
+        """Make the change below ``root``.
+
+        Raises:
+            ValueError: The old text does not occur, or more than once.
+        """
+        path = root / self.file
+        text = path.read_text(encoding="utf-8")
+        if (count := text.count(self.old)) != 1:
+            raise ValueError(f"the old text of the mutation {self} occurs {count} times: it must occur once.")
+        path.write_text(text.replace(self.old, self.new), encoding="utf-8")
+
+
+MUTATIONS = [
+    # the clipped entry that rounds to the limit
+    Mutation("qsam/functional.py", "return (v <= quant_min) | (v >= quant_max)", "return (v < quant_min) | (v > quant_max)"),
+    Mutation("qsam/functional.py", "return torch.clamp(v, quant_min, quant_max).round()", "return torch.clamp(v, quant_min, quant_max).add(0.5).floor()"),
+    Mutation("qsam/functional.py", "return codes - v.masked_fill(outside, 0)", "return codes - v"),
+    Mutation("qsam/functional.py", "grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)", "grad_s = grad_s.to(scale.dtype)"),
+    Mutation("qsam/functional.py", "return scale.abs().clamp_min(SCALE_FLOOR)", "return scale.clamp_min(SCALE_FLOOR)"),
+    Mutation("qsam/scales.py", "return scale.masked_fill(empty.squeeze(1), filled.mean() if filled.numel() else 1.0)", "return scale.masked_fill(empty.squeeze(1), 1.0)"),
+    Mutation("qsam/scales.py", "for _ in range(8):\n        q = codes(best)", "for _ in range(0):\n        q = codes(best)"),
+    Mutation("qsam/registry.py", "isinstance(loaded, type) and loaded not in self._classes.values()", "isinstance(loaded, type)"),
+    Mutation("qsam/quantizers/lsq.py", "return x.numel() // max(self.scale.numel(), 1)", "return x.numel()"),
+    Mutation("qsam/quantizers/stochastic.py", "return low + (v - low > 0.5 - u)", "return low + (v - low > 0.25 - u)"),
+    Mutation("qsam/quantizers/diffq.py", "mixture = v + torch.lerp(u, rounded - v, share)", "mixture = v + torch.lerp(u, rounded - v, share * share)"),
+    Mutation("qsam/quantizers/noise.py", "key = mix_(self.seed.to(torch.int32) ^ mix_(self.step.to(torch.int32)))", "key = mix_(self.step.to(torch.int32))"),
+]  # fmt: skip
+
+
+def run(
+    root: Path, arguments: Sequence[str], mutation: Mutation | None = None, timeout: float = 3600
+) -> dict[str, Any]:
+    """Return what pytest says of a copy of ``root`` with one change.
+
+    Args:
+        root: A checkout.
+        arguments: Of pytest: files, ``-k``, ``-m``.
+        mutation: The change; None for the copy as it is.
+        timeout: Seconds after which the run counts as caught: a change may make a loop endless.
+
+    Returns:
+        ``outcome`` ("caught" or "survived"), ``by`` (the test that failed first, or "timeout") and ``seconds``.
+
+    Raises:
+        RuntimeError: pytest could not run, or found no test.
+    """
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="qsam-mutation-") as folder:
+        copy = Path(folder) / "copy"
+        shutil.copytree(root, copy, ignore=LEFT_BEHIND)
+        if mutation is not None:
+            mutation.apply(copy)
+        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
+        process = subprocess.Popen(
+            command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            return {"outcome": "caught", "by": "timeout", "seconds": round(timeout)}
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)  # pytest and the processes that its tests started
+                process.communicate()
+    if process.returncode not in OUTCOMES:
+        raise RuntimeError(f"pytest ended with code {process.returncode}:\n{output}")
+    failed = [line.split(" - ")[0] for line in output.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    outcome = OUTCOMES[process.returncode]
+    return {"outcome": outcome, "by": failed[0] if failed else None, "seconds": round(time.monotonic() - began, 1)}
+
+
+def run_all(
+    mutations: Sequence[Mutation],
+    root: Path,
+    arguments: Sequence[str],
+    file: Path,
+    jobs: int = 1,
+    timeout: float = 3600,
+) -> dict[str, Any]:
+    """Run the tests once as they are and once per mutation, and write each outcome to ``file`` when it is known.
+
+    Outcomes that ``file`` holds for the same arguments are kept and not run again.
+
+    Returns:
+        What ``file`` holds: ``arguments`` and ``outcomes``, one per mutation.
+
+    Raises:
+        RuntimeError: The tests fail without a change.
+        ValueError: ``file`` was written with other arguments.
+    """
+    report: dict[str, Any] = {"arguments": list(arguments), "outcomes": {}}
+    if file.exists():
+        report = json.loads(file.read_text(encoding="utf-8"))
+        if report["arguments"] != list(arguments):
+            raise ValueError(
+                f"{file} was written with the arguments {report['arguments']}: give those, or another --out."
+            )
+    due = [mutation for mutation in mutations if str(mutation) not in report["outcomes"]]
+    if due and (plain := run(root, arguments, None, timeout))["outcome"] != "survived":
+        raise RuntimeError(f"the tests fail without a change ({plain['by']}): mend them first.")
+    with ThreadPoolExecutor(jobs) as pool:
+        for mutation, outcome in zip(due, pool.map(lambda m: run(root, arguments, m, timeout), due), strict=True):
+            report["outcomes"][str(mutation)] = outcome
+            part = file.with_suffix(".part")
+            part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+            part.replace(file)
+            print(f"{outcome['outcome']:9} {outcome['seconds']:6} s  {mutation}", flush=True)
+    return report
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the mutations that the command line selects; return the number of those that survived."""
+    parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n")[0])
+    parser.add_argument("--select", default="", help="only mutations whose file or texts hold this word")
+    parser.add_argument("--jobs", type=int, default=1, help="copies that are tested at a time")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "mutations.json")
+    parser.add_argument("--timeout", type=float, default=3600, help="seconds per mutation")
+    parser.add_argument("arguments", nargs="*", default=["tests"], help="arguments of pytest, after --")
+    options = parser.parse_args(words)
+    chosen = [mutation for mutation in MUTATIONS if options.select in str(mutation)]
+    report = run_all(chosen, ROOT, options.arguments, options.out, options.jobs, options.timeout)
+    outcomes = {str(mutation): report["outcomes"][str(mutation)]["outcome"] for mutation in chosen}
+    survivors = [name for name, outcome in outcomes.items() if outcome == "survived"]
+    print(f"{len(outcomes) - len(survivors)} of {len(outcomes)} caught.", *survivors, sep="\n")
+    return len(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,314 @@
+"""The library of kernels: compiled once, kept where only its owner can write, and never in the way of training."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+import qsam
+from qsam.functional import fake_quantize
+from qsam.fused import native
+from qsam.fused.backend import using
+
+POSIX = pytest.mark.skipif(os.name == "nt", reason="there are no kernels on Windows")
+ROOT = Path(qsam.__file__).parents[1]
+
+PROCESS = """
+import sys, torch
+from qsam.fused import backend, native
+from qsam.functional import fake_quantize
+x, s = torch.linspace(-3, 3, 70_001), torch.tensor([0.3], requires_grad=True)
+out = fake_quantize(x, s, -4, 3)
+out.sum().backward()
+print(backend._CHOICE.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor" in sys.modules)
+"""
+OPENMP = (
+    PROCESS
+    + """
+print(sorted({line.split()[-1] for line in open("/proc/self/maps") if "omp" in line.rpartition("/")[2]}))
+"""
+)
+
+
+@pytest.fixture(autouse=True)
+def _needs_compiler():
+    try:
+        native.find_compiler()
+    except OSError as error:
+        pytest.skip(f"no kernels here: {error}")
+    with using("auto"):
+        yield
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """An empty cache of this test's own, in a process that has loaded nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(native, "function", native.function.__wrapped__)
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    return tmp_path / "qsam"
+
+
+def libraries(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.so")) if folder.is_dir() else []
+
+
+def counted(monkeypatch) -> list[list[str]]:
+    """Return a list that grows by one with each file that is compiled."""
+    found, run = [], native._run
+    monkeypatch.setattr(
+        native, "_run", lambda command: (found.append(command) if "-c" in command else None, run(command))[1]
+    )
+    return found
+
+
+def started(code: str = PROCESS, **environment: str) -> subprocess.Popen[str]:
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", code], env={**os.environ, **environment}, cwd=ROOT, **pipes)
+
+
+def said(process: subprocess.Popen[str]) -> list[str]:
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return out.split("\n")
+
+
+def quantized() -> torch.Tensor:
+    return fake_quantize(torch.linspace(-3, 3, 70_001), torch.tensor([0.3]), -4, 3)
+
+
+def test_a_library_is_compiled_once_and_found_by_the_next_process(cache, monkeypatch):
+    compiled = counted(monkeypatch)
+    assert native.library() is not None
+    (kept,) = libraries(cache)
+    count = len(compiled)
+    assert count >= 1
+    assert native.library() is not None
+    assert len(compiled) == count
+    assert [path for path in cache.iterdir() if path != kept] == [], "nothing is left over"
+
+
+def test_only_its_owner_can_write_to_the_cache_whatever_the_umask(cache):
+    before = os.umask(0)
+    try:
+        native.library()
+    finally:
+        os.umask(before)
+    for path in (cache, *libraries(cache)):
+        assert not path.stat().st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    native.refuse_foreign(cache)
+
+
+def folder_for_all(cache: Path, monkeypatch) -> None:
+    cache.chmod(0o777)
+
+
+def folder_for_the_group(cache: Path, monkeypatch) -> None:
+    cache.chmod(0o770)
+
+
+def parent_for_all(cache: Path, monkeypatch) -> None:
+    cache.parent.chmod(0o777)
+
+
+def library_for_all(cache: Path, monkeypatch) -> None:
+    libraries(cache)[0].chmod(0o777)
+
+
+def library_is_a_link(cache: Path, monkeypatch) -> None:
+    (path,) = libraries(cache)
+    path.rename(cache / "elsewhere")
+    path.symlink_to(cache / "elsewhere")
+
+
+def another_user(cache: Path, monkeypatch) -> None:
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [folder_for_all, folder_for_the_group, parent_for_all, library_for_all, library_is_a_link, another_user],
+)
+def test_what_another_user_could_have_written_is_not_loaded(cache, monkeypatch, caplog, spoil):
+    native.library()
+    spoil(cache, monkeypatch)
+    compiled = counted(monkeypatch)
+    loaded = native.library()
+    assert compiled, "it is compiled again"
+    assert cache not in Path(loaded._name).parents
+    assert "cannot keep its kernels" in caplog.text
+
+
+@pytest.mark.parametrize("content", [b"", b"\x7fELF no library"])
+def test_a_damaged_library_is_compiled_again(cache, monkeypatch, content):
+    path = cache / f"sweeps-{native._key(native.find_compiler())}.so"
+    cache.mkdir(mode=0o700)
+    path.write_bytes(content)
+    path.chmod(0o700)
+    compiled = counted(monkeypatch)
+    assert native.library()._name == str(path)
+    assert compiled
+    assert path.stat().st_size > 1000
+
+
+@POSIX
+def test_where_nothing_can_be_written_the_kernels_are_for_one_process(monkeypatch, tmp_path, caplog):
+    (tmp_path / "file").write_text("no folder can be made below a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    loaded = native.library.__wrapped__()
+    assert loaded.write_float is not None
+    assert not Path(loaded._name).exists(), "nothing is left over"
+    assert "cannot keep its kernels" in caplog.text
+
+
+def test_the_key_holds_source_flags_compiler_and_processor(monkeypatch, tmp_path):
+    compiler = native.find_compiler()
+    keys = [native._key(compiler), native._key(compiler)]
+    monkeypatch.setattr(native, "FLAGS", (*native.FLAGS, "-DX"))
+    keys.append(native._key(compiler))
+    monkeypatch.setattr(native, "_processor", lambda: ["another one"])
+    keys.append(native._key(compiler))
+    source = tmp_path / "sweeps.c"
+    source.write_text("int x;")
+    monkeypatch.setattr(native, "SOURCE", source)
+    keys.append(native._key(compiler))
+    other = tmp_path / "cc"
+    other.write_text(f"#!{sys.executable}\nprint('another compiler 99')\n")
+    other.chmod(0o700)
+    keys.append(native._key([str(other)]))
+    assert keys[0] == keys[1]
+    assert len(set(keys)) == 5
+
+
+@pytest.mark.long
+def test_two_processes_at_once_agree_and_one_library_stays(tmp_path):
+    processes = [started(XDG_CACHE_HOME=str(tmp_path)) for _ in range(3)]
+    found = {said(process)[0] for process in processes}
+    assert len(found) == 1
+    assert found.pop().startswith("None "), "no failure"
+    assert [path.suffix for path in (tmp_path / "qsam").iterdir()] == [".so"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("capability", ["default", "avx2"])
+def test_kernels_do_not_depend_on_the_instructions_that_torch_uses(capability):
+    first = said(started(ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS="1"))[0]
+    assert first == said(started(OMP_NUM_THREADS="2"))[0]
+    assert first.startswith("None ")
+    assert first.endswith("False"), "no compiler of torch's was imported"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_no_second_openmp_is_loaded_and_a_kernel_uses_the_threads_that_torch_was_given():
+    threads = "\nimport os; torch.set_num_threads(2); out = fake_quantize(x, s, -4, 3); print(len(os.listdir('/proc/self/task')) > 1)"
+    lines = said(started(OPENMP + threads, OMP_NUM_THREADS="1"))
+    assert lines[1].count("libgomp") + lines[1].count("libiomp") + lines[1].count("libomp") == 1
+    exported = subprocess.run(["nm", "-D", native.library()._name], capture_output=True, text=True, check=False).stdout
+    assert ("GOMP_parallel" not in exported and exported) or lines[2] == "True"
+
+
+# --- no kernels ---------------------------------------------------------------------------------------------------------
+
+
+def fails_to_compile(tmp_path: Path, monkeypatch) -> None:
+    script = tmp_path / "broken-cc"
+    script.write_text(f"#!{sys.executable}\nimport sys\nsys.exit('internal compiler error')\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+
+
+def makes_nothing_that_loads(tmp_path: Path, monkeypatch) -> None:
+    script = tmp_path / "odd-cc"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys\nopen(sys.argv[sys.argv.index('-o') + 1], 'w').write('no library')\n"
+    )
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+    monkeypatch.setattr(native, "_key", lambda compiler: "odd")
+
+
+def is_absent(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+
+def is_named_wrongly(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("CC", "no-such-compiler -m64")
+
+
+def runs_on_windows(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(native, "IS_WINDOWS", True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (fails_to_compile, "internal compiler error"),
+        (makes_nothing_that_loads, "(invalid ELF header|file too short|not a mach-o|slice is not valid)"),
+        (is_absent, "no C compiler was found: cc, gcc, clang"),
+        (is_named_wrongly, "no C compiler was found: no-such-compiler"),
+        (runs_on_windows, "on Windows there are no kernels"),
+    ],
+)
+def test_without_kernels_auto_is_eager_says_so_once_and_the_cure_works(cache, tmp_path, monkeypatch, spoil, words):
+    with using("eager"):
+        expected = quantized()
+    with monkeypatch.context() as patch:
+        spoil(tmp_path, patch)
+        with using("auto"):
+            with pytest.warns(
+                UserWarning, match=rf"(?s)cannot be compiled here.*{words}.*Install a C compiler or name one in"
+            ):
+                assert torch.equal(quantized(), expected)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                assert torch.equal(quantized(), expected)
+        with using("compiled"), pytest.raises(OSError, match=words):
+            quantized()
+        with warnings.catch_warnings(), using("eager"):
+            warnings.simplefilter("error")
+            assert torch.equal(quantized(), expected)
+    with warnings.catch_warnings(), using("compiled"):  # the compiler is back
+        warnings.simplefilter("error")
+        assert torch.equal(quantized(), expected)
+
+
+def test_a_model_trains_without_a_compiler(cache, tmp_path, monkeypatch):
+    is_absent(tmp_path, monkeypatch)
+    model = torch.nn.Sequential(torch.nn.Linear(300, 300), torch.nn.Linear(300, 4))
+    with pytest.warns(UserWarning, match="cannot be compiled here"):
+        optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.1)
+    x = torch.randn(400, 300)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        return loss
+
+    losses = [optimizer.step(closure).item() for _ in range(3)]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("refused", [("-fopenmp",), ("-march=native",), ("-fopenmp", "-march=native", "-fopenmp-simd")])
+def test_a_compiler_that_refuses_a_flag_is_used_without_it(cache, tmp_path, monkeypatch, refused):
+    script = tmp_path / "plain-cc"
+    real = native.find_compiler()
+    script.write_text(
+        f"#!{sys.executable}\nimport os, sys\n"
+        f"if set(sys.argv) & {set(refused)}: sys.exit('unsupported option')\n"
+        f"os.execvp({real[0]!r}, [*{real}, *sys.argv[1:]])\n"
+    )
+    script.chmod(0o700)
+    monkeypatch.setenv("CC", str(script))
+    with using("eager"):
+        expected = quantized()
+    with using("compiled"):
+        assert torch.equal(quantized(), expected)
