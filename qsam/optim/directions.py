@@ -306,8 +306,8 @@ class Momentum(Direction):
         moments = [_moment(ascent) for ascent in ascents]
         if all(m is None for m in moments):
             raise ValueError(
-                f"direction {DIRECTIONS.name_of(type(self))!r} needs a first moment ({' or '.join(MOMENT_KEYS)}), and the "
-                "base optimizer keeps none: use Adam or SGD(momentum=...), or direction 'previous'."
+                f"direction {DIRECTIONS.name_of(type(self))!r} needs a first moment ({' or '.join(MOMENT_KEYS)}), and "
+                "the base optimizer keeps none: use Adam or SGD(momentum=...), or direction 'previous'."
             )
         directions = [torch.zeros_like(a.gradient) if m is None else m for a, m in zip(ascents, moments, strict=True)]
         return directions, global_norm(directions)

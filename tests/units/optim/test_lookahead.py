@@ -30,7 +30,7 @@ def setting(base=AdamW, rho=0.75, **options):
 
 def perturbations(optimizer, closure, seen):
     """Step once; return e of each weight, and the first moment before the step."""
-    slots = optimizer.latents_of.slots
+    slots = optimizer._latents.slots
     before = [slot.quantized() for slot in slots]
     moments = [optimizer.base.state.get(slot.latent, {}).get("exp_avg") for slot in slots]
     moments = [None if m is None else m.clone() for m in moments]
@@ -54,7 +54,7 @@ def test_the_first_step_is_plain_and_each_later_one_lies_against_the_moment():
 def test_its_length_is_rho_steps_of_adam_and_follows_the_schedule():
     optimizer, closure, seen = setting(rho=0.75)
     scheduler = LambdaLR(optimizer, lambda step: 1 / (1 + step))
-    count = sum(slot.latent.numel() for slot in optimizer.latents_of.slots)
+    count = sum(slot.latent.numel() for slot in optimizer._latents.slots)
     for step in range(4):
         e, _ = perturbations(optimizer, closure, seen)
         length = math.sqrt(sum(float(part.double().square().sum()) for part in e))

@@ -53,7 +53,7 @@ def steps(model, optimizer, count=3, method="closure"):
 
 
 def holds_its_quantized_latents(optimizer):
-    return all(torch.equal(slot.parameter, slot.quantizer(slot.latent)) for slot in optimizer.latents_of.slots)
+    return all(torch.equal(slot.parameter, slot.quantizer(slot.latent)) for slot in optimizer._latents.slots)
 
 
 # --- what they all have in common ---------------------------------------------------------------------------------
@@ -76,7 +76,7 @@ def test_levels_that_are_no_integers_times_s_never_reach_the_fused_path(name):
     model = small_model(weights=name, activations="lsq")
     optimizer = qsam.QAT(model, AdamW, lr=1e-3)
     steps(model, optimizer, 1)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         assert slot.quantizer.grid(slot.latent) is None
 
 
@@ -157,7 +157,7 @@ def test_a_weights_range_is_the_largest_magnitude_after_every_step(granularity):
     optimizer = qsam.QAT(model, SGD, lr=0.5)
     for _ in range(3):
         steps(model, optimizer, 1)
-        for slot in optimizer.latents_of.slots:
+        for slot in optimizer._latents.slots:
             w = slot.latent.detach()
             largest = w.abs().max() if granularity == "per_tensor" else w.abs().amax(1, keepdim=True)
             expected = (largest.double() / 127).float()
@@ -228,7 +228,7 @@ def test_qberts_ranges_follow_the_weights():
     model = small_model(weights="qbert", bits=8)
     optimizer = qsam.QAT(model, SGD, lr=0.5)
     steps(model, optimizer)
-    for slot in optimizer.latents_of.slots:
+    for slot in optimizer._latents.slots:
         assert torch.equal(slot.quantizer.minimum, slot.latent.detach().amin(1, keepdim=True))
 
 
@@ -360,7 +360,7 @@ def test_statistics_apply_the_rule_again_after_every_step():
     assert optimizer.scale_base is None  # nothing is learned
     for _ in range(3):
         steps(model, optimizer, 1)
-        for slot in optimizer.latents_of.slots:
+        for slot in optimizer._latents.slots:
             expected = initial_scale(slot.latent.detach().reshape(1, -1), -2, 1, "lsq")
             assert torch.equal(slot.quantizer.scale, expected)
 
