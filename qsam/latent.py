@@ -323,9 +323,9 @@ class Latents:
     def _mark_off_grid(self, quantizers: Sequence[Quantizer]) -> None:
         """Mark the quantizers of weights that were perturbed, and no others."""
         for quantizer in self._off_grid:
-            quantizer.off_grid = False
+            vars(quantizer)["off_grid"] = False
         for quantizer in quantizers:
-            quantizer.off_grid = True
+            vars(quantizer)["off_grid"] = True
         self._off_grid = list(quantizers)
 
     def pull_back_(self, slots: Sequence[Slot]) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:

@@ -186,7 +186,8 @@ def set_signs(coverage: Coverage | None, found: Mapping[str, bool | None]) -> No
 
 
 def _by_name(coverage: Coverage | None) -> Iterator[tuple[str, Quantizer]]:
-    for row in (*coverage.inputs, *coverage.quantized) if coverage is not None else ():
+    rows: tuple[Weight | Input, ...] = () if coverage is None else (*coverage.inputs, *coverage.quantized)
+    for row in rows:
         if row.quantizer is not None:
             yield row.name, row.quantizer
 

@@ -263,8 +263,7 @@ class Quantizer(nn.Module):
 
     def _numbers(self, guard: bool | None) -> tuple[float, float]:
         if torch.compiler.is_exporting():  # a fake tensor has no values
-            low, high = integer_limits(self.bits, self._was_signed is not False)
-            return (low, high) if self._was_calibrated else (0.0, 0.0)
+            return integer_limits(self.bits, self._was_signed is not False) if self._was_calibrated else (0, 0)
         if torch.compiler.is_compiling():
             return _read_while_tracing(self.limits, guard)  # type: ignore[no-any-return]
         low, high = self.readable_limits() or self.limits.tolist()

@@ -333,3 +333,22 @@ def test_a_hub_that_cannot_be_reached_is_an_error_and_the_script_runs_by_its_pat
     assert "the model 'bert-base-uncased' cannot be loaded; no other takes its place" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(glue: Path, tiny: Path, tmp_path: Path) -> None:
+    arguments, apart = (
+        words(glue, tiny, tmp_path / out, "--method", "fp32", "--save-every", 2) for out in ("full", "apart")
+    )
+    command = [sys.executable, "-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+               "from recipes.bert_glue import main; sys.exit(main(sys.argv[1:]))", *arguments]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("bert_glue: ")
+    assert main(arguments) == main(apart) == 0
+    name = "cola-fp32-seed0"
+    assert comparable(results(tmp_path / "full", name)) == comparable(results(tmp_path / "apart", name))
