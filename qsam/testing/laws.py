@@ -524,7 +524,8 @@ def scale_never_dies(case: Case) -> None:
     q, x = case.build(), case.x
     scale, due = scale_of(q), -gradient_of_scale(q, x, upstream(x))
     set_scale(q, -scale)
-    agree(gradient_of_scale(q, x, upstream(x)), due)
+    got = gradient_of_scale(q, x, upstream(x))
+    hold((got == due) | (scale == 0), got=got, expected=due)  # 0, of a row of zeros, is no scale yet
     outward = x.sign() * (x.abs() > 1e-20) * (x > 0 if q.quant_min == 0 else 1)  # wants larger magnitudes
     alive = row_sums(q, x, outward.abs()) > 0
     for value in (0.0, -1e-40):

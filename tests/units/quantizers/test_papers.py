@@ -49,7 +49,7 @@ def steps(model, optimizer, count=3, method="closure"):
         loss.backward()
         return loss
 
-    return [float(optimizer.step(closure)) for _ in range(count)]
+    return [optimizer.step(closure).item() for _ in range(count)]
 
 
 def holds_its_quantized_latents(optimizer):
@@ -126,7 +126,7 @@ def test_resuming_continues_bit_for_bit(name):
 def test_the_stretched_grid_fits_gaussian_weights_better_than_lsqs(bits, least, most):
     x = normal(64, 512)
     of_lsq, of_ours = (
-        float((built(cls, x, bits=bits, granularity="per_channel")(x) - x).square().mean()) for cls in (LSQ, Stretched)
+        (built(cls, x, bits=bits, granularity="per_channel")(x) - x).square().mean().item() for cls in (LSQ, Stretched)
     )
     assert least < of_ours / of_lsq < most  # .119 / .149 at 2 bits; a sample of 2^15 is within a percent of that
 
@@ -137,7 +137,7 @@ def test_stretched_levels_lie_evenly_on_both_sides_of_zero():
         levels = q(torch.linspace(-2, 2, 2003)).unique()
         assert len(levels) == 2**bits
         assert torch.equal(levels, -levels.flip(0))
-        assert abs(float(levels[-1]) - 1) <= 2 * EPS
+        assert abs(levels[-1].item() - 1) <= 2 * EPS
 
 
 @pytest.mark.parametrize("signed", [False, None])
@@ -261,9 +261,9 @@ def test_gobo_has_less_l1_error_than_equal_population_alone_and_than_a_uniform_g
     inliers = w[~q.outliers(w)].sort().values
     bins = torch.stack([part.mean() for part in inliers.chunk(8)])
     nearest = bins[(inliers[:, None] - bins).abs().argmin(1)]
-    error = float((q(w) - w).abs().sum())
-    assert error < float((nearest - inliers).abs().sum())
-    assert error < float((uniform(w) - w).abs().sum())
+    error = (q(w) - w).abs().sum().item()
+    assert error < (nearest - inliers).abs().sum().item()
+    assert error < (uniform(w) - w).abs().sum().item()
 
 
 def test_gobo_says_that_it_has_no_grid_and_is_for_weights_of_a_layer():
@@ -331,7 +331,7 @@ def test_absmax_puts_the_outermost_levels_at_the_ends_of_the_data():
 def test_the_offset_is_learned_from_where_it_is_zero():
     x = normal(64, 8) + 1.5
     q = built(LSQPlus, x, "lsq", bits=2, axis=None, signed=False)
-    assert float(q.shift) == 0
+    assert q.shift.item() == 0
     model = nn.Sequential(nn.Linear(8, 1))
     qsam.quantize_(
         model, weights="lsq", bits=8, activations="lsq_plus", activation_bits=2, init="lsq", rules=[("*", {})]
@@ -341,7 +341,7 @@ def test_the_offset_is_learned_from_where_it_is_zero():
         optimizer.zero_grad()
         (model(x) - 3).square().mean().backward()
         optimizer.step()
-    assert abs(float(model[0].input_quantizer.shift)) > 0.01
+    assert abs(model[0].input_quantizer.shift.item()) > 0.01
 
 
 def test_weights_are_lsqs():
