@@ -61,19 +61,68 @@ class Mutation:
 
 
 MUTATIONS = [
-    # the clipped entry that rounds to the limit
+    # the maths: limits, rounding, slopes, groups
     Mutation("qsam/functional.py", "return (v <= quant_min) | (v >= quant_max)", "return (v < quant_min) | (v > quant_max)"),
     Mutation("qsam/functional.py", "return torch.clamp(v, quant_min, quant_max).round()", "return torch.clamp(v, quant_min, quant_max).add(0.5).floor()"),
     Mutation("qsam/functional.py", "return codes - v.masked_fill(outside, 0)", "return codes - v"),
-    Mutation("qsam/functional.py", "grad_s = torch.where(scale < 0, -grad_s, grad_s).to(scale.dtype)", "grad_s = grad_s.to(scale.dtype)"),
+    Mutation("qsam/functional.py", "return dx, torch.where(scale < 0, -ds, ds).to(scale.dtype)", "return dx, ds.to(scale.dtype)"),
     Mutation("qsam/functional.py", "return scale.abs().clamp_min(SCALE_FLOOR)", "return scale.clamp_min(SCALE_FLOOR)"),
-    Mutation("qsam/scales.py", "return scale.masked_fill(empty.squeeze(1), filled.mean() if filled.numel() else 1.0)", "return scale.masked_fill(empty.squeeze(1), 1.0)"),
+    Mutation("qsam/functional.py", "if x_tangent is None else x_tangent.masked_fill(outside, 0)", "if x_tangent is None else x_tangent"),
+    Mutation("qsam/functional.py", "return x.movedim(axes, tuple(range(len(axes)))).reshape(", "return x.reshape("),
+    # initial scales
+    Mutation("qsam/scales.py", "return scale.masked_fill(empty.squeeze(1), 0.0)", "return scale.masked_fill(empty.squeeze(1), 1.0)"),
     Mutation("qsam/scales.py", "for _ in range(8):\n        q = codes(best)", "for _ in range(0):\n        q = codes(best)"),
+    # names
     Mutation("qsam/registry.py", "isinstance(loaded, type) and loaded not in self._classes.values()", "isinstance(loaded, type)"),
+    # quantizers
     Mutation("qsam/quantizers/lsq.py", "return x.numel() // max(self.scale.numel(), 1)", "return x.numel()"),
+    Mutation("qsam/quantizers/lsq.py", "return x.shape[0 if self.batch_first else 1]", "return x.shape[0]"),
+    Mutation("qsam/quantizers/lsq.py", "(high - low) / (2**self.bits - 1), 1)", "1, 1)"),
+    Mutation("qsam/quantizers/lsq.py", "grows = (old == 0) & rows.any(dim=1)", "grows = (old < 0) & rows.any(dim=1)"),
+    Mutation("qsam/quantizers/base.py", "return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)", "return moved"),
+    Mutation("qsam/quantizers/base.py", "if digest != self._set_from:", "if self._set_from is None:"),
+    Mutation("qsam/quantizers/base.py", "if _is_placeholder(self.spec, values):", "if not values:"),
     Mutation("qsam/quantizers/stochastic.py", "return low + (v - low > 0.5 - u)", "return low + (v - low > 0.25 - u)"),
     Mutation("qsam/quantizers/diffq.py", "mixture = v + torch.lerp(u, rounded - v, share)", "mixture = v + torch.lerp(u, rounded - v, share * share)"),
     Mutation("qsam/quantizers/noise.py", "key = mix_(self.seed.to(torch.int32) ^ mix_(self.step.to(torch.int32)))", "key = mix_(self.step.to(torch.int32))"),
+    # the inputs' first scales
+    Mutation("qsam/inputs.py", "if not module.training or _CALIBRATION.forbidden:", "if not module.training:"),
+    Mutation("qsam/inputs.py", "negative, broken, nothing = facts.tolist()\n    if nothing:", "negative, broken, nothing = facts.tolist()\n    if not x.numel():"),
+    Mutation("qsam/inputs.py", "if low >= 0 and place.looks < _LOOKS:", "if low > 0 and place.looks < _LOOKS:"),
+    Mutation("qsam/batches.py", "if isinstance(n, _NormBase) and _is_fresh(n)]", "if isinstance(n, _NormBase)]"),
+    # which weight gets which quantizer, and files
+    Mutation("qsam/layers.py", "return 0 if 1 < module.groups == module.in_channels else 1", "return 1"),
+    Mutation("qsam/plan.py", "rule = checked[hits[0]] if hits else None", "rule = checked[hits[-1]] if hits else None"),
+    Mutation("qsam/plan.py", "call, bits=max(call.bits, BOUNDARY_BITS)", "call, bits=call.bits"),
+    Mutation("qsam/plan.py", 'if content["qsam_format"] != FORMAT:', 'if content["qsam_format"] < FORMAT:'),
+    Mutation("qsam/plan.py", "if hashlib.sha256(packed).hexdigest() != content.get(_DIGEST):", "if _DIGEST not in content:"),
+    Mutation("qsam/plan.py", "if not was_used:", "if not checked:"),
+    # what qsam knows about a model
+    Mutation("qsam/coverage.py", "return -(-sum(row.bits * row.numel for row in self.weights) // 8)", "return (sum(row.bits * row.numel for row in self.weights) // 8)"),
+    Mutation("qsam/coverage.py", "None if owner is None else weakref.ref(owner)", "None if owner is None else (lambda: owner)"),
+    Mutation("qsam/coverage.py", "if lost <= kept:", "if lost <= 20 * kept:"),
+    # attaching, writing, taking off
+    Mutation("qsam/attach.py", "row.quantizer.settle_(row.parameter)", "pass"),
+    Mutation("qsam/attach.py", "quantizer.requires_grad_(False)", "quantizer.requires_grad_(True)"),
+    Mutation("qsam/attach.py", "        owner._release()\n", "        pass\n"),
+    # the exported record
+    Mutation("qsam/export.py", 'axis=None if quantizer.granularity == "per_tensor" else quantizer.axis', "axis=quantizer.axis"),
+    Mutation("qsam/export.py", "if torch.equal(record.dequantized(), p):", "if record.codes.shape == p.shape:"),
+    # kernels
+    Mutation("qsam/fused/sweeps.c", "const int outside = v <= low || v >= high;", "const int outside = v < low || v > high;"),
+    Mutation("qsam/fused/sweeps.c", "(A)(scale[row] < 0 ? -total : total)", "(A)total"),
+    Mutation("qsam/fused/sweeps.c", "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "(bits + 0x8000) >> 16"),
+    Mutation("qsam/fused/sweeps.c", "p[i] = q + d[i] * coefficient;", "p[i] += d[i] * coefficient;"),
+    Mutation("qsam/fused/kernels.py", "if not alike or not t.is_contiguous(memory_format=layout)", "if not alike"),
+    Mutation("qsam/fused/sweeps.py", "torch.autograd.graph.increment_version(t)", "pass"),
+    Mutation("qsam/fused/linear.py", "if torch.is_grad_enabled() and not (x.requires_grad or grid.scale.requires_grad):", "if x.numel() == 0:"),
+    # statistics and measures
+    Mutation("qsam/batchnorm.py", "            norm.momentum = None", "            norm.momentum = 0.5"),
+    Mutation("qsam/measure/flatness.py", "return d if norm <= radius else d.mul_(radius / norm)", "return d"),
+    Mutation("qsam/measure/hessian.py", "if not found.value < 0:", "if found.converged:"),
+    Mutation("qsam/measure/probe.py", "with self._pass(), sdpa_kernel(SDPBackend.MATH):", "with self._pass():"),
+    Mutation("qsam/measure/probe.py", "with same_random_numbers(self.random), frozen(), torch.enable_grad():", "with same_random_numbers(self.random), torch.enable_grad():"),
+    Mutation("qsam/measure/probe.py", "        p.grad = grad\n", "        p.grad = None\n"),
 ]  # fmt: skip
 
 

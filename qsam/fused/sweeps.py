@@ -1,8 +1,8 @@
 """The verbs of an optimizer on all its quantized weights, each weight in one sweep over its memory.
 
-    write      p <- Q(w)                      pull back       g <- M * g,  p <- w,  ds, and whether p was Q(w)
-    perturb    p <- Q(w) + c * d              scale gradient  ds, and whether p is Q(w)
-    holds      whether p is Q(w)
+    write      p <- Q(w)
+    perturb    p <- Q(w) + c * d            and whether p was Q(w)
+    pull back  g <- M * g,  p <- w,  ds     and whether p was Q(w)
 
 Each function takes a list and prepares every call before the first kernel runs, because a sweep evicts the
 interpreter's data from the processor's caches. A weight without a grid, or that no kernel fits
@@ -36,7 +36,7 @@ class Weight(NamedTuple):
 
 
 Verdict = Tensor | bool
-"""Whether p holds Q(w), NaN aside: a bool on a CPU; a tensor elsewhere, so that nothing waits for the device."""
+"""Whether p held Q(w), NaN aside: a bool on a CPU; a tensor elsewhere, so that nothing waits for the device."""
 
 
 def write_(weights: Sequence[Weight]) -> list[bool]:
@@ -46,32 +46,28 @@ def write_(weights: Sequence[Weight]) -> list[bool]:
     return done
 
 
-def pull_back_(weights: Sequence[Weight], grads: Sequence[Tensor]) -> list[tuple[Tensor, Verdict] | None]:
-    """Pull gradients back in place, and put w into p: all that an update does to a weight before the base's step.
+def pull_back_(
+    weights: Sequence[Weight], grads: Sequence[Tensor], *, overwrite: bool
+) -> list[tuple[Tensor, Verdict] | None]:
+    """Pull gradients back through Q.
 
     Args:
-        weights: The weights, whose p become w: the copies to which a failed step returns.
-        grads: dL/dQ of each; become dw, ``M * grad``.
+        weights: The weights.
+        grads: dL/dQ of each.
+        overwrite: Whether each gradient becomes dw, ``M * grad``, and each p becomes w, the copy to which a failed step
+            returns. Otherwise gradients and p stay as they are.
 
     Returns:
         ds, and the verdict on p as it was.
     """
-    found = _sweep("pull_back", weights, [(g, weight.p) for weight, g in zip(weights, grads, strict=True)])
-    written = [(g, weight.p) for weight, g, each in zip(weights, grads, found, strict=True) if each is not None]
-    _note_writes(t for pair in written for t in pair)
-    return _with_verdicts(weights, found)
-
-
-def scale_gradients(weights: Sequence[Weight], grads: Sequence[Tensor]) -> list[tuple[Tensor, Verdict] | None]:
-    """Return what :func:`pull_back_` returns, and leave everything as it is."""
     rows = [(g, weight.p) for weight, g in zip(weights, grads, strict=True)]
-    return _with_verdicts(weights, _sweep("scale_gradient", weights, rows))
-
-
-def holds(weights: Sequence[Weight]) -> list[Verdict | None]:
-    """Return the verdict on each p."""
-    found = _sweep("distance", weights, [(weight.p,) for weight in weights])
-    return [None if each is None else _none(each[1]) for each in found]
+    answers = _sweep("pull_back" if overwrite else "scale_gradient", weights, rows)
+    if overwrite:
+        _note_writes(t for row, answer in zip(rows, answers, strict=True) if answer is not None for t in row)
+    return [
+        None if answer is None or weight.grid is None else (kernels.scaled(answer[0], weight.grid), answer[1] == 0)
+        for weight, answer in zip(weights, answers, strict=True)
+    ]
 
 
 def perturb_(
@@ -81,14 +77,14 @@ def perturb_(
 
     Args:
         weights: The weights.
-        steps: One of the shape of w for each.
-        coefficients: A scalar for each.
+        steps: One per weight, of the shape of w.
+        coefficients: A scalar per weight.
     """
     rows = [(weight.p, step) for weight, step in zip(weights, steps, strict=True)]
     scalars = [c.to(weight.w.device, weight.w.dtype) for weight, c in zip(weights, coefficients, strict=True)]
-    found = _sweep("perturb", weights, rows, scalars)
-    _note_writes(weight.p for weight, each in zip(weights, found, strict=True) if each is not None)
-    return [None if each is None else _none(each[1]) for each in found]
+    answers = _sweep("perturb", weights, rows, scalars)
+    _note_writes(weight.p for weight, answer in zip(weights, answers, strict=True) if answer is not None)
+    return [None if answer is None else answer[1] == 0 for answer in answers]
 
 
 def _sweep(
@@ -106,18 +102,6 @@ def _sweep(
         fits = grid is not None and kernels.fuses(w, grid, entries)
         calls.append(kernels.bind(name, grid, (w, *tensors), scalar) if fits and grid is not None else None)
     return [None if call is None else call() for call in calls]
-
-
-def _with_verdicts(weights: Sequence[Weight], found: Sequence[Any]) -> list[tuple[Tensor, Verdict] | None]:
-    answers: list[tuple[Tensor, Verdict] | None] = []
-    for (_, _, grid), each in zip(weights, found, strict=True):
-        answers.append(None if each is None or grid is None else (kernels.scaled(each[0], grid), _none(each[1])))
-    return answers
-
-
-def _none(farthest: float | Tensor) -> Verdict:
-    """Whether there is no distance."""
-    return farthest == 0
 
 
 def _note_writes(tensors: Iterable[Tensor]) -> None:

@@ -15,16 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from qsam.coverage import Coverage
+from qsam.distributed import follow_fsdp, local
 from qsam.optim.groups import pointed_at_latents
 from qsam.optim.scale_optimizer import restore_balance_, take_balance_
 from qsam.plan import FORMAT
-from qsam.shards import local
-from qsam.slots import set_signs, signs
+from qsam.quantizers import Quantizer
 
 if TYPE_CHECKING:
-    from qsam.latent import Latents
+    from qsam.latents import Latents
     from qsam.optim.perturbation import Perturbation
-    from qsam.slots import ScaleSlot
+    from qsam.optim.scale_optimizer import ScaleSlot
 
 Group = dict[str, Any]
 Pairs = list[tuple[Tensor, Tensor]]
@@ -51,7 +52,7 @@ class Checkpoint:
     @property
     def state(self) -> defaultdict[Tensor, Any]:
         """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         merged: defaultdict[Tensor, Any] = defaultdict(dict)
         # Plain SGD never has a state of its own.
         if self.base.state or self._state_created or self.param_groups[0]["qsam_step"]:
@@ -71,7 +72,7 @@ class Checkpoint:
             RuntimeError: called inside a block.
         """
         self._refuse_inside_block("state_dict")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         first = self.param_groups[0]
@@ -107,7 +108,7 @@ class Checkpoint:
             raise TypeError(
                 f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
             )
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         state_dict = dict(state_dict)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = hook(self, state_dict) or state_dict
@@ -160,7 +161,7 @@ def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], 
     """Return how each fact about the run that lives outside the groups is read (None: there is none) and set."""
     coverage, perturbation = o._latents.coverage, o.perturbation
     facts: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-        "qsam_input_signs": (lambda: signs(coverage), lambda found: set_signs(coverage, found)),
+        "qsam_input_signs": (lambda: _signs(coverage), lambda signs: _set_signs(coverage, signs)),
     }
     if perturbation is not None:
         facts["qsam_kept_norm"] = (
@@ -168,6 +169,29 @@ def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], 
             lambda norm: setattr(perturbation, "kept_norm", torch.tensor(norm, dtype=torch.float32)),
         )
     return facts
+
+
+def _signs(coverage: Coverage | None) -> dict[str, bool | None]:
+    """Return which weights and inputs have a signed grid (None: not set from data yet), by path."""
+    return {name: q.signed if q.calibrated else None for name, q in _quantizers(coverage)}
+
+
+def _set_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
+    """Set the signs that :func:`_signs` returned; a quantizer whose sign is decided counts as calibrated.
+
+    An older checkpoint says nothing of weights: their scales count as set.
+    """
+    for name, quantizer in _quantizers(coverage):
+        if quantizer.axis is not None:
+            quantizer.set_sign_(signs.get(name, quantizer.signed))
+        elif name in signs:
+            quantizer.set_sign_(signs[name])
+
+
+def _quantizers(coverage: Coverage | None) -> Iterator[tuple[str, Quantizer]]:
+    for row in (*coverage.inputs, *coverage.quantized) if coverage is not None else ():
+        if row.quantizer is not None:
+            yield row.name, row.quantizer
 
 
 def _riders(o: Checkpoint) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
@@ -243,7 +267,7 @@ def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     loaded = {id(p) for p, _ in saved["qsam_latent"]}
     for slot in o._latents.slots:
         if id(slot.parameter) not in loaded:
-            o._latents.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
+            o._latents.load_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
     for key, (_, put_fact) in _facts(o).items():
         if key in o.param_groups[0]:
             put_fact(o.param_groups[0][key])
@@ -265,7 +289,7 @@ def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
         o.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
     o.param_groups[0].update(first)
     for slot in o._latents.slots:
-        o._latents.take_frozen(slot, None)
+        o._latents.load_frozen(slot, None)
     balance_present_weights(o)
     o._latents.write()
     warnings.warn(

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qsam.distributed import norms, own_part
+from qsam.latents import Slot
 from qsam.registry import Registry
-from qsam.shards import norms, own_part
-from qsam.slots import Slot
 
 MOMENT_KEYS = ("exp_avg", "momentum_buffer")
 """Where torch's optimizers (and most others) keep their first moment."""

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer, SparseAdam
 
-from qsam.latent import Latents
+from qsam.coverage import own_parameters, quantizer_parameters
+from qsam.latents import Latents
 from qsam.registry import nearest
-from qsam.slots import own_parameters, quantizer_parameters
 
 Base = Optimizer | Callable[..., Optimizer]
 

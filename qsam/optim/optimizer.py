@@ -23,8 +23,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from qsam.distributed import DataParallel, Ranks, any_process, follow_fsdp, in_process_group, local, owned_copy
 from qsam.inputs import frozen
-from qsam.latent import Latents, coverage_for
+from qsam.latents import Latents, coverage_for
 from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
@@ -38,14 +39,11 @@ from qsam.optim.options import (
     checked_rho,
 )
 from qsam.optim.perturbation import Perturbation
-from qsam.optim.ranks import DataParallel, Ranks, owned_copy
-from qsam.optim.scale_optimizer import ScaleRate, build_scale_optimizer, follow_base_
+from qsam.optim.scale_optimizer import ScaleRate, ScaleSlot, build_scale_optimizer, follow_base_, scale_slots
 from qsam.optim.snapshot import RandomState, buffers_kept, modules_of, same_random_numbers
 from qsam.optim.wrappers import ScaleFacade
 from qsam.plan import FORMAT
 from qsam.registry import Registry
-from qsam.shards import any_process, in_process_group, local
-from qsam.slots import ScaleSlot, Slot, scale_tensors
 
 Closure = Callable[[], Any]
 PASSES = ("first_pass", "perturbed", "scale_phase")
@@ -148,7 +146,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
             self._build_scale_optimizer(scale_lr, scale_optimizer)
         except BaseException:
-            self._latents.release()
+            self._latents.release(into_model=True)
             raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
@@ -165,7 +163,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             group["qsam_rho"] = self._take_rho(group, rho)
 
     def _build_scale_optimizer(self, scale_lr: ScaleRate, scale_optimizer: type[Optimizer]) -> None:
-        weights, inputs = scale_tensors(self._latents.coverage)
+        weights, inputs = scale_slots(self._latents.coverage)
         self.scale_slots: list[ScaleSlot] = [*weights, *inputs]
         self.scale_base = build_scale_optimizer(
             weights, inputs, scale_lr=scale_lr, scale_optimizer=scale_optimizer, base=self.base,
@@ -263,7 +261,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 return self._walk(closure)
             finally:
                 self._closure_modules = []
-                self._latents.end_shift()
+                self._latents.end_perturbation()
 
     def _walk(self, closure: Closure) -> Any:
         """Go through the phases of a step; return the closure's result of the first pass."""
@@ -425,7 +423,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             with self._perturbed():
                 yield
         finally:
-            self._latents.end_shift()
+            self._latents.end_perturbation()
 
     @contextlib.contextmanager
     def _perturbed(self) -> Iterator[None]:
@@ -459,7 +457,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             raise
         finally:
             perturbation.restore_floats()
-            latents.leave_shifted()
+            latents.keep_perturbed()
         self._gradients_of = "perturbed"
 
     def _ascents(self, passes: int) -> list[Ascent]:
@@ -594,7 +592,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         try:
             if weights and perturbation is not None and perturbation.direction.learns:
                 perturbation.direction.learn(perturbation.gather(latents, self.base.state))
-            scale_grads = self._pull_back(self._consume if weights else latents.scale_gradients)
+            scale_grads = self._pull_back(weights=weights)
             step_scales = functools.partial(self._step_scales, scale_grads) if scales else None
             if weights:
                 self._step_base(after=step_scales)
@@ -609,7 +607,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
 
     def _clean_up(self) -> None:
         for slot in self._latents.slots:
-            slot.latent.grad = slot.shift = slot.parameter.grad = None
+            slot.latent.grad = slot.inner_e = slot.parameter.grad = None
         self._latents.write()
         self._drop_gradients()
 
@@ -621,70 +619,39 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             self._latents.write()
         self._latents.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
-        self.ranks.verify(self._latents)
+        self.ranks.refuse_unequal(self._latents)
 
-    def _pull_back(self, pull: Callable[[Sequence[Slot]], Iterable[dict[str, Tensor]]]) -> dict[int, Tensor]:
-        """Return the scales' gradients by the id of the scale; ``pull`` returns those of each weight's quantizer."""
+    def _pull_back(self, *, weights: bool) -> dict[int, Tensor]:
+        """Return the scales' gradients by the id of the scale; if ``weights``, put dw on the latents, out of p."""
         owned = {id(p) for p in self._parameters()}
-        slots = [slot for slot in self._latents.slots if slot.parameter.grad is not None]
-        self._latents.compare([slot for slot in self._latents.slots if slot.parameter.grad is None])
-        for slot in slots:
-            if id(slot.parameter) not in owned:
+        for slot in self._latents.slots:
+            if slot.parameter.grad is not None and id(slot.parameter) not in owned:
                 raise RuntimeError(
                     f"the quantized weight {slot.path!r} has a gradient, but its Parameter is in no group: it was "
                     "unfrozen (call add_param_group), or replaced (build the optimizer afterwards)."
                 )
         grads: dict[int, Tensor] = {}
-        for slot, found in zip(slots, pull(slots), strict=True):
-            grads |= {id(getattr(slot.quantizer, name)): gradient for name, gradient in found.items()}
+        for slot, dw, ds in self._latents.pull_back(masked=weights and self.ste == "clipped"):
+            if weights:
+                slot.latent.grad, slot.parameter.grad = dw, None
+            grads |= {id(getattr(slot.quantizer, name)): gradient for name, gradient in ds.items()}
         inputs = {id(s.parameter): s.parameter.grad for s in self.scale_slots if s.parameter.grad is not None}
         return grads | inputs
 
-    def _consume(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
-        """Put dw on each latent, in the memory of p's gradient if it fits."""
-        if self.ste == "clipped":
-            for slot, (dw, ds) in zip(slots, self._latents.pull_back_(slots), strict=True):
-                slot.latent.grad, slot.parameter.grad = dw, None
-                yield ds
-            return
-        for slot, ds in zip(slots, self._latents.scale_gradients(slots), strict=True):
-            self._take_unmasked(slot)
-            yield ds
-
-    def _take_unmasked(self, slot: Slot) -> None:
-        """Put p's gradient on the latent: dw of the identity's straight-through estimator."""
-        assert slot.parameter.grad is not None
-        slot.latent.grad, slot.parameter.grad = slot.parameter.grad.to(slot.latent.dtype), None
-
     def _step_base(self, closure: Closure | None = None, after: Callable[[], None] | None = None) -> Any:
-        """Step the base on the latents; where it, or ``after``, fails, the latents are what they were before."""
-        copies = [self._backup(slot, in_place=closure is None) for slot in self._latents.slots]
-        with pointed_at_latents(self.base, self._latents):
+        """Step the base on the latents; if it, or ``after``, fails, the latents are what they were before."""
+        with pointed_at_latents(self.base, self._latents), self._latents.update(copies_in_p=closure is None):
             if closure is None:
                 self._clip()
-            try:
-                found = self.base.step() if closure is None else self.base.step(closure)
-                if after is not None:
-                    after()
-                return found
-            except BaseException:
-                for slot, copy in zip(self._latents.slots, copies, strict=True):
-                    slot.latent.copy_(copy)
-                raise
+            result = self.base.step() if closure is None else self.base.step(closure)
+            if after is not None:
+                after()
+            return result
 
     def _clip(self) -> None:
         if self.max_grad_norm is not None:
             owned = [p for group in self.base.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(owned, self.max_grad_norm)
-
-    def _backup(self, slot: Slot, in_place: bool) -> Tensor:
-        """Return a copy of w. A Parameter of w's dtype serves as its place: it is rewritten after the step anyway."""
-        p = slot.parameter
-        if in_place and p.dtype == slot.latent.dtype:
-            if not slot.parked:
-                p.copy_(slot.latent)
-            return p.detach()
-        return slot.latent.detach().clone()
 
     def _step_scales(self, grads: Mapping[int, Tensor]) -> None:
         """Step the scales' optimizer with these gradients, at their present rates."""
@@ -720,10 +687,10 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def latents(self) -> Iterator[None]:
         """Within this context the model holds the full-precision w: average them (EMA, SWA) or save them here."""
         self._refuse_inside_block("latents")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         self._latents.check()
         with self._opened("latents"):
-            self._latents.put_latents()
+            self._latents.write_latents()
             try:
                 yield
             finally:
@@ -732,7 +699,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def sync_latents(self) -> None:
         """Take the model's present weights as latents, and write Q(w): after a merge, a load, a pruning."""
         self._refuse_inside_block("sync_latents")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         self._latents.take_present_weights()
         balance_present_weights(self)
 
@@ -751,9 +718,9 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             RuntimeError: It was called inside a block.
         """
         self._refuse_inside_block("release")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         self._drop_gradients()
-        self._latents.hand_over()
+        self._latents.release(into_model=False)
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
@@ -801,7 +768,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and own the latents of the restored model."""
         super().__setstate__(state)
-        self._latents.claim(self)
+        self._latents.set_owner(self)
 
     def _release(self) -> None:
         if self._latents.sharded:
@@ -809,7 +776,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "
                 "model of its own first."
             )
-        self._latents.release()
+        self._latents.release(into_model=True)
 
     # --- small questions ----------------------------------------------------------------------------------------
 
@@ -853,8 +820,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def _join_processes(self) -> None:
         """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""
         if in_process_group():
-            self._latents.settle(self.base)
-            self.ranks.meet(self._latents, self.steps, self.param_groups)
+            follow_fsdp(self._latents, self.base)
+            self.ranks.share_rank_0(self._latents, self.steps, self.param_groups)
 
     def _refuse_inside_block(self, verb: str) -> None:
         if "_latents" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
@@ -869,12 +836,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""
         for slot in self._latents.slots:
             grad = slot.parameter.grad
-            if slot.shift is not None and grad is not None and bool(local(grad).any()):
+            if slot.inner_e is not None and grad is not None and bool(local(grad).any()):
                 raise RuntimeError(
                     "another pass before step(): SAQ's case 2 pulls back at w + e, and each micro-batch has its own e. "
                     "Accumulate inside one closure, or use case 3."
                 )
-            slot.shift = None
+            slot.inner_e = None
 
     def _warn_once(self, text: str) -> None:
         if text not in self._said:

@@ -79,7 +79,7 @@ class SQuAT(QuantizedOptimizer):
         self._steps_since_scales = 1 if schedule == "fused" else 0
         assert self.perturbation is not None
         if schedule == "fused" and self.perturbation.direction.passes == 1:
-            self._latents.release()
+            self._latents.release(into_model=True)
             raise ValueError(
                 "schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks."
             )
@@ -141,7 +141,7 @@ class SQuAT(QuantizedOptimizer):
             raise RuntimeError("step_scales() between the first and the perturbed pass is for schedule='fused'.")
         order = [scale.parameter for scale in self.scale_slots]
         try:
-            self._step_scales(self.ranks.mean(self._pull_back(self._latents.scale_gradients), order))
+            self._step_scales(self.ranks.mean(self._pull_back(weights=False), order))
         except BaseException:
             self._clean_up()
             raise

@@ -9,7 +9,6 @@ from torch.optim import SGD
 import qsam
 from tests.models import CONV, MLP
 from tests.optim.methods import METHODS, QUANTIZING, assert_on_grid, assert_same, closure_of, everything, train
-from tests.reliability import fault
 
 INF = float("inf")
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
@@ -19,11 +18,6 @@ class StoppedByTheUser(Exception):
     """What a careful closure raises where the loss is not finite."""
 
 
-@fault(
-    "an input that holds NaN or infinity, and a closure that stops on a loss that is not finite",
-    happens="the closure's own exception",
-    kept="weights, latents, scales, moments and BatchNorm's statistics of the run so far; the next steps are as without it",
-)
 @each_method
 @pytest.mark.parametrize("bad", [float("nan"), INF])
 def test_a_bad_batch_that_the_closure_refuses_changes_nothing(method, bad):
@@ -54,11 +48,6 @@ def test_a_bad_batch_that_the_closure_refuses_changes_nothing(method, bad):
     assert_same(*ends)
 
 
-@fault(
-    "an infinite gradient in the pass that updates",
-    happens="as in any torch optimizer it reaches the weights; the model goes on holding Q(w) of them",
-    kept="the last checkpoint: loading it into the same optimizer mends everything",
-)
 @each_method
 def test_after_an_infinite_gradient_a_checkpoint_mends_the_run(method):
     model = method.model(CONV)
@@ -113,11 +102,6 @@ OVERFLOW = (
 )
 
 
-@fault(
-    "an fp16 weight whose quantized values are beyond 65504",
-    happens="ValueError with the weight's path, when the optimizer is built or `write_` is called",
-    kept="the model: nothing has been written",
-)
 @pytest.mark.parametrize("method", QUANTIZING, ids=str)
 def test_an_fp16_weight_that_cannot_hold_its_grid_is_refused(method):
     model = half_model(70000.0)
@@ -131,11 +115,6 @@ def test_an_fp16_weight_that_cannot_hold_its_grid_is_refused(method):
     assert bool(torch.isfinite(model[0].weight).all())
 
 
-@fault(
-    "the scale of an fp16 weight that grows beyond fp16 in training",
-    happens="ValueError with the weight's path, one step later",
-    kept="latents and scales, finite, in the optimizer",
-)
 def test_an_fp16_overflow_in_training_is_told_one_step_later():
     model = half_model(60000.0)
     (qat,) = (m for m in QUANTIZING if m.name == "qat")

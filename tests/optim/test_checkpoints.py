@@ -21,7 +21,6 @@ from tests.optim.methods import (
     long_but,
     train,
 )
-from tests.reliability import fault
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
@@ -244,11 +243,6 @@ def test_state_dict_hooks_run(method):
 PLAIN = r"this is a checkpoint of the bare base optimizer: the latents start from the model's present weights\."
 
 
-@fault(
-    "a checkpoint of the bare base optimizer",
-    happens="it loads, with one warning: the latents start from the model's present weights",
-    kept="moments and step of the base",
-)
 @each_method
 def test_a_checkpoint_of_the_bare_base_loads_with_one_warning(method):
     model = MLP.build()
@@ -348,11 +342,6 @@ REFUSED = [
 ]
 
 
-@fault(
-    "a checkpoint of other bits, another granularity, another model or other groups",
-    happens="ValueError that names the first difference",
-    kept="weights, latents, scales, moments and settings: nothing has been changed",
-)
 @pytest.mark.parametrize(
     ("method", "other"),
     [

@@ -20,7 +20,6 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
-from tests.reliability import fault
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=str)
 PASSES = [
@@ -56,11 +55,6 @@ def fail():
     raise Boom
 
 
-@fault(
-    "an exception in any pass: in the data, the model, the loss",
-    happens="the user's own exception, as it is",
-    kept="weights, latents, scales, moments; the same step taken again gives the same bits (after SQuAT's third pass the weights have stepped, and stay)",
-)
 @each_pass
 def test_after_an_exception_in_a_pass_the_step_can_be_taken_again(method, number):
     """The model is on the grid, gradients are gone, and the next steps are as if nothing had happened."""
@@ -88,11 +82,6 @@ def test_after_an_exception_in_a_pass_the_step_can_be_taken_again(method, number
         assert_same(*ends)
 
 
-@fault(
-    "an exception in the perturbed pass",
-    happens="the user's own exception",
-    kept="BatchNorm's statistics and the random generators, as the first pass left them",
-)
 @pytest.mark.parametrize("method", PERTURBING, ids=str)
 def test_an_exception_in_a_later_pass_leaves_buffers_and_random_numbers_as_the_first_left_them(method):
     model = method.model(CONV)
@@ -116,11 +105,6 @@ def test_an_exception_in_a_later_pass_leaves_buffers_and_random_numbers_as_the_f
     assert torch.equal(torch.get_rng_state(), rng)
 
 
-@fault(
-    "a NaN gradient in any pass",
-    happens="the step is taken, as by any torch optimizer",
-    kept="the model goes on holding Q(w)",
-)
 @each_pass
 def test_after_a_nan_gradient_in_a_pass_the_model_holds_q_of_w(method, number):
     model = method.model(MLP)
@@ -139,11 +123,6 @@ def test_after_a_nan_gradient_in_a_pass_the_model_holds_q_of_w(method, number):
     assert_on_grid(optimizer)
 
 
-@fault(
-    "NaN, infinity or zero as the gradient of the first pass",
-    happens="the perturbation is 0 in this step",
-    kept="the step is that of rho = 0, bit for bit, and everything stays finite",
-)
 @pytest.mark.parametrize("method", [m for m in PERTURBING if m.schedule != "fused"], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 0.0])
 def test_a_first_pass_without_a_usable_norm_perturbs_nothing(method, bad):
@@ -165,11 +144,6 @@ def test_a_first_pass_without_a_usable_norm_perturbs_nothing(method, bad):
     assert all(bool(torch.isfinite(t).all()) for t in ends[0].values())
 
 
-@fault(
-    "a weight without gradient in one pass",
-    happens="nothing",
-    kept="the weight stays where it is; the others step",
-)
 @each_pass
 def test_a_parameter_without_gradient_in_one_pass(method, number):
     """The pass sees only the first layer; what had no gradient in the pass that updates it stays where it is."""
@@ -201,11 +175,6 @@ class Failing(AdamW):
             raise Boom
 
 
-@fault(
-    "an exception in the base optimizer's step",
-    happens="the exception, as it is",
-    kept="the latents are rolled back; the scales (but for `fused`, where they step before) and the step's number are as before; moments and float parameters are as torch leaves them",
-)
 @each_method
 def test_after_an_exception_in_the_base_the_latents_are_rolled_back(method):
     model = method.model(MLP)
@@ -225,11 +194,6 @@ def test_after_an_exception_in_the_base_the_latents_are_rolled_back(method):
     assert_on_grid(optimizer)
 
 
-@fault(
-    "an exception in the scales' optimizer",
-    happens="the exception, as it is",
-    kept="the model holds Q(w) at the scales that were reached; where weights and scales step together, the weights are rolled back",
-)
 @pytest.mark.parametrize("method", ALTERNATING, ids=str)
 def test_after_an_exception_in_the_scale_optimizer_the_model_holds_q_of_w(method):
     class FailingSGD(SGD):
@@ -275,11 +239,6 @@ def overflow_by_hand(method, optimizer, model, scaler):
     scaler.step(optimizer)
 
 
-@fault(
-    "gradients that overflow, and a GradScaler that skips the step",
-    happens="nothing: the batch is left out",
-    kept="every bit of weights, latents, scales and moments",
-)
 @each_method
 def test_a_skipped_step_of_a_grad_scaler_changes_nothing(method):
     """An overflow in one batch: the run goes on as if that batch had not been there."""

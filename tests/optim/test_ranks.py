@@ -422,7 +422,7 @@ def test_what_makes_no_sense_is_refused(options: dict[str, Any], error: type[Exc
 
 def a_wrapper_of_another_model(rank: int) -> None:
     ddp = DistributedDataParallel(MLP.quantized())
-    with pytest.raises(ValueError, match="`ddp` must be round the model that the optimizer is given"):
+    with pytest.raises(ValueError, match="`ddp` must be around the model that the optimizer is given"):
         qsam.SAQ(MLP.quantized(), AdamW, ddp=ddp)
 
 

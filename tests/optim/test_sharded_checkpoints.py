@@ -13,7 +13,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, AdamW
 
-from qsam.shards import whole
+from qsam.distributed import whole
 from tests.models import EVERYWHERE, MLP
 from tests.optim.methods import METHODS, Method, closure_of, long_but
 from tests.optim.test_ranks import part

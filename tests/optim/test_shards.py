@@ -11,7 +11,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.optim import SGD, AdamW
 
 import qsam
-from qsam.shards import is_sharded, local, whole
+from qsam.distributed import is_sharded, local, whole
 from tests.models import MLP
 from tests.optim.methods import METHODS, Method, closure_of, long_but, scales_of
 from tests.optim.test_ranks import part

@@ -8,7 +8,6 @@ import torch
 import qsam
 from tests.models import MLP
 from tests.optim.methods import QUANTIZING, assert_on_grid, assert_same, closure_of, everything, latents, train
-from tests.reliability import fault
 
 each_method = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 GONE = (
@@ -54,11 +53,6 @@ def verbs(optimizer, model):
     }
 
 
-@fault(
-    "`dequantize_(model)` without its optimizer, which then goes on",
-    happens="each of its verbs raises RuntimeError and names `dequantize_(model, optimizer)`",
-    kept="the model as it is: the old optimizer never writes it",
-)
 @each_method
 @pytest.mark.parametrize(
     "again", [None, {"bits": 2, "activations": None}, {"activations": None}], ids=["float", "other bits", "the same"]
@@ -95,11 +89,6 @@ def test_a_single_quantizer_that_was_replaced_is_seen(which):
         train(optimizer, model, MLP, 1)
 
 
-@fault(
-    "an optimizer is thrown away, and its model used on",
-    happens="nothing: no hook of it stays on the model, and a new optimizer takes over",
-    kept="the weights, rounded: the full-precision ones live in the optimizer, and the new one says so",
-)
 @each_method
 def test_nothing_of_an_optimizer_stays_on_the_model(method):
     model, optimizer = built(method)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 
 import qsam
 from qsam.integrations.lightning import LightningMixin
-from tests.integrations.frameworks import Rows
+from tests.frameworks import Rows
 from tests.models import CONV, MLP
 from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 

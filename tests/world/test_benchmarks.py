@@ -321,4 +321,4 @@ def test_a_difference_is_called_one_from_two_standard_errors_on():
     text = "\n".join(saq_cases.verdict(apart + close))
     assert "SQuAT, fused above LSQ (W2A2)" in text
     assert "case 3 above SAQ, case 1" not in text
-    assert "In sharpness more than two standard errors apart: none of these pairs." in text
+    assert "These pairs differ in sharpness by more than two standard errors: none." in text

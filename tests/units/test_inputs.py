@@ -1,4 +1,7 @@
+"""Inputs quantized by the hook: which values of which layers, calibration, first forward, copies and engines."""
+
 import copy
+import inspect
 import io
 import math
 import pickle
@@ -13,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qsam
 from qsam.inputs import frozen
+from tests.processes import running
 
 INPUTS_ONLY = {"weights": None, "activation_bits": 3}
 
@@ -28,7 +32,10 @@ def mlp():
 
 @pytest.fixture
 def model():
-    return mlp()
+    """An MLP with quantizers that have no scale yet."""
+    model = mlp()
+    qsam.quantize_(model, init="absmax")
+    return model
 
 
 @pytest.fixture
@@ -38,7 +45,6 @@ def x():
 
 @pytest.fixture
 def calibrated(model, x):
-    qsam.quantize_(model)
     qsam.calibrate(model, [x])
     return model
 
@@ -47,8 +53,21 @@ def quantizers(model):
     return [module.input_quantizer for module in model.modules() if hasattr(module, "input_quantizer")]
 
 
-def hf_conv1d():
-    return pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 6)
+def all_calibrated(model):
+    return all(q.calibrated for q in quantizers(model))
+
+
+def none_calibrated(model):
+    return not any(q.calibrated for q in quantizers(model))
+
+
+def with_inputs(layer, *example):
+    """Return the layer with quantized inputs, calibrated on the example if there is one, and a copy from before."""
+    plain = copy.deepcopy(layer)
+    qsam.quantize_(layer, **INPUTS_ONLY)
+    if example:
+        qsam.calibrate(layer, [example])
+    return layer, plain
 
 
 def first(output):
@@ -69,45 +88,31 @@ LAYERS = {
     "LSTMCell": (lambda: nn.LSTMCell(6, 4), (5, 6)),
     "GRUCell": (lambda: nn.GRUCell(6, 4), (5, 6)),
     "RNNCell": (lambda: nn.RNNCell(6, 4), (5, 6)),
+    "transformers' Conv1D": (lambda: pytest.importorskip("transformers.pytorch_utils").Conv1D(4, 6), (5, 6)),
 }
 
 
 class TestLayers:
-    @pytest.mark.parametrize("keyword", [False, True], ids=["by position", "by keyword"])
     @pytest.mark.parametrize(("build", "shape"), LAYERS.values(), ids=LAYERS)
-    def test_a_layer_sees_its_input_quantized(self, build, shape, keyword):
-        layer, x = build(), torch.randn(shape)
-        plain = copy.deepcopy(layer)
-        qsam.quantize_(layer, **INPUTS_ONLY)
-        qsam.calibrate(layer, [{"input": x} if keyword else x])
-        out = layer(input=x) if keyword else layer(x)
-        assert torch.equal(first(out), first(plain(layer.input_quantizer(x))))
-        assert not torch.equal(first(out), first(plain(x)))
+    def test_a_layer_sees_its_input_quantized_by_position_and_by_keyword(self, build, shape):
+        x = torch.randn(shape)
+        layer, plain = with_inputs(build(), x)
+        expected = first(plain(layer.input_quantizer(x)))
+        keyword = next(iter(inspect.signature(layer.forward).parameters))
+        assert torch.equal(first(layer(x)), expected)
+        assert torch.equal(first(layer(**{keyword: x})), expected)
+        assert not torch.equal(expected, first(plain(x)))
 
-    def test_hugging_face_conv1d(self):
-        layer, x = hf_conv1d(), torch.randn(5, 6)
-        plain = copy.deepcopy(layer)
-        qsam.quantize_(layer, **INPUTS_ONLY)
-        qsam.calibrate(layer, [x])
-        assert torch.equal(layer(x), plain(layer.input_quantizer(x)))
-
-    def test_the_gradient_reaches_input_and_scale(self, model, x):
-        qsam.quantize_(model, **INPUTS_ONLY)
-        model(x.requires_grad_()).sum().backward()
+    def test_gradients_reach_the_input_and_its_scale_and_of_a_weight_no_scale(self, calibrated, x):
+        calibrated(x.requires_grad_()).sum().backward()
         assert x.grad.any()
-        assert all(q.scale.requires_grad and q.scale.grad is not None for q in quantizers(model))
-
-    def test_the_scale_of_a_weight_has_no_gradient(self, calibrated, x):
-        calibrated(x).sum().backward()
+        assert all(q.scale.requires_grad and q.scale.grad is not None for q in quantizers(calibrated))
         assert not any(calibrated[i].weight_quantizer.scale.requires_grad for i in (0, 2, 4))
         assert all(p.grad is not None for p in calibrated.parameters() if p.requires_grad)
 
     def test_a_layer_that_is_called_twice_quantizes_twice(self, x):
-        layer = nn.Linear(6, 6)
-        plain = copy.deepcopy(layer)
-        qsam.quantize_(layer, **INPUTS_ONLY)
-        q = layer.input_quantizer
-        y = layer(layer(x))
+        layer, plain = with_inputs(nn.Linear(6, 6))
+        y, q = layer(layer(x)), layer.input_quantizer
         assert torch.equal(y, plain(q(plain(q(x)))))
 
     def test_of_several_inputs_the_first_floating_one_is_quantized(self):
@@ -121,7 +126,7 @@ class TestLayers:
 
         layer = Picks()
         index, a, b = torch.tensor([3, 1]), torch.randn(2, 6), torch.randn(2, 6)
-        qsam.quantize_(layer, rules=[("table", {"activations": "lsq", "weights": None, "activation_bits": 3})])
+        qsam.quantize_(layer, rules=[("table", {"activations": "lsq", **INPUTS_ONLY})])
         qsam.calibrate(layer, [(index, a, b)])
         out, untouched = layer(index, a, b)
         assert torch.equal(out, layer.table[index] * layer.input_quantizer(a))
@@ -135,11 +140,11 @@ class TestLayers:
         assert layer(torch.tensor([4, 0])).shape == (2, 4)
 
     def test_an_empty_batch_passes_and_sets_no_scale(self, model):
-        qsam.quantize_(model)
         assert model(torch.randn(0, 6)).shape == (0, 3)
-        assert not any(q.calibrated for q in quantizers(model))
+        assert none_calibrated(model)
 
-    def test_a_tied_layer_quantizes_its_own_input(self, model, x):
+    def test_a_tied_layer_quantizes_its_own_input(self, x):
+        model = mlp()
         model[4] = nn.Linear(8, 8)
         model[4].weight = model[2].weight
         qsam.quantize_(model)
@@ -149,30 +154,27 @@ class TestLayers:
 
 
 class TestRecurrent:
-    @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-    @pytest.mark.parametrize("with_state", [False, True])
-    def test_a_packed_sequence_and_its_state_pass_as_float(self, kind, with_state):
-        layer = kind(6, 4)
-        plain = copy.deepcopy(layer)
-        qsam.quantize_(layer, **INPUTS_ONLY)
-        packed = pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([7, 4, 2]))
+    @pytest.fixture
+    def packed(self):
+        return pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([7, 4, 2]))
+
+    @pytest.mark.parametrize(("kind", "with_state"), [(nn.LSTM, True), (nn.GRU, True), (nn.GRU, False)])
+    def test_a_packed_sequence_and_its_state_pass_as_float(self, kind, with_state, packed):
+        layer, plain = with_inputs(kind(6, 4))
         h = torch.randn(1, 3, 4)
         state = ((h, h) if kind is nn.LSTM else h) if with_state else None
+        expected = pad_packed_sequence(plain(packed, state)[0])[0]
         for out in (layer(packed, state), layer(input=packed, hx=state), layer(hx=state, input=packed)):
-            assert torch.equal(pad_packed_sequence(out[0])[0], pad_packed_sequence(plain(packed, state)[0])[0])
+            assert torch.equal(pad_packed_sequence(out[0])[0], expected)
         assert not layer.input_quantizer.calibrated
 
     def test_of_keywords_the_input_is_quantized_and_the_state_is_not(self):
-        layer, x, h = nn.GRU(6, 4), torch.randn(7, 3, 6), torch.randn(1, 3, 4)
-        plain = copy.deepcopy(layer)
-        qsam.quantize_(layer, **INPUTS_ONLY)
-        out, _ = layer(hx=h, input=x)
-        assert torch.equal(out, plain(layer.input_quantizer(x), h)[0])
+        layer, plain = with_inputs(nn.GRU(6, 4))
+        x, h = torch.randn(7, 3, 6), torch.randn(1, 3, 4)
+        assert torch.equal(layer(hx=h, input=x)[0], plain(layer.input_quantizer(x), h)[0])
 
-    def test_calibrating_with_packed_sequences_only_is_refused(self):
-        layer = nn.LSTM(6, 4)
-        qsam.quantize_(layer)
-        packed = pack_padded_sequence(torch.randn(7, 3, 6), torch.tensor([7, 4, 2]))
+    def test_calibrating_with_packed_sequences_only_is_refused(self, packed):
+        layer, _ = with_inputs(nn.LSTM(6, 4))
         with pytest.raises(RuntimeError, match=r"no batch reached the input of the model itself: .*PackedSequence"):
             qsam.calibrate(layer, [{"input": packed}])
 
@@ -195,32 +197,26 @@ CALLS = {
 
 
 class TestAttention:
-    @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-    @pytest.mark.parametrize("dims", [{}, {"kdim": 6, "vdim": 10}], ids=["one size", "three sizes"])
-    def test_query_key_and_value_are_quantized(self, call, dims):
-        layer = nn.MultiheadAttention(4, 2, **dims)
-        plain = copy.deepcopy(layer)
-        q, k, v = torch.randn(3, 2, 4), torch.randn(5, 2, dims.get("kdim", 4)), torch.randn(5, 2, dims.get("vdim", 4))
-        qsam.quantize_(layer, **INPUTS_ONLY)
-        qsam.calibrate(layer, [(q, k, v)])
-        given = [layer.input_quantizer(value) for value in (q, k, v)]
-        assert torch.equal(call(layer, q, k, v)[0], plain(*given)[0])
+    @pytest.mark.parametrize("sizes", [(4, 4), (6, 10)], ids=["one size", "three sizes"])
+    def test_query_key_and_value_are_quantized(self, sizes):
+        kdim, vdim = sizes
+        values = torch.randn(3, 2, 4), torch.randn(5, 2, kdim), torch.randn(5, 2, vdim)
+        layer, plain = with_inputs(nn.MultiheadAttention(4, 2, kdim=kdim, vdim=vdim), *values)
+        expected = plain(*(layer.input_quantizer(value) for value in values))[0]
+        for call in CALLS.values():
+            assert torch.equal(call(layer, *values)[0], expected)
 
     @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
-    def test_self_attention_still_sees_one_tensor(self, call):
-        layer, x = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4)
+    def test_tensors_that_are_one_stay_one(self, call):
+        """torch's fast path asks ``query is key``; and one tensor is quantized once."""
+        layer, x, k = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4), torch.randn(5, 2, 4)
         qsam.quantize_(layer)
         spy, calls = Spy(layer), []
         layer.input_quantizer.register_forward_hook(lambda *_: calls.append(1))
         call(layer, x, x, x)
         assert spy.seen[0] is spy.seen[1] is spy.seen[2] is not x
         assert len(calls) == 1
-
-    def test_key_and_value_that_are_one_tensor_stay_one(self):
-        layer, q, k = nn.MultiheadAttention(4, 2), torch.randn(3, 2, 4), torch.randn(5, 2, 4)
-        qsam.quantize_(layer)
-        spy = Spy(layer)
-        layer(q, k, k)
+        call(layer, x, k, k)
         assert spy.seen[1] is spy.seen[2] is not spy.seen[0]
 
     def test_a_floating_mask_is_left_alone(self):
@@ -279,23 +275,19 @@ class TestAttention:
 
 
 class TestCalibrate:
-    @pytest.mark.parametrize("form", [lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"input": x}])
-    def test_batches_are_tensors_tuples_lists_or_dicts(self, model, x, form):
-        qsam.quantize_(model)
-        qsam.calibrate(model, (form(batch) for batch in x.split(2)))
-        assert all(q.calibrated for q in quantizers(model))
+    def test_batches_are_tensors_tuples_lists_or_dicts_and_all_count(self, model, x):
+        for form in (lambda x: x, lambda x: (x,), lambda x: [x], lambda x: {"input": x}):
+            other = copy.deepcopy(model)
+            qsam.calibrate(other, (form(batch) for batch in x.split(2)))
+            assert all_calibrated(other)
+            q = other[0].input_quantizer
+            torch.testing.assert_close(q.scale.item(), x.abs().max().item() / q.quant_max)
 
-    def test_the_scale_is_that_of_all_batches(self, model, x):
-        qsam.quantize_(model, init="absmax")
-        qsam.calibrate(model, x.split(1))
-        q = model[0].input_quantizer
-        torch.testing.assert_close(q.scale.item(), x.abs().max().item() / q.quant_max)
-
-    def test_inputs_are_observed_before_any_of_them_is_quantized(self, model, x):
-        plain = copy.deepcopy(model)
+    def test_inputs_are_observed_before_any_of_them_is_quantized(self, x):
+        model = mlp()
+        hidden = model[:4](x)
         qsam.quantize_(model, init="absmax", activation_bits=2)
         qsam.calibrate(model, [x])
-        hidden = plain[:4](x)
         torch.testing.assert_close(model[4].input_quantizer.scale.item(), hidden.max().item() / 255)  # the head: 8 bits
 
     def test_a_large_batch_is_sampled_evenly(self):
@@ -331,99 +323,66 @@ class TestCalibrate:
         assert max(sizes) <= 2**20 < 24 * 2**16
         assert place.samples is None
 
-    def test_modes_are_restored(self, model, x):
-        qsam.quantize_(model)
-        model.train()
-        model[2].eval()
-        modes = [module.training for module in model.modules()]
-        qsam.calibrate(model, [x])
-        assert [module.training for module in model.modules()] == modes
-
-    def test_it_runs_in_eval_mode_without_gradient(self, x):
+    def test_it_runs_in_eval_mode_without_gradient_and_restores_the_modes(self, x):
         class Asserts(nn.Linear):
             def forward(self, x):
                 assert not self.training and not torch.is_grad_enabled()
                 return super().forward(x)
 
-        model = nn.Sequential(Asserts(6, 6), nn.Dropout(0.5), nn.Linear(6, 6))
+        model = nn.Sequential(Asserts(6, 6), nn.Dropout(0.5), nn.Linear(6, 6)).train()
+        model[2].eval()
         qsam.quantize_(model)
+        modes = [module.training for module in model.modules()]
         qsam.calibrate(model, [x])
+        assert [module.training for module in model.modules()] == modes
         assert torch.is_grad_enabled()
 
     def test_a_failing_batch_leaves_modes_and_scales_as_they_were(self, model, x):
-        qsam.quantize_(model)
         with pytest.raises(RuntimeError, match="shape"):
             qsam.calibrate(model, [x, torch.randn(2, 5)])
         assert all(module.training for module in model.modules())
         assert all(q._qsam_place.samples is None and not q.calibrated for q in quantizers(model))
 
     def test_inputs_that_no_batch_reaches_are_named(self, x):
-        class Half(nn.Module):
-            def __init__(self):
-                super().__init__()
-                self.used, self.unused = nn.Linear(6, 2), nn.Linear(6, 2)
-
-            def forward(self, x):
-                return self.used(x)
-
-        model = Half()
+        model = nn.ModuleDict({"used": nn.Linear(6, 2), "unused": nn.Linear(6, 2)})
+        model.forward = model["used"].__call__
         qsam.quantize_(model)
         with pytest.raises(RuntimeError, match="no batch reached the input of 'unused': give batches that use it"):
             qsam.calibrate(model, [x])
-        assert model.used.input_quantizer.calibrated
+        assert model["used"].input_quantizer.calibrated
 
-    @pytest.mark.parametrize("batches", [[], iter(())])
-    def test_no_batch_is_refused(self, model, batches):
-        qsam.quantize_(model)
-        with pytest.raises(ValueError, match="`batches` is empty"):
-            qsam.calibrate(model, batches)
+    def test_without_a_batch_or_without_quantizers_it_is_refused(self, model, x):
+        for empty in ([], iter(())):
+            with pytest.raises(ValueError, match="`batches` is empty"):
+                qsam.calibrate(model, empty)
+        with pytest.raises(
+            RuntimeError, match=r"calibrate needs a quantized model: call qsam.quantize_\(model\) first"
+        ):
+            qsam.calibrate(mlp(), [x])
 
     @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
     def test_data_that_is_not_finite_is_refused_with_the_path(self, model, x, poison):
-        qsam.quantize_(model)
         bad = x.clone()
         bad[1, 2] = poison
-        with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):
-            qsam.calibrate(model, [x, bad])
-        with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):
-            model(bad)
+        for call in (lambda: qsam.calibrate(model, [x, bad]), lambda: model(bad)):
+            with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):
+                call()
         assert model[0].input_quantizer.signed is None
         qsam.calibrate(model, [x])
         assert model[0].input_quantizer.signed
 
-    def test_a_float_model_is_refused(self, model, x):
-        with pytest.raises(
-            RuntimeError, match=r"calibrate needs a quantized model: call qsam.quantize_\(model\) first"
-        ):
-            qsam.calibrate(model, [x])
-
-    def test_a_compiled_model(self, model, x):
-        qsam.quantize_(model)
-        qsam.calibrate(torch.compile(model, backend="eager"), [x])
-        again = copy.deepcopy(model)
-        qsam.calibrate(again, [x])
-        assert all(torch.equal(a.scale, b.scale) for a, b in zip(quantizers(model), quantizers(again), strict=True))
-
-
-class TestSign:
-    def test_it_is_decided_by_the_data(self, calibrated):
+    def test_the_data_decide_the_sign_and_calibrating_again_decides_again(self, calibrated, x):
         assert [q.signed for q in quantizers(calibrated)] == [True, False, False]
         assert [(q.quant_min, q.quant_max) for q in quantizers(calibrated)] == [(-128, 127), (0, 255), (0, 255)]
-
-    def test_calibrating_again_decides_again(self, calibrated, x):
-        qsam.calibrate(calibrated, [x.abs()])
-        assert not calibrated[0].input_quantizer.signed
-        qsam.calibrate(calibrated, [x])
-        assert calibrated[0].input_quantizer.signed
-
-    def test_calibrating_again_keeps_the_parameter(self, calibrated, x):
-        before = [q.scale for q in quantizers(calibrated)]
-        qsam.calibrate(calibrated, [3 * x])
-        assert all(q.scale is scale for q, scale in zip(quantizers(calibrated), before, strict=True))
+        scales = [q.scale for q in quantizers(calibrated)]
+        for data, signed in ((x.abs(), False), (3 * x, True)):
+            qsam.calibrate(calibrated, [data])
+            assert calibrated[0].input_quantizer.signed is signed
+        assert all(q.scale is scale for q, scale in zip(quantizers(calibrated), scales, strict=True))
 
     def test_a_scale_of_an_old_file_without_its_sign_is_refused(self, calibrated, x):
         other = mlp()
-        qsam.quantize_(other)
+        qsam.quantize_(other, init="absmax")
         other.load_state_dict({key: value for key, value in calibrated.state_dict().items() if "limits" not in key})
         with pytest.raises(RuntimeError, match=r"the scale of the input of '0' was loaded .*older qsam.*spec=.*calibr"):
             other(x)
@@ -432,78 +391,57 @@ class TestSign:
 
 
 class TestFirstForward:
-    def test_in_training_mode_it_calibrates(self, model, x):
-        qsam.quantize_(model, init="absmax")
+    def test_in_training_mode_it_calibrates_and_later_ones_do_not(self, model, x):
         model(x)
-        q = model[0].input_quantizer
-        assert all(q.calibrated for q in quantizers(model))
-        torch.testing.assert_close(q.scale.item(), x.abs().max().item() / 127)
-
-    def test_later_ones_do_not(self, model, x):
-        qsam.quantize_(model)
-        model(x)
+        assert all_calibrated(model)
+        torch.testing.assert_close(model[0].input_quantizer.scale.item(), x.abs().max().item() / 127)
         before = [q.scale.clone() for q in quantizers(model)]
         model(100 * x)
         assert all(torch.equal(q.scale, scale) for q, scale in zip(quantizers(model), before, strict=True))
 
     @pytest.mark.parametrize("action", ["default", "always", "error"])
-    def test_in_eval_mode_it_passes_as_float_and_warns_once(self, model, x, action):
-        expected = model(x)
-        qsam.quantize_(model)
-        model.eval()
-        with warnings.catch_warnings(record=True) as seen:
-            warnings.simplefilter(action)
-            if action == "error":
-                with pytest.raises(UserWarning, match="the input of '0', and of every other layer"):
-                    model(x)
-            for _ in range(3):
-                assert torch.equal(model(x), expected)
-        assert len(seen) == (action != "error")
-        assert not any(q.calibrated for q in quantizers(model))
+    def test_in_eval_mode_it_passes_as_float_and_each_model_warns_once_with_the_cure(self, model, x, action):
+        expected = mlp_of(model)(x)
+        for each in (model.eval(), copy.deepcopy(model)):
+            with warnings.catch_warnings(record=True) as seen:
+                warnings.simplefilter(action)
+                if action == "error":
+                    with pytest.raises(UserWarning, match="the input of '0', and of every other layer"):
+                        each(x)
+                for _ in range(3):
+                    assert torch.equal(each(x), expected)
+            cure = "Call qsam.calibrate(model, batches), or run one forward in training mode"
+            assert [cure in str(warning.message) for warning in seen] == [True] * (action != "error")
+            assert none_calibrated(each)
 
-    def test_the_warning_names_the_cure(self, model, x):
-        qsam.quantize_(model)
-        with pytest.warns(
-            UserWarning, match=r"Call qsam.calibrate\(model, batches\), or run one forward in training mode"
-        ):
-            model.eval()(x)
-
-    def test_a_copy_warns_for_itself(self, model, x):
-        qsam.quantize_(model)
-        other = copy.deepcopy(model).eval()
-        for each in (model.eval(), other):
-            with pytest.warns(UserWarning, match="passes through in float"):
-                each(x)
-
-    def test_never_in_a_perturbed_pass(self, model, x):
-        qsam.quantize_(model)
-        with frozen(), pytest.warns(UserWarning, match="passes through in float"):
-            model(x)
-        assert not any(q.calibrated for q in quantizers(model))
-        model(x)
-        assert all(q.calibrated for q in quantizers(model))
-
-    def test_perturbed_passes_that_overlap_leave_no_trace(self, model, x):
-        """Those of two models, in two threads: one begins in the other, and ends after it."""
-        qsam.quantize_(model)
+    def test_never_in_a_perturbed_pass_even_if_those_of_two_threads_overlap(self, model, x):
         first, second = frozen(), frozen()
         first.__enter__()
         second.__enter__()
         first.__exit__(None, None, None)
         with pytest.warns(UserWarning, match="passes through in float"):
             model(x)
+        assert none_calibrated(model)
         second.__exit__(None, None, None)
         model(x)
-        assert all(q.calibrated for q in quantizers(model))
+        assert all_calibrated(model)
 
     def test_an_optimizer_calibrates_in_its_first_pass(self, model, x):
         optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.1, rho=0.5)
         with optimizer.first_pass():
             model(x).sum().backward()
         before = [q.scale.clone() for q in quantizers(model)]
+        assert all_calibrated(model)
         with optimizer.perturbed():
             model(x).sum().backward()
         assert all(torch.equal(q.scale, scale) for q, scale in zip(quantizers(model), before, strict=True))
+
+
+def mlp_of(model):
+    """Return a float copy of a quantized model whose weights have not been written."""
+    other = copy.deepcopy(model)
+    qsam.dequantize_(other)
+    return other
 
 
 class Borrower(nn.Module):
@@ -523,34 +461,37 @@ class TestNeverCalled:
         for _ in range(2):
             optimizer.step(lambda: model(x).square().mean().backward())
 
-    def test_a_layer_whose_weight_is_used_without_calling_it_is_named_once(self, x):
-        model = Borrower()
-        with pytest.warns(
-            UserWarning, match=r"the weight of 'borrowed' without calling the layer .*'activations': None"
-        ) as said:
-            self.step(model, x)
+    def test_a_layer_whose_weight_is_used_without_calling_it_is_named_once_and_the_rule_is_the_cure(self, x):
+        message = r"the weight of 'borrowed' without calling the layer .*'activations': None"
+        with pytest.warns(UserWarning, match=message) as said:
+            self.step(Borrower(), x)
         assert len(said) == 1
-
-    def test_the_rule_that_it_names_is_the_cure(self, x):
         model = Borrower()
         qsam.quantize_(model, rules=[("borrowed", {"activations": None})])
         self.step(model, x)
 
-    def test_a_layer_that_no_batch_has_reached_yet_is_no_matter(self, x):
-        model = nn.ModuleDict({"mlp": mlp(), "rest": nn.Linear(6, 6)})
-        qsam.quantize_(model)
-        optimizer = qsam.SQuAT(model, torch.optim.SGD, lr=0.01)
-        optimizer.step(lambda: model["mlp"](x).square().mean().backward())
-
-    def test_gradients_without_a_forward_are_no_matter(self, model):
+    def test_a_layer_that_no_batch_has_reached_and_gradients_without_a_forward_are_no_matter(self, model, x):
+        whole = nn.ModuleDict({"mlp": mlp(), "rest": nn.Linear(6, 6)})
+        qsam.quantize_(whole)
+        whole.forward = whole["mlp"].__call__
+        self.step(whole, x)
         optimizer = qsam.QAT(model, torch.optim.SGD, lr=0.01)
         for p in model.parameters():
             p.grad = torch.ones_like(p)
         optimizer.step()
 
 
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
 class TestCopies:
-    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+    @pytest.mark.parametrize(
+        "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded]
+    )
     def test_a_copy_runs_its_own_quantizers(self, calibrated, x, copied):
         expected = calibrated(x)
         other = copied(calibrated)
@@ -561,24 +502,12 @@ class TestCopies:
         assert torch.equal(calibrated(x), expected)
         assert not torch.equal(other(x), expected)
 
-    def test_torch_save_keeps_the_quantizers(self, calibrated, x):
-        buffer = io.BytesIO()
-        torch.save(calibrated, buffer)
-        buffer.seek(0)
-        assert torch.equal(torch.load(buffer, weights_only=False)(x), calibrated(x))
-
-    def test_the_hook_is_a_function_of_the_module(self, calibrated):
-        (hook,) = calibrated[0]._forward_pre_hooks.values()
-        assert pickle.loads(pickle.dumps(hook)) is hook
-
     @pytest.mark.parametrize("cast", ["half", "bfloat16", "double"])
     def test_casting_the_model_keeps_the_scales(self, calibrated, x, cast):
         before = {name: value.clone() for name, value in calibrated.state_dict().items() if "quantizer" in name}
         getattr(calibrated, cast)()
         after = calibrated.state_dict()
-        assert all(
-            after[name].dtype == torch.float32 and torch.equal(after[name], value) for name, value in before.items()
-        )
+        assert all(after[k].dtype == torch.float32 and torch.equal(after[k], value) for k, value in before.items())
         dtype = calibrated[0].weight.dtype
         assert dtype != torch.float32
         assert calibrated(x.to(dtype)).dtype == dtype
@@ -606,29 +535,21 @@ class TestEngines:
         assert torch.equal(compiled(x, x, x)[0], expected)
         assert torch.equal(compiled(query=x, key=x, value=x)[0], expected)
 
-    def test_a_graph_compiled_before_quantize_is_not_used_after_it(self, model, x):
-        compiled = torch.compile(model, backend="eager")
-        expected = compiled(x)
-        qsam.quantize_(model, **INPUTS_ONLY)
-        qsam.calibrate(model, [x])
-        assert torch.equal(compiled(x), model(x))
-        assert not torch.equal(compiled(x), expected)
-        qsam.dequantize_(model)
-        assert torch.equal(compiled(x), expected)
-
-    def test_a_graph_of_another_model_with_the_same_code_is_not_used(self, model, x):
-        torch.compile(copy.deepcopy(model), backend="eager")(x)
-        qsam.quantize_(model)
-        qsam.calibrate(model, [x])
-        assert torch.equal(torch.compile(model, backend="eager")(x), model(x))
-
-    def test_calibrating_a_compiled_model_takes_effect(self, model, x):
-        qsam.quantize_(model)
+    def test_a_compiled_model_follows_quantize_calibrate_and_dequantize(self, x):
+        model = mlp()
         compiled = torch.compile(model.eval(), backend="eager")
+        expected = compiled(x)
+        torch.compile(copy.deepcopy(model), backend="eager")(x)  # a graph of the same code, of another model
+        qsam.quantize_(model, **INPUTS_ONLY)
         with torch.no_grad(), pytest.warns(UserWarning, match="passes through in float"):
             compiled(x)
-        qsam.calibrate(model, [x])
-        assert torch.equal(compiled(x), model(x))
+        qsam.calibrate(compiled, [x])
+        quantized = model(x)
+        assert not torch.equal(quantized, expected)
+        assert torch.equal(compiled(x), quantized)
+        assert torch.equal(torch.compile(model, backend="eager")(x), quantized)
+        qsam.dequantize_(model)
+        assert torch.equal(compiled(x), expected)
 
     @pytest.mark.filterwarnings("ignore:There is a performance drop")  # an operation without a batching rule is slow
     def test_per_sample_gradients(self, calibrated, x):
@@ -648,10 +569,8 @@ class TestEngines:
         assert torch.equal(exported(x), calibrated(x))
         assert torch.equal(exported(3 * x), calibrated(3 * x))
 
-    @pytest.mark.parametrize("reentrant", [False, True])
-    @pytest.mark.parametrize("fresh", [False, True], ids=["calibrated", "first forward"])
+    @pytest.mark.parametrize(("reentrant", "fresh"), [(False, False), (False, True), (True, True)])
     def test_activation_checkpointing_changes_nothing(self, model, x, reentrant, fresh):
-        qsam.quantize_(model)
         if not fresh:
             qsam.calibrate(model, [x])
         other = copy.deepcopy(model)
@@ -664,14 +583,12 @@ class TestEngines:
             assert p.grad is None or torch.equal(p.grad, q.grad)
 
 
-def run_rank(rank, path):
-    """One of two processes of test_processes_agree_on_scales_and_signs."""
-    torch.set_num_threads(1)
-    distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def agree_on_scales_and_signs(rank):
     data = torch.rand(2, 4, 6, generator=torch.Generator().manual_seed(0))
     data[1] -= 0.5  # negative in one process only
     expected = data.abs().amax(dim=(1, 2)).mean()[None] / 127
     for calibrate in (lambda model: qsam.calibrate(model, data[rank].split(1 + rank)), lambda model: model(data[rank])):
+        torch.manual_seed(0)
         model = mlp()
         qsam.quantize_(model, init="absmax")
         wrapped = nn.parallel.DistributedDataParallel(model)
@@ -685,12 +602,12 @@ def run_rank(rank, path):
         model[0].input_quantizer.set_sign_(None)
         with pytest.raises(ValueError, match="the input of '0' holds NaN or infinity"):  # else one waits for ever
             wrapped(data[rank] / torch.arange(2)[rank])
-    distributed.destroy_process_group()
 
 
 @pytest.mark.long
-def test_processes_agree_on_scales_and_signs(tmp_path):
-    torch.multiprocessing.spawn(run_rank, args=(tmp_path / "store",), nprocs=2)
+def test_processes_agree_on_scales_and_signs():
+    for processes in running(2):
+        processes(agree_on_scales_and_signs)
 
 
 @pytest.fixture
@@ -703,7 +620,6 @@ def process_group():
 
 
 def test_a_first_forward_under_ddp_is_that_of_the_model_alone_in_one_process(model, x, process_group):
-    qsam.quantize_(model)
     alone = copy.deepcopy(model)
     alone(x)
     nn.parallel.DistributedDataParallel(model)(x)
@@ -720,32 +636,19 @@ class TestSharded:
         mesh = distributed.init_device_mesh("cpu", (1,))
         return lambda module: distributed.fsdp.fully_shard(module, mesh=mesh)
 
-    def test_a_first_forward_is_refused(self, model, x, shard):
-        qsam.quantize_(model)
+    def test_what_would_set_a_scale_is_refused(self, model, x, shard):
         shard(model)
         with pytest.raises(RuntimeError, match=r"input of '0' has no scale yet, and under FSDP2 .* before fully_shard"):
             model(x)
-
-    def test_calibrate_is_refused(self, model, x, shard):
-        qsam.quantize_(model)
-        shard(model)
-        with pytest.raises(
-            RuntimeError, match="sharded already, and its scales with it: call calibrate before fully_shard"
-        ):
+        with pytest.raises(RuntimeError, match="sharded already, .* with it: call calibrate before fully_shard"):
             qsam.calibrate(model, [x])
-
-    def test_quantize_is_refused(self, model, shard):
-        shard(model)
         with pytest.raises(RuntimeError, match="sharded already: call quantize_ before fully_shard"):
-            qsam.quantize_(model)
+            qsam.quantize_(shard(mlp()))
 
-    def test_a_calibrated_model_runs_as_before(self, calibrated, x, shard):
-        expected = calibrated(x)
+    def test_a_calibrated_model_and_another_model_run_as_before(self, calibrated, x, shard):
+        other, expected = mlp(), calibrated(x)
         shard(calibrated)
         assert torch.equal(calibrated(x), expected)
-
-    def test_another_model_is_not_concerned(self, model, x, shard):
-        shard(mlp())
-        qsam.quantize_(model)
-        model(x)
-        assert all(q.calibrated for q in quantizers(model))
+        qsam.quantize_(other)
+        other(x)
+        assert all_calibrated(other)

@@ -12,7 +12,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import qsam
 from qsam.integrations.trainer import TrainerMixin
-from tests.integrations.frameworks import Rows, steps_by_hand
+from tests.frameworks import Rows, steps_by_hand
 from tests.models import BERT
 from tests.optim.methods import METHODS, assert_on_grid, assert_same, everything, long_but, train
 

@@ -4,7 +4,7 @@ import pytest
 from torch import nn
 
 import qsam
-from qsam.slots import own_parameters, quantizer_parameters
+from qsam.coverage import own_parameters, quantizer_parameters
 from tests.models import BERT, CONV, MLP, TIED
 
 

@@ -1,4 +1,4 @@
-"""Every code block in the documents runs; every registered thing has its card and its slow twin."""
+"""Every code block of the documents runs, links and tables are right, and all that is registered has its card and twin."""
 
 import importlib
 import inspect
@@ -8,12 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.demos import BEGIN, END, results_block
 from qsam.optim import DIRECTIONS, OPTIMIZERS, QuantizedOptimizer
 from qsam.quantizers import QUANTIZERS
 from tests.reference import quantizers as quantizer_twins
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([ROOT / "README.md", *DOCS.rglob("*.md")])
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SECTIONS = ["Idea", "Equation", "Cost", "Settings", "When not", "Differs from the paper", "Sources"]
@@ -113,3 +115,28 @@ def test_links_lead_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[\w-]+)?\)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), f"{relative(page)} links to {target}"
+
+
+def test_every_test_that_a_page_names_exists():
+    for page in PAGES:
+        links = re.findall(r"\[`(test_\w+)`\]\(([^)]+)\)", page.read_text(encoding="utf-8"))
+        assert links or page.stem != "reliability"
+        for name, target in links:
+            assert re.search(rf"^ *def {name}\(", (page.parent / target).read_text(encoding="utf-8"), re.MULTILINE), (
+                name
+            )
+
+
+def test_the_extension_in_the_readme_is_the_package_that_the_tests_install():
+    package = ROOT / "tests" / "downstream"
+    assert f"```python\n{(package / 'qsam_ternary.py').read_text(encoding='utf-8')}```" in README
+    project = (package / "pyproject.toml").read_text(encoding="utf-8")
+    for line in ('[project.entry-points."qsam.quantizers"]', 'ternary = "qsam_ternary:Ternary"'):
+        assert line in project
+        assert line in README
+
+
+def test_the_table_of_results_in_the_readme_is_made_from_the_kept_runs():
+    shown = README.split(BEGIN)[1].split(END)[0].strip()
+    assert shown == "\n".join(results_block()).strip()
+    assert shown

@@ -7,7 +7,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
-from tests.integrations.frameworks import steps_by_hand
+from tests.frameworks import steps_by_hand
 from tests.models import MLP
 from tests.optim.methods import METHODS, assert_on_grid, assert_same, closure_of, everything, train
 
