@@ -433,8 +433,9 @@ class Latents:
         """Move the state of the inputs' quantizers: the next draw of noise, and ranges by what was seen."""
         for noise in self._input_noises:
             noise.advance()
-        for quantizer in self.input_quantizers:
-            quantizer.take_observations()
+        for row in self.coverage.inputs if self.coverage is not None else ():
+            if row.quantizer is not None:
+                row.quantizer.take_observations()
 
     # --- other writers and owners ---------------------------------------------------------------------------------
 

@@ -162,7 +162,7 @@ def test_a_weights_range_is_the_largest_magnitude_after_every_step(granularity):
             largest = w.abs().max() if granularity == "per_tensor" else w.abs().amax(1, keepdim=True)
             expected = (largest.double() / 127).float()
             assert torch.equal(slot.quantizer.scale.flatten(), expected.flatten())
-            assert float((slot.parameter - w).abs().max()) <= float(expected.max()) * 0.5 * (1 + 300 * EPS)
+            assert (slot.parameter - w).abs().max().item() <= expected.max().item() * 0.5 * (1 + 300 * EPS)
 
 
 @pytest.mark.parametrize("method", [qsam.QAT, qsam.SAQ, qsam.SQuAT])
