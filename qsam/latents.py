@@ -432,9 +432,12 @@ class Latents:
             self.write()
 
     def move_input_noise(self) -> None:
-        """Go on to the next draw of the inputs' noise; the weights' is moved by ``update``, and here there is no w."""
+        """Move the state of the inputs' quantizers: the next draw of noise, and ranges by what was seen."""
         for noise in self._input_noises:
             noise.advance()
+        for row in self.coverage.inputs if self.coverage is not None else ():
+            if row.quantizer is not None:
+                row.quantizer.take_observations()
 
     # --- other writers and owners ---------------------------------------------------------------------------------
 

@@ -93,6 +93,18 @@ class Quantizer(nn.Module):
             0 or 1; None, where no layer says so: dimension 0, with two dimensions too.
     """
 
+    offset: float = 0.0
+    """The shift of the codes, in steps: the levels of a uniform grid are ``(code + offset) * scale + shift``."""
+
+    shift: Tensor | None = None
+    """The shift of the levels, in the unit of the data, broadcastable as ``scale`` is; None for 0."""
+
+    dynamic: bool = False
+    """Whether the scale follows from each input as it comes; ``step_size(x)`` tells it."""
+
+    moves_grid: bool = False
+    """Whether :meth:`update` changes Q: the optimizer then writes the weights again."""
+
     init: str = "mse"
     batch_first: bool | None = None
     limits: Tensor
@@ -202,6 +214,14 @@ class Quantizer(nn.Module):
         """Whether the parameters have been set from data, or loaded."""
         low, high = self._numbers(self._was_calibrated)
         return high > low
+
+    def take_observations(self) -> None:
+        """Move the state of an input's quantizer by what ``forward`` has seen; called once per optimizer step."""
+
+    @property
+    def stops(self) -> tuple[float, float]:
+        """The ``(x - shift) / scale`` between which the gradient of x passes: the outermost levels; or infinities."""
+        return self.quant_min + self.offset, self.quant_max + self.offset
 
     @property
     def quant_min(self) -> int:
