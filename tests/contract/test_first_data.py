@@ -235,8 +235,7 @@ class TestDefaultDtype:
 
 
 class TestFeaturesPerSample:
-    @pytest.mark.parametrize("build", [nn.LSTM, nn.GRU, nn.RNN])
-    @pytest.mark.parametrize("batch_first", [False, True])
+    @pytest.mark.parametrize(("build", "batch_first"), [(nn.LSTM, False), (nn.GRU, True), (nn.RNN, False)])
     def test_a_recurrent_layer_counts_the_features_of_one_sequence(self, build, batch_first):
         layer = build(6, 4, batch_first=batch_first)
         qsam.quantize_(layer)
