@@ -94,7 +94,7 @@ class Slot:
         """Note what p holds now; a layer that multiplies integers asks its quantizer whether p is on the grid."""
         if holds != self.p_holds:
             self.p_holds = holds
-            self.quantizer.off_grid = holds != "quantized"
+            vars(self.quantizer)["off_grid"] = holds != "quantized"
 
     def point(self) -> Tensor:
         """Return where Q was evaluated: w, or ``w + e``; where w has no scale yet, any e would be beyond the grid."""

@@ -404,6 +404,7 @@ def channels_commute(case: Case) -> None:
     q = case.build()
     if q.granularity == "per_tensor" or q.axis is None:
         return
+    assert isinstance(q.axis, int)
     out = q(case.x)
     set_scale(q, scale_of(q).reshape(case.x.shape[q.axis], -1).flip(0).flatten())
     if (shift := shift_of(q)) is not None:
