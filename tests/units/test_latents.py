@@ -5,6 +5,9 @@ import torch
 from torch import nn
 
 import qsam
+from qsam.coverage import quantizer_parameters
+from qsam.latents import own_parameters
+from tests.models import BERT, CONV, TIED
 
 OFF_GRID = {"quantized": False, "perturbed": True, "latent": True}
 
@@ -40,7 +43,7 @@ def assert_p_holds(optimizer, kind):
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_a_slot_says_what_its_parameter_holds(backend):
-    with qsam.fused.backend.using(backend):
+    with qsam.fused.kernels.using(backend):
         model, optimizer = built()
         assert_p_holds(optimizer, "quantized")
         with optimizer.first_pass():
@@ -103,3 +106,31 @@ def test_a_write_through_data_into_a_weight_that_is_not_perturbed_is_seen(method
     with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' was written by somebody else"):
         for _ in range(2):
             optimizer.step(closure_of(model, optimizer))
+
+
+class Shared(nn.Module):
+    """One block under two names, one Parameter in two places, and an empty place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        block = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+        self.first, self.second, self.absent = block, block, None
+        self.register_parameter("nothing", None)
+        self.head = nn.Linear(4, 4)
+        self.head.weight = block[0].weight
+        self.scale = nn.Parameter(block[0].bias.detach().clone())
+
+
+@pytest.mark.parametrize("task", [CONV, BERT, TIED], ids=str)
+def test_own_parameters_are_the_named_ones_without_the_quantizers(task):
+    model = task.quantized()
+    scales = {id(p) for p in quantizer_parameters(model)}
+    assert scales
+    assert list(own_parameters(model)) == [(n, p) for n, p in model.named_parameters() if id(p) not in scales]
+
+
+def test_a_shared_parameter_comes_once_by_its_first_name():
+    model = Shared()
+    assert list(own_parameters(model)) == list(model.named_parameters())
+    qsam.quantize_(model, rules=[("*", {"activations": None})])
+    assert [name for name, _ in own_parameters(model)] == [name for name, _ in Shared().named_parameters()]
