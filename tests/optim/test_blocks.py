@@ -126,9 +126,7 @@ def test_a_step_after_the_phase_of_the_scales_is_theirs(method):
         MLP.loss(model, MLP.batch(0)).backward()
     optimizer.step()
     assert all(torch.equal(s.latent, w) for s, w in zip(optimizer._latents.slots, weights, strict=True))
-    assert not any(
-        torch.equal(s.quantizer.scale, old) for s, old in zip(optimizer._latents.slots, scales, strict=True)
-    )
+    assert not any(torch.equal(s.quantizer.scale, old) for s, old in zip(optimizer._latents.slots, scales, strict=True))
     assert optimizer.blocks == ("first_pass", "perturbed")
     assert_on_grid(optimizer)
 
