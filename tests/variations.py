@@ -71,6 +71,8 @@ def main(arguments: list[str]) -> int:
         print(f"{variation}: {summary}", flush=True)
         if run.returncode:
             failed += 1
+            if not re.search(r"^(?:FAILED|ERROR) ", run.stdout, re.MULTILINE):  # a crash, of which pytest says nothing
+                print(f"ended with code {run.returncode}: {run.stderr[-2000:]}", flush=True)
             print(*re.findall(r"^(?:FAILED|ERROR) .*$", run.stdout, re.MULTILINE), sep="\n", flush=True)
     seconds = time.monotonic() - began
     print(f"{len(VARIATIONS) - failed} of {len(VARIATIONS)} variations are green, in {seconds / 60:.1f} minutes")
