@@ -272,22 +272,6 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]
                 yield path_of(path, name), module, name, child
 
 
-def own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Iterate over ``root.named_parameters()`` without those of quantizers."""
-    seen: set[int] = set()
-    left = [("", root)]
-    while left:
-        path, module = left.pop()
-        if id(module) in seen or isinstance(module, Quantizer):
-            continue
-        seen.add(id(module))
-        for name, p in module._parameters.items():
-            if p is not None and id(p) not in seen:
-                seen.add(id(p))
-                yield path + name, p
-        left += [(f"{path}{name}.", child) for name, child in reversed(module._modules.items()) if child is not None]
-
-
 def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
     """Iterate over the parameters of all quantizers in a model, weights' and inputs'."""
     for module in root.modules():

@@ -155,14 +155,10 @@ def _input(row: Input) -> QuantizedInput:
 
 
 def _codes(quantizer: Quantizer, p: Tensor, where: str) -> Tensor:
-    method = getattr(quantizer, "codes", None)
-    codes = method(p) if callable(method) else None
-    if not isinstance(codes, Tensor):
-        raise TypeError(
-            f"{where}: {_name(quantizer)} gives no integers to export: implement `codes(x)`, or export a model "
-            "that was quantized with 'lsq'."
-        )
-    return codes.to(torch.int8 if quantizer.signed else torch.uint8)
+    try:
+        return quantizer.codes(p).to(torch.int8 if quantizer.signed else torch.uint8)
+    except TypeError as error:
+        raise TypeError(f"{where}: {error} Export a model that was quantized with 'lsq' otherwise.") from error
 
 
 def _scale(quantizer: Quantizer, where: str) -> Tensor:

@@ -6,7 +6,7 @@
     update     an optimizer steps w; if it fails, w is what it was before
 
 A weight is a slot (module, attribute) and is looked up at each verb, because Accelerate and FSDP replace Parameters.
-Each verb runs in one sweep over a weight where a kernel can (:mod:`qsam.fused.sweeps`), and eagerly elsewhere.
+Each verb runs in one sweep over a weight where a kernel can (:mod:`qsam.fused.kernels`), and eagerly elsewhere.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from qsam import distributed
-from qsam.attach import quantize_, refuse_overflow
+from qsam.attach import dequantize_, quantize_, refuse_overflow, restored_if_refused
 from qsam.coverage import (
     Coverage,
     coverage_of,
@@ -34,7 +35,7 @@ from qsam.coverage import (
     set_owner,
 )
 from qsam.functional import SCALE_FLOOR, wide_dtype
-from qsam.fused import sweeps
+from qsam.fused import kernels
 from qsam.guard import Guard, block_of, close_block, open_block, same_values
 from qsam.layers import unwrap_model
 from qsam.quantizers import Noise, Quantizer
@@ -72,7 +73,8 @@ class Slot:
     @property
     def parameter(self) -> nn.Parameter:
         """The model's Parameter p, as it is now."""
-        return parameter_at(self.module, self.attr, self.path)
+        p = self.module._parameters.get(self.attr)
+        return parameter_at(self.module, self.attr, self.path) if p is None else p
 
     @property
     def quantizer(self) -> Quantizer:
@@ -210,7 +212,7 @@ class Latents:
         """Write ``p <- Q(w)``, in place, and remember how p looks now."""
         if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
             distributed.reshard_(self.root)
-        for slot, written in zip(self.slots, sweeps.write_(self._weights(self.slots)), strict=True):
+        for slot, written in zip(self.slots, kernels.write_(self._weights(self.slots)), strict=True):
             if not written:
                 slot.parameter.copy_(slot.quantized())
             slot.note("quantized")
@@ -276,7 +278,7 @@ class Latents:
         ours = [(t, t.slot) for t in targets if t.slot is not None]
         weights = self._weights([slot for _, slot in ours])
         directions = [distributed.local(t.direction) for t, _ in ours]
-        answers = sweeps.perturb_(weights, directions, [t.coefficient for t, _ in ours])
+        answers = kernels.perturb_(weights, directions, [t.coefficient for t, _ in ours])
         for (target, slot), same in zip(ours, answers, strict=True):
             if same is not None:
                 self.guard.report(slot, same)
@@ -334,7 +336,7 @@ class Latents:
             if slot.parameter.grad is None and id(slot) in held and not self.noisy:
                 self._compare(slot)
         grads = (slot.parameter.grad for slot in slots)
-        answers = sweeps.pull_back_(self._weights(slots), [g for g in grads if g is not None], overwrite=masked)
+        answers = kernels.pull_back_(self._weights(slots), [g for g in grads if g is not None], overwrite=masked)
         for slot, answer in zip(slots, answers, strict=True):
             if masked and answer is not None:
                 slot.note("latent")
@@ -342,7 +344,7 @@ class Latents:
             yield slot, *self._pulled_back(slot, answer, masked, id(slot) in held)
 
     def _pulled_back(
-        self, slot: Slot, answer: tuple[Tensor, sweeps.Verdict] | None, masked: bool, held_q: bool
+        self, slot: Slot, answer: tuple[Tensor, kernels.Verdict] | None, masked: bool, held_q: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return dw and ds of one weight, from a kernel's answer if there is one, and let the guard see what p held."""
         grad = slot.parameter.grad
@@ -381,10 +383,10 @@ class Latents:
 
         return distributed.vjp(slot.quantizer, slot.point(), grad, run)
 
-    def _weights(self, slots: Iterable[Slot]) -> list[sweeps.Weight]:
+    def _weights(self, slots: Iterable[Slot]) -> list[kernels.Weight]:
         """Return these weights as kernels see them; without a grid if p is to hold another Q than theirs."""
         return [
-            sweeps.Weight(
+            kernels.Weight(
                 slot.latent,
                 slot.parameter,
                 None if self.noisy or slot.inner_e is not None else slot.quantizer.grid(slot.latent),
@@ -581,3 +583,68 @@ def _take_released(slots: Sequence[Slot], released: Mapping[str, nn.Parameter]) 
 def _noises(quantizers: Iterable[Quantizer | None]) -> list[Noise]:
     """Return the streams of noise that these quantizers hold."""
     return [m for q in quantizers if q is not None for m in q.modules() if isinstance(m, Noise)]
+
+
+@contextlib.contextmanager
+def undone_if_refused(model: nn.Module) -> Iterator[None]:
+    """If the construction of an optimizer fails, leave a plain model plain, and a quantized one with its scales."""
+    root = unwrap_model(model)
+    coverage = coverage_of(root)
+    rows = coverage.quantized if coverage is not None else ()
+    try:
+        with restored_if_refused([row.quantizer for row in rows if row.quantizer is not None]):
+            yield
+    except BaseException:
+        if coverage is None and (own := coverage_of(root)) is not None:
+            set_owner(own, None)
+            dequantize_(root)
+        raise
+
+
+def own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Iterate over ``root.named_parameters()`` without those of quantizers."""
+    seen: set[int] = set()
+    left = [("", root)]
+    while left:
+        path, module = left.pop()
+        if id(module) in seen or isinstance(module, Quantizer):
+            continue
+        seen.add(id(module))
+        for name, p in module._parameters.items():
+            if p is not None and id(p) not in seen:
+                seen.add(id(p))
+                yield path + name, p
+        left += [(f"{path}{name}.", child) for name, child in reversed(module._modules.items()) if child is not None]
+
+
+# --- the base optimizer and the latents ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def pointed_at_latents(base: Optimizer, latents: Latents) -> Iterator[None]:
+    """Within this context the base's groups hold the latents in place of their Parameters.
+
+    The base's state is keyed by the latents, always: it is only ever touched inside this context.
+    """
+    forth = {id(slot.parameter): slot.latent for slot in latents.slots}
+    back = {id(slot.latent): slot.parameter for slot in latents.slots}
+    _exchange(base, forth)
+    try:
+        yield
+    finally:
+        _exchange(base, back)
+
+
+@contextlib.contextmanager
+def pointed_at_model(base: Optimizer, latents: Latents) -> Iterator[None]:
+    """Within :func:`pointed_at_latents`, let the base's groups hold the model's Parameters for a while."""
+    _exchange(base, {id(slot.latent): slot.parameter for slot in latents.slots})
+    try:
+        yield
+    finally:
+        _exchange(base, {id(slot.parameter): slot.latent for slot in latents.slots})
+
+
+def _exchange(base: Optimizer, table: dict[int, nn.Parameter]) -> None:
+    for group in base.param_groups:
+        group["params"][:] = [table.get(id(p), p) for p in group["params"]]

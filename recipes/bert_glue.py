@@ -80,9 +80,10 @@ class Task:
     short_rows: int = 0
 
 
-ACCURACY: dict[str, Callable[[Any, Any], float]] = {"accuracy": accuracy_score}
-WITH_F1 = {**ACCURACY, "f1": partial(f1_score, zero_division=0.0)}
-CORRELATIONS: dict[str, Callable[[Any, Any], float]] = {
+Metrics = dict[str, Callable[[Any, Any], float]]
+ACCURACY: Metrics = {"accuracy": accuracy_score}
+WITH_F1: Metrics = {**ACCURACY, "f1": partial(f1_score, zero_division=0.0)}
+CORRELATIONS: Metrics = {
     "pearson": lambda y, p: pearsonr(y, p).statistic,
     "spearman": lambda y, p: spearmanr(y, p).statistic,
 }

@@ -120,7 +120,7 @@ def parse_options(
     Raises:
         ValueError: with the flag, the values that it takes and the one that was given.
     """
-    parser: Any = HfArgumentParser(options_class, allow_abbrev=False)
+    parser: Any = HfArgumentParser(options_class, allow_abbrev=False)  # type: ignore[arg-type]
     (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     if options.demo:
         methods = ["fp32", "rtn", f"lsq{PASSES[demo.get('schedule', options.schedule)]:g}x", "squat"]
@@ -145,7 +145,7 @@ RANGES: list[Range] = [
      "one rate, or two (weights, activations), not negative"),
     (("sharpness",), lambda v: all(0 < rho < math.inf for rho in v), "radii above 0"),
     (("holdout",), lambda v: v is None or 0 < v < 1, "a fraction between 0 and 1"),
-    (("tag",), lambda v: v is None or re.fullmatch(r"[\w.=-]+", v), "letters, digits and . _ = - only"),
+    (("tag",), lambda v: v is None or bool(re.fullmatch(r"[\w.=-]+", v)), "letters, digits and . _ = - only"),
     (("seed",), lambda v: min(v) >= 0, "no negative number"),
 ]  # fmt: skip
 """Which values the options take: names, test, and words for the error."""
@@ -436,9 +436,13 @@ class PassCounter(Trainer):
     def get_train_dataloader(self) -> DataLoader:
         """Return batches whose order follows from the seed and the epoch alone: a resumed run sees the same ones."""
         size = self.args.per_device_train_batch_size
-        order = Shuffled(len(self.train_dataset), size * processes(), self.args.seed, self.experiment.lengths)
+        order = Shuffled(len(self.experiment.train), size * processes(), self.args.seed, self.experiment.lengths)
         loader = DataLoader(
-            self.train_dataset, size, sampler=order, collate_fn=self.data_collator, num_workers=self.experiment.workers
+            self.experiment.train,
+            size,
+            sampler=order,
+            collate_fn=self.data_collator,
+            num_workers=self.experiment.workers,
         )
         prepared: DataLoader = self.accelerator.prepare(loader)
         return prepared
@@ -524,9 +528,9 @@ class Follower(TrainerCallback):
         control.should_evaluate = control.should_evaluate and goes_on  # the last evaluation is that of the saved model
         control.should_save = self.save_every > 0 and goes_on
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Mapping[str, float], **_: Any) -> None:
+    def on_evaluate(self, args: Any, state: Any, control: Any, **options: Any) -> None:
         """Add to the entry what was measured."""
-        entry = self.trainer.course.history[-1]
+        entry, metrics = self.trainer.course.history[-1], options["metrics"]
         for key in self.trainer.experiment.dev:
             prefix = f"eval_{key}_"
             if f"{prefix}loss" in metrics:
@@ -552,7 +556,7 @@ class Follower(TrainerCallback):
         voice.has_bar = False
 
     def _steps_per_epoch(self, args: Any) -> int:
-        return math.ceil(len(self.trainer.train_dataset) / (args.per_device_train_batch_size * processes()))
+        return math.ceil(len(self.trainer.experiment.train) / (args.per_device_train_batch_size * processes()))
 
 
 class Shuffled(Sampler[int]):
@@ -607,6 +611,7 @@ def train_(
     model = (experiment.new_model(config) if start is None else experiment.load_model(start)).to(arguments.device)
     coverage = None
     if method.quantizes:
+        voice.begin(f"{run.folder.name}: quantizing the model; the first time on a machine, kernels are compiled.")
         coverage = method.quantize_(model, config, experiment.rules)  # qsam
         if any(row.quantizer is not None for row in coverage.inputs):
             qsam.calibrate(

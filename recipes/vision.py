@@ -36,7 +36,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from timm.data import create_transform
+from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -144,7 +144,7 @@ class Arrays(Dataset):
     """Images in memory, uint8 of shape (N, height, width[, 3]), and their labels."""
 
     images: np.ndarray
-    labels: Sequence[int]
+    labels: Any
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -433,8 +433,8 @@ def build(model: str, classes: int, size: int, pretrained: bool, embedded_weight
         if classes != 1000:
             lite0.reset_classifier(classes)
         return lite0
-    facts = timm.get_pretrained_cfg(model)
-    more = {"img_size": size} if facts.fixed_input_size and size != facts.input_size[-1] else {}
+    facts: Any = timm.get_pretrained_cfg(model)
+    more: Json = {"img_size": size} if facts.fixed_input_size and size != facts.input_size[-1] else {}
     try:
         built: nn.Module = timm.create_model(model, pretrained=pretrained, num_classes=classes, **more)
     except RuntimeError as error:

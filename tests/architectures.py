@@ -176,7 +176,7 @@ INTRO = """# timm's architectures
 
 Written by `python -m tests.architectures`. Each architecture below is built as small as its constructor allows (few
 blocks and channels, tiny images, random weights), quantized by the defaults (4-bit weights, 8-bit inputs, 8 bits at both ends) and put through
-one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/test_timm_sweep.py`. That shows that
+one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/world/test_timm.py`. That shows that
 the mechanics hold, not how accurate the quantized model is. No weight was downloaded and nothing was run on a GPU.
 
 - "Quantized" is the share of the entries of all parameters of two or more dimensions, in the small model; in one of

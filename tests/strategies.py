@@ -9,7 +9,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from qsam.quantizers import QUANTIZERS
+from qsam.quantizers import QUANTIZERS, build_quantizer
 from qsam.testing import Case
 from qsam.testing.inputs import owners, row_count
 
@@ -39,14 +39,11 @@ def settings_of_the_registry() -> list[Setting]:
 def _takes(setting: Setting) -> bool:
     axis = None if setting.activation else 0
     group_size = 2 if setting.granularity == "per_group" else None
-    cls = QUANTIZERS.get(setting.name)
     try:
-        return (
-            cls(bits=4, granularity=setting.granularity, axis=axis, group_size=group_size).granularity
-            == setting.granularity
-        )
+        q = build_quantizer(setting.name, bits=4, granularity=setting.granularity, axis=axis, group_size=group_size)
     except ValueError:
         return False
+    return q.granularity == setting.granularity
 
 
 def shapes(min_dims: int = 1, max_dims: int = 3) -> st.SearchStrategy[tuple[int, ...]]:

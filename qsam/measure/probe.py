@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from qsam.coverage import coverage_of, own_parameters
+from qsam.coverage import coverage_of
 from qsam.distributed import is_sharded
 from qsam.functional import wide_dtype
 from qsam.inputs import frozen
-from qsam.latents import Latents
+from qsam.latents import Latents, own_parameters
 from qsam.layers import unwrap_model
 from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,11 +26,11 @@ from torch.optim import SGD, Optimizer
 
 from qsam.distributed import DataParallel, Ranks, any_process, follow_fsdp, in_process_group, local, owned_copy
 from qsam.inputs import frozen
-from qsam.latents import Latents, coverage_for
-from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
+from qsam.latents import Latents, coverage_for, pointed_at_latents, undone_if_refused
+from qsam.optim import checkpoint
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
-from qsam.optim.groups import Base, build_base, needs_closure, pointed_at_latents, without_scales
+from qsam.optim.groups import Base, build_base, needs_closure, without_scales
 from qsam.optim.options import (
     PERTURBATION_KEYWORDS,
     SamOptions,
@@ -52,7 +53,7 @@ _READS_REQUIRES_GRAD = ("CompiledFunction", "CheckpointFunction")
 reentrant checkpoint without an input that requires a gradient returns none."""
 
 
-class QuantizedOptimizer(Checkpoint, Optimizer):
+class QuantizedOptimizer(Optimizer):
     """The optimizer that all methods share; a method is a subclass that names its phases.
 
     Args:
@@ -135,24 +136,29 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 normalize_weights=normalize_weights, scope=perturbation_scope, masked=self.masked, inside=self.inside,
             )  # fmt: skip
             self.perturbation = Perturbation(options)
+        self._check_own_options()
         self.modules = checked_modules(modules)
         check_options(model, ste, rng, max_grad_norm)
         self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
         self.skip_unused_gradients = skip_unused_gradients
         self._may_skip: bool | None = False if _is_compiled(model) else None  # None until a whole pass has been seen
         self.ranks = Ranks(model, ddp, perturbation_scope)
-        self._latents = Latents(model, self, coverage_for(model, self.quantizes))
-        try:
-            self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
-            self._build_scale_optimizer(scale_lr, scale_optimizer)
-        except BaseException:
-            self._latents.release(into_model=True)
-            raise
+        with undone_if_refused(model):
+            self._latents = Latents(model, self, coverage_for(model, self.quantizes))
+            try:
+                self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
+                self._build_scale_optimizer(scale_lr, scale_optimizer)
+            except BaseException:
+                self._latents.release(into_model=True)
+                raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
         self._leftovers = {id(p.grad) for p in self._parameters() if p.grad is not None}
         self._start_passes()
         self.scales = ScaleFacade(self)
+
+    def _check_own_options(self) -> None:
+        """Refuse what a method cannot do with its perturbation, before anything is touched."""
 
     def _build_base(self, base: Base, params: Iterable[Any] | None, arguments: dict[str, Any], rho: float) -> None:
         keywords = set(QuantizedOptimizer.__init__.__annotations__) - {"model", "base", "arguments", "return"}
@@ -313,8 +319,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     @torch.no_grad()
     def _step_by_hand(self) -> None:
         """Step with the gradients of the passes that were made as blocks."""
-        if not self._gradients_of and all_lr_zero(self.param_groups):
-            zeros = no_gradient_but_zeros(self.param_groups)
+        if not self._gradients_of and checkpoint.all_lr_zero(self.param_groups):
+            zeros = checkpoint.no_gradient_but_zeros(self.param_groups)
             if not any_process(not zeros, self._parameters()):
                 return self._create_state()
         if not self._has_gradients():
@@ -699,7 +705,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self._refuse_inside_block("sync_latents")
         follow_fsdp(self._latents, self.base)
         self._latents.take_present_weights()
-        balance_present_weights(self)
+        checkpoint.balance_present_weights(self)
 
     def release(self) -> None:
         """Hand the model over to the next optimizer, with its scales and full-precision weights.
@@ -741,6 +747,39 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         return found | self._measured | noise_figures(self._latents)
 
     # --- a torch Optimizer --------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
+        return checkpoint.merged_state(self)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Ignore what torch's own ``__setstate__`` assigns, because the state lives in the two optimizers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return latents, scales, counters and both optimizers' state: tensors and plain Python types only.
+
+        Raises:
+            RuntimeError: It was called inside a block.
+        """
+        self._refuse_inside_block("state_dict")
+        return checkpoint.packed(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a bare base optimizer's. Load the model first, then this.
+
+        The latents win over the model's weights and are written. A bare checkpoint has none: they start from the
+        model's present weights, and a warning says so.
+
+        Raises:
+            TypeError: ``state_dict`` is not a dict.
+            ValueError: It does not fit; nothing has been changed then.
+            RuntimeError: It was called inside a block.
+        """
+        self._refuse_inside_block("load_state_dict")
+        checkpoint.load(self, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`.

@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.coverage import own_parameters
 from qsam.distributed import local, owned_copy, whole
-from qsam.latents import Latents, Slot, Target, add_
+from qsam.latents import Latents, Slot, Target, add_, own_parameters
 from qsam.optim.directions import Ascent
 from qsam.optim.options import SamOptions
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.optim.groups import Base, needs_closure, pointed_at_model
+from qsam.latents import pointed_at_model
+from qsam.optim.groups import Base, needs_closure
 from qsam.optim.optimizer import Closure, QuantizedOptimizer, register_optimizer
 from qsam.optim.options import PERTURBATION_KEYWORDS
 

@@ -77,9 +77,10 @@ class SQuAT(QuantizedOptimizer):
         super().__init__(model, base, **options)
         # In a fused step the scales' turn comes before that of the weights.
         self._steps_since_scales = 1 if schedule == "fused" else 0
+
+    def _check_own_options(self) -> None:
         assert self.perturbation is not None
-        if schedule == "fused" and self.perturbation.direction.passes == 1:
-            self._latents.release(into_model=True)
+        if self.schedule == "fused" and self.perturbation.direction.passes == 1:
             raise ValueError(
                 "schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks."
             )

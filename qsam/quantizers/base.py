@@ -89,11 +89,13 @@ class Quantizer(nn.Module):
             kind of averaging gives something that can be read: the sign is ``limits[0] < 0``, calibrated is
             ``limits[1] > limits[0]``; the integers themselves follow from ``bits``.
         init: The initial-scale rule that ``quantize_`` was given, for a quantizer that wants one; set before ``init_``.
+        off_grid: Whether an optimizer has left something else than Q(w) in the weight.
         batch_first: Of an activation with three or more dimensions: whether the samples of a batch lie along dimension
             0 or 1; None, where no layer says so: dimension 0, with two dimensions too.
     """
 
     init: str = "mse"
+    off_grid: bool = False
     batch_first: bool | None = None
     limits: Tensor
 
@@ -110,7 +112,7 @@ class Quantizer(nn.Module):
     def __init__(self, **setting: Any) -> None:
         super().__init__()
         self.spec = Spec(**setting)
-        self.register_buffer(LIMITS, torch.zeros(2, dtype=torch.float32))
+        self.register_buffer("limits", torch.zeros(2, dtype=torch.float32))
 
     # --- what a subclass implements -----------------------------------------------------------------------------
 
@@ -243,8 +245,7 @@ class Quantizer(nn.Module):
 
     def _numbers(self, guard: bool | None) -> tuple[float, float]:
         if torch.compiler.is_exporting():  # a fake tensor has no values
-            low, high = integer_limits(self.bits, self._was_signed is not False)
-            return (low, high) if self._was_calibrated else (0.0, 0.0)
+            return integer_limits(self.bits, self._was_signed is not False) if self._was_calibrated else (0, 0)
         if torch.compiler.is_compiling():
             return _read_while_tracing(self.limits, guard)  # type: ignore[no-any-return]
         low, high = self.readable_limits() or self.limits.tolist()

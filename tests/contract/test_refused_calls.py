@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import qsam
+from tests.methods import assert_same, closure_of, everything, train
 from tests.models import MLP
-from tests.optim.methods import assert_same, closure_of, everything, train
 
 
 class Setting:
@@ -73,7 +73,7 @@ QUANTIZING = [
     (lambda s: s.quantize(rules=[("*", {}, None)]), TypeError, PAIRS + r"\('\*', {}, None\) in it"),
     (lambda s: s.quantize(spec=3), TypeError, r"`spec` must be a path or what `Coverage\.to_spec\(\)` returned, got 3"),
     (lambda s: s.rebuild(lambda spec: spec.update(weights=[])), ValueError, r"its 'weights' must be a dict, got \[\]"),
-    (lambda s: s.rebuild(lambda spec: spec["weights"].update({"9.weight": {}})), ValueError, r"the spec names '9\.weight', which this model does not have"),
+    (lambda s: s.rebuild(lambda spec: spec["weights"].update({"9.weight": spec["weights"]["4.weight"]})), ValueError, r"the spec names '9\.weight', which this model does not have"),
     (lambda s: s.rebuild(lambda spec: spec["weights"]["4.weight"].pop("bits")), ValueError, r"'4\.weight': its entry in the spec lacks 'bits'"),
     (lambda s: s.rebuild(lambda spec: spec["weights"].update({"4.weight": 4})), ValueError, r"'4\.weight': its entry in the spec must be a dict, got 4"),
     (lambda s: s.rebuild(lambda spec: spec["weights"]["4.weight"].update(shape=[3, 3])), ValueError, r"'4\.weight' has shape \[4, 12\], the spec's has \[3, 3\]: it belongs to another model"),

@@ -26,6 +26,18 @@ def calibrated():
     return model
 
 
+def copied_into(target, model):
+    """Copy all tensors, as a target network that follows another one does."""
+    with torch.no_grad():
+        for mine, theirs in zip(target.state_dict().values(), model.state_dict().values(), strict=True):
+            mine.copy_(theirs)
+    return target
+
+
+def coverage_spec(model):
+    return qsam.coverage_of(model).to_spec()
+
+
 def input_quantizers(model):
     return [module.input_quantizer for module in model.modules() if hasattr(module, "input_quantizer")]
 
@@ -60,9 +72,11 @@ class TestLoading:
             torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values(), strict=True)
         )
 
-    def test_loading_its_own_state_changes_nothing(self):
+    @pytest.mark.parametrize("older", [False, True])
+    def test_a_state_of_inputs_without_data_leaves_them_so(self, older):
         model = fresh()
-        model.load_state_dict(model.state_dict())
+        model.load_state_dict(without_limits(model.state_dict()) if older else model.state_dict())
+        assert not any(q.calibrated for q in input_quantizers(model))
         model(X)
         assert all(q.calibrated for q in input_quantizers(model))
 
@@ -76,16 +90,9 @@ class TestLoading:
     @pytest.mark.parametrize("strict", [True, False])
     def test_an_old_state_with_a_spec_is_the_function(self, strict):
         model, other = calibrated(), mlp()
-        qsam.quantize_(other, spec=_spec(model))
+        qsam.quantize_(other, spec=coverage_spec(model))
         other.load_state_dict(without_limits(model.state_dict()), strict=strict)
         assert torch.equal(other.eval()(X), model.eval()(X))
-
-    def test_an_old_state_from_before_the_first_batch_is_uncalibrated(self):
-        model = fresh()
-        model.load_state_dict(without_limits(fresh().state_dict()))
-        assert not any(q.calibrated for q in input_quantizers(model))
-        model(X)
-        assert all(q.calibrated for q in input_quantizers(model))
 
     def test_an_old_state_with_the_optimizers_is_the_function(self):
         model = calibrated()
@@ -97,15 +104,8 @@ class TestLoading:
         assert torch.equal(other.eval()(X), model.eval()(X))
 
 
-def _spec(model):
-    from qsam.attach import coverage_of
-
-    return coverage_of(model).to_spec()
-
-
 class TestCopying:
-    @pytest.mark.parametrize("use_buffers", [False, True])
-    @pytest.mark.parametrize("calibrated_first", [False, True])
+    @pytest.mark.parametrize(("use_buffers", "calibrated_first"), [(False, False), (True, False), (True, True)])
     def test_an_average_computes_on_its_grids(self, use_buffers, calibrated_first, recwarn):
         """The block of docs/loops.md: the average is made before the first batch has calibrated anything."""
         model = calibrated() if calibrated_first else fresh()
@@ -118,7 +118,7 @@ class TestCopying:
                 average.update_parameters(model)
         qsam.write_(average.module)
         assert levels(average.module.eval(), torch.randn(4096, 8)) <= 256
-        assert _spec(average.module)["inputs"]["2"]["calibrated"]
+        assert coverage_spec(average.module)["inputs"]["2"]["calibrated"]
         assert not recwarn
 
     @pytest.mark.parametrize("calibrated_first", [False, True])
@@ -139,9 +139,7 @@ class TestCopying:
 
     def test_a_target_network_that_follows_by_copying_is_the_function(self):
         model, target = calibrated(), fresh()
-        with torch.no_grad():
-            for mine, theirs in zip(target.state_dict().values(), model.state_dict().values(), strict=True):
-                mine.copy_(theirs)
+        copied_into(target, model)
         assert torch.equal(target.eval()(X), model.eval()(X))
 
     @pytest.mark.parametrize("kind", [torch.int32, torch.float64])
@@ -154,24 +152,15 @@ class TestCopying:
         torch.testing.assert_close(model(X), expected)
 
     def test_a_compiled_graph_sees_another_sign_and_another_scale(self):
-        model = calibrated()
+        model = copied_into(fresh(), calibrated())
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         assert torch.equal(compiled(X), model(X))
         qsam.calibrate(model, [X.abs()])
         assert model[0].input_quantizer.signed is False
         assert torch.equal(compiled(X.abs()), model(X.abs()))
-        with torch.no_grad():
-            for mine, theirs in zip(model.state_dict().values(), calibrated().state_dict().values(), strict=True):
-                mine.copy_(theirs)
+        copied_into(model, calibrated())
         assert torch.equal(compiled(X), model(X))
         assert torch.equal(compiled(X), calibrated()(X))
-
-    def test_a_graph_compiled_from_a_copy_that_never_ran_is_whole(self):
-        model, target = calibrated(), fresh()
-        with torch.no_grad():
-            for mine, theirs in zip(target.state_dict().values(), model.state_dict().values(), strict=True):
-                mine.copy_(theirs)
-        assert torch.equal(torch.compile(target, fullgraph=True, backend="eager")(X), model(X))
 
     def test_a_compiled_model_is_calibrated_again_after_a_load(self):
         model = fresh()
@@ -210,8 +199,7 @@ class TestCopying:
 
 
 class TestWeights:
-    @pytest.mark.parametrize("method", [qsam.QAT, qsam.SQuAT])
-    @pytest.mark.parametrize("change", ["load", "init"])
+    @pytest.mark.parametrize(("method", "change"), [(qsam.QAT, "load"), (qsam.SQuAT, "init")])
     def test_scales_that_no_checkpoint_brought_fit_the_weights_that_are_there(self, method, change):
         model, other = fresh(), mlp()
         with torch.no_grad():
@@ -255,18 +243,6 @@ class TestWeights:
         qsam.QAT(other, torch.optim.SGD, lr=0.1)
         assert torch.equal(other[2].weight_quantizer.scale, learned)
 
-    def test_a_second_optimizer_before_the_first_step_keeps_the_scales(self):
-        model = fresh()
-        first = qsam.QAT(model, torch.optim.SGD, lr=0.1)
-        before = {key: value.clone() for key, value in model.state_dict().items() if "quantizer" in key}
-        with torch.no_grad():
-            for slot in first._latents.slots:
-                slot.latent.copy_(slot.parameter)
-        qsam.attach.set_owner(qsam.attach.coverage_of(model), None)
-        qsam.QAT(model, torch.optim.SGD, lr=0.1)
-        after = model.state_dict()
-        assert all(torch.equal(after[key], value) for key, value in before.items())
-
 
 def assert_fits(model, weights):
     for i, w in zip((0, 2, 4), weights, strict=True):
@@ -280,16 +256,12 @@ class TestSetting:
             q = build_quantizer(name, **setting)
             assert q.spec == Spec(**setting)
 
-    def test_a_spec_is_frozen(self):
-        with pytest.raises(AttributeError):
-            LSQ(bits=4).spec.bits = 3
-        with pytest.raises(AttributeError):
-            LSQ(bits=4).bits = 3
-
-    def test_per_channel_is_a_name_of_lsq(self):
+    def test_a_spec_is_frozen_and_an_alias_has_its_own_granularity(self):
         q = build_quantizer("per_channel", bits=4, granularity="per_tensor", axis=0)
-        assert type(q) is LSQ
-        assert q.granularity == "per_channel"
+        assert (type(q), q.granularity) == (LSQ, "per_channel")
+        for frozen in (q, q.spec):
+            with pytest.raises(AttributeError):
+                frozen.bits = 3
 
     def test_any_quantizer_with_a_step_size_has_codes(self):
         class Thirds(qsam.Quantizer):

@@ -18,7 +18,6 @@ from recipes.bert_glue import TASKS, BertOnGlue, GlueOptions, load_rows, main, r
 from recipes.compare import ONE_SEED
 from recipes.training import Course, parse_options, steps_of, whole_checkpoint
 from tests.recipes.tiny_glue import METRICS, TRAIN_ROWS, comparable, results, weights, words
-from tests.reliability import fault
 
 ROOT = Path(__file__).resolve().parents[2]
 METHODS = ["lsq", "lsq1.5x", "sam", "joint", "saq:case=1", "squat", "squat:schedule=fused,direction=asam"]
@@ -232,11 +231,6 @@ def test_files_of_others_are_refused(
     assert "holds files but no run.json: it is not a run" in capsys.readouterr().err
 
 
-@fault(
-    "a checkpoint of a recipe that is cut, or a bit that flips anywhere in it; and a full disk at the end of a run",
-    happens="one line; the next start tells the checkpoint and goes on from an older one",
-    kept="every bit of the result: it is that of a run that was never stopped",
-)
 def test_a_checkpoint_that_was_torn_or_changed_is_never_used(
     glue: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -271,11 +265,6 @@ def test_a_checkpoint_without_its_mark_is_removed(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoint-7").exists()
 
 
-@fault(
-    "a training that diverges",
-    happens="one line with the step and what to lower, exit code 2",
-    kept="the last checkpoint, which is finite",
-)
 def test_a_training_that_diverges_says_so(
     glue: Path, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -333,3 +322,22 @@ def test_a_hub_that_cannot_be_reached_is_an_error_and_the_script_runs_by_its_pat
     assert "the model 'bert-base-uncased' cannot be loaded; no other takes its place" in result.stderr
     assert "Traceback" not in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.long
+def test_a_full_disk_is_one_line_and_the_run_goes_on_later(glue: Path, tiny: Path, tmp_path: Path) -> None:
+    arguments, apart = (
+        words(glue, tiny, tmp_path / out, "--method", "fp32", "--save-every", 2) for out in ("full", "apart")
+    )
+    command = [sys.executable, "-c", "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000)); "
+               "from recipes.bert_glue import main; sys.exit(main(sys.argv[1:]))", *arguments]  # fmt: skip
+    path = os.pathsep.join([str(ROOT), *sys.path])
+    result = subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2, result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("bert_glue: ")
+    assert main(arguments) == main(apart) == 0
+    name = "cola-fp32-seed0"
+    assert comparable(results(tmp_path / "full", name)) == comparable(results(tmp_path / "apart", name))

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import qsam
+from qsam.fused.kernels import using
 
 OFF_GRID = {"quantized": False, "perturbed": True, "latent": True}
 
@@ -40,7 +41,7 @@ def assert_p_holds(optimizer, kind):
 
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_a_slot_says_what_its_parameter_holds(backend):
-    with qsam.fused.backend.using(backend):
+    with using(backend):
         model, optimizer = built()
         assert_p_holds(optimizer, "quantized")
         with optimizer.first_pass():

@@ -1,4 +1,3 @@
-import re
 from collections import OrderedDict
 
 import pytest
@@ -91,8 +90,8 @@ def reasons(coverage):
     return {row.name: row.reason for row in coverage.weights if row.quantizer is None and len(row.shape) >= 2}
 
 
-def timm_model(name, **arguments):
-    return pytest.importorskip("timm").create_model(name, **arguments)
+VIT = {"depth": 1, "embed_dim": 24, "num_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)}
 
 
 def hf_model(kind, **arguments):
@@ -106,195 +105,146 @@ def hf_model(kind, **arguments):
     return getattr(transformers, kind)(config)
 
 
-class TestLayers:
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_per_channel_quantizes_each_output_channel_alone(self, build, attr, axis):
-        layer = build()
-        before = getattr(layer, attr).detach().clone()
-        qsam.quantize_(layer, bits=3, granularity="per_channel", init="absmax", rules=[("*", {})])
-        qsam.write_(layer)
-        for channel, alone in zip(getattr(layer, attr).unbind(axis), before.unbind(axis), strict=True):
-            q = qsam.quantizers.LSQ(bits=3)
-            q.init = "absmax"  # a maximum does not depend on the order of its terms: bitwise
-            q.observe_(alone)
-            assert torch.equal(channel, q(alone))
-
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_per_tensor_quantizes_all_entries_with_one_scale(self, build, attr, axis):
-        layer = build()
-        before = getattr(layer, attr).detach().flatten()
-        qsam.quantize_(layer, bits=3, init="absmax", rules=[("*", {})])
-        qsam.write_(layer)
-        scale = before.abs().max() / 3
-        expected = scale * torch.round(before / scale)
-        torch.testing.assert_close(getattr(layer, attr).detach().flatten(), expected)
-
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_quantized_by_default(self, build, attr, axis):
-        assert attr in bits(qsam.quantize_(build()))
-
-    @pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
-    def test_a_group_lies_within_one_output_channel(self, build, attr, axis):
-        layer = build()
-        before = getattr(layer, attr).detach().movedim(axis, 0).flatten(1)
-        groups = 3 if before.shape[1] % 2 else 2
-        group = before.shape[1] // groups
-        qsam.quantize_(
-            layer,
-            bits=3,
-            init="absmax",
-            activations=None,
-            rules=[(attr, dict(granularity="per_group", group_size=group))],
-        )
-        scale = getattr(layer, f"{attr}_quantizer").scale
-        expected = before.unflatten(1, (groups, group)).abs().amax(-1) / 3
-        torch.testing.assert_close(scale.squeeze(-1), expected, rtol=4 * torch.finfo(torch.float32).eps, atol=0)
-
-    def test_embedding_by_rule_has_a_scale_a_row(self):
-        layer = nn.Embedding(5, 4)
-        qsam.quantize_(layer, granularity="per_channel", rules=[(nn.Embedding, {})])
-        assert layer.weight_quantizer.scale.shape == (5, 1)
-
-    def test_recurrent_layers_have_a_quantizer_for_each_matrix(self):
-        layer = nn.LSTM(4, 6, num_layers=2, bidirectional=True)
-        coverage = qsam.quantize_(layer)
-        assert set(bits(coverage)) == {
-            name for name, p in layer.named_parameters() if name.startswith("weight") and "." not in name
-        }
-
-    def test_a_group_that_does_not_divide_is_refused_with_the_path(self, model):
-        with pytest.raises(ValueError, match=r"'stem.weight': `group_size` must divide the 6 entries"):
-            qsam.quantize_(model, granularity="per_group", group_size=4)
-
-    def test_a_group_size_without_groups_is_refused(self, model):
-        with pytest.raises(ValueError, match=r"'stem.weight': `group_size` belongs to granularity 'per_group'"):
-            qsam.quantize_(model, group_size=4)
+# --- layers -----------------------------------------------------------------------------------------------------------
 
 
-class TestDefaultPolicy:
-    def test_every_parameter_is_listed_in_order(self, model):
-        names = [name for name, _ in model.named_parameters()]
-        assert [row.name for row in qsam.quantize_(model).weights] == names
+@pytest.mark.parametrize(("build", "attr", "axis"), LAYERS.values(), ids=LAYERS)
+def test_each_layer_is_quantized_by_default_and_its_output_channels_alone(build, attr, axis):
+    """Each channel, and each group within one, as a tensor of its own. A maximum knows no order: bit for bit."""
+    layer = build()
+    before = getattr(layer, attr).detach().clone()
+    assert attr in bits(qsam.quantize_(layer, bits=3, init="absmax", rules=[("*", {})]))
+    scale = before.abs().max() / 3
+    torch.testing.assert_close(getattr(layer, f"{attr}_quantizer").scale, scale[None])
+    qsam.dequantize_(layer)
+    rows = before.movedim(axis, 0).flatten(1)
+    groups = 3 if rows.shape[1] % 2 else 2
+    grouped = {"granularity": "per_group", "group_size": rows.shape[1] // groups, "activations": None}
+    qsam.quantize_(layer, init="absmax", rules=[(attr, {"bits": 3, **grouped})])
+    expected = rows.unflatten(1, (groups, -1)).abs().amax(-1) / 3
+    close = dict(rtol=4 * torch.finfo(torch.float32).eps, atol=0)
+    torch.testing.assert_close(getattr(layer, f"{attr}_quantizer").scale.squeeze(-1), expected, **close)
+    qsam.dequantize_(layer)
+    assert attr in bits(qsam.quantize_(layer, bits=3, granularity="per_channel", init="absmax"))
+    qsam.write_(layer)
+    for channel, alone in zip(getattr(layer, attr).unbind(axis), before.unbind(axis), strict=True):
+        q = qsam.quantizers.LSQ(bits=getattr(layer, f"{attr}_quantizer").bits)
+        q.init = "absmax"
+        q.observe_(alone)
+        assert torch.equal(channel, q(alone))
 
-    def test_float_parameters_have_a_reason(self, model):
-        assert all(row.reason for row in qsam.quantize_(model).weights if row.quantizer is None)
 
-    def test_the_last_layer_is_the_head_and_gets_8_bits(self, model):
-        coverage = qsam.quantize_(model, bits=2, activation_bits=4)
-        assert bits(coverage) == {"stem.weight": 2, "body.weight": 2, "head.weight": 8}
-        assert {row.name: row.quantizer.bits for row in coverage.inputs} == {"stem": 4, "body": 4, "head": 8}
+def test_embedding_by_rule_has_a_scale_per_row():
+    layer = nn.Embedding(5, 4)
+    qsam.quantize_(layer, granularity="per_channel", rules=[(nn.Embedding, {})])
+    assert layer.weight_quantizer.scale.shape == (5, 1)
 
-    def test_a_model_of_one_layer_has_no_head(self):
-        assert bits(qsam.quantize_(nn.Sequential(nn.Linear(4, 4)), bits=2)) == {"0.weight": 2}
 
-    def test_an_input_convolution_gets_8_bits(self):
-        model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
-        coverage = qsam.quantize_(model, bits=3)
-        assert bits(coverage) == {"0.weight": 8, "1.weight": 3, "2.weight": 8}
-        assert [row.reason for row in coverage.quantized] == ["input layer", "", "head"]
+def test_recurrent_layers_have_a_quantizer_for_each_matrix():
+    layer = nn.LSTM(4, 6, num_layers=2, bidirectional=True)
+    names = {name for name, _ in layer.named_parameters() if name.startswith("weight")}
+    assert set(bits(qsam.quantize_(layer))) == names
 
-    def test_a_head_tied_to_an_embedding_counts_as_the_embedding(self):
-        coverage = qsam.quantize_(TinyGPT(), bits=2)
-        assert bits(coverage) == {"fc1.weight": 2, "fc2.weight": 2}
-        assert reasons(coverage) == {"tokens.weight": "embedding, tied to head"}
 
-    def test_lora_factors_stay_float(self):
-        model = nn.ModuleDict({"base": nn.Linear(4, 4), "lora_A": nn.Linear(4, 2), "lora_B": nn.Linear(2, 4)})
-        coverage = qsam.quantize_(model, bits=2)
-        assert bits(coverage) == {"base.weight": 2}
-        assert reasons(coverage) == {"lora_A.weight": "LoRA factor", "lora_B.weight": "LoRA factor"}
+# --- the default policy -----------------------------------------------------------------------------------------------
 
-    def test_parameters_of_unknown_layers_stay_float(self):
-        coverage = qsam.quantize_(nn.Sequential(nn.Linear(4, 4), Owner()))
-        assert reasons(coverage) == {
-            "1.matrix": "no default for a parameter of Owner: name it in `rules`",
-            "1.table": "not floating (torch.int32)",
-        }
 
-    def test_parametrized_weights_stay_float(self):
-        model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 8))
-        assert "0.parametrizations.weight.original1" in reasons(qsam.quantize_(model))
+def tied_layers():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
+    model[1].weight = model[0].weight
+    return model
 
-    def test_bert(self):
-        coverage = qsam.quantize_(hf_model("BertForSequenceClassification"), bits=3)
-        assert reasons(coverage) == {
-            f"bert.embeddings.{name}_embeddings.weight": "embedding" for name in ("word", "position", "token_type")
-        }
-        widths = bits(coverage)
-        assert widths.pop("classifier.weight") == 8
-        assert set(widths.values()) == {3}
-        assert len(widths) == 2 * 6 + 1  # six matrices a layer, and the pooler
 
-    def test_masked_bert_has_its_head_in_the_embedding(self):
-        coverage = qsam.quantize_(hf_model("BertForMaskedLM"))
-        tied = "embedding, tied to cls.predictions.decoder"
-        assert reasons(coverage)["bert.embeddings.word_embeddings.weight"] == tied
-        assert set(bits(coverage).values()) == {4}
+def with_lora():
+    return nn.ModuleDict({"base": nn.Linear(4, 4), "lora_A": nn.Linear(4, 2), "lora_B": nn.Linear(2, 4)})
 
-    def test_gpt2(self):
-        coverage = qsam.quantize_(hf_model("GPT2LMHeadModel"))
-        assert reasons(coverage) == {
-            "transformer.wte.weight": "embedding, tied to lm_head",
-            "transformer.wpe.weight": "embedding",
-        }
-        names = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
-        assert bits(coverage) == {f"transformer.h.{i}.{name}.weight": 4 for i in range(2) for name in names}
 
-    def test_untied_gpt2_gives_its_head_8_bits(self):
-        assert bits(qsam.quantize_(hf_model("GPT2LMHeadModel", tie_word_embeddings=False)))["lm_head.weight"] == 8
+WORD = "bert.embeddings.word_embeddings.weight"
+POSITION, KIND = (f"bert.embeddings.{name}_embeddings.weight" for name in ("position", "token_type"))
+BLOCKS = [f"transformer.h.{i}.{n}.weight" for i in range(2) for n in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]  # fmt: skip
+GPT_FLOAT = {"transformer.wpe.weight": "embedding"}
 
-    def test_vit(self):
-        coverage = qsam.quantize_(timm_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2))
-        assert set(reasons(coverage)) == {"cls_token", "pos_embed"}
-        assert {name for name, width in bits(coverage).items() if width == 8} == {
-            "patch_embed.proj.weight",
-            "head.weight",
-        }
+# What is built; the bits of each quantized weight, 2 being those of the call (None: see below); why the others are float.
+POLICY = {
+    "the last layer is the head": (lambda: nn.Sequential(nn.Linear(6, 8), nn.Linear(8, 4)), {"0.weight": 2, "1.weight": 8}, {}),
+    "one layer has no head": (lambda: nn.Sequential(nn.Linear(4, 4)), {"0.weight": 2}, {}),
+    "an input convolution": (lambda: nn.Sequential(*[nn.Conv2d(3, 3, 3) for _ in range(3)]), {"0.weight": 8, "1.weight": 2, "2.weight": 8}, {}),
+    "a head tied to an embedding": (TinyGPT, {"fc1.weight": 2, "fc2.weight": 2}, {"tokens.weight": "embedding, tied to head"}),
+    "LoRA factors": (with_lora, {"base.weight": 2}, {"lora_A.weight": "LoRA factor", "lora_B.weight": "LoRA factor"}),
+    "unknown layers": (
+        lambda: nn.Sequential(nn.Linear(4, 4), Owner()), {"0.weight": 2},
+        {"1.matrix": "no default for a parameter of Owner: name it in `rules`", "1.table": "not floating (torch.int32)"},
+    ),
+    "BERT": (
+        lambda: hf_model("BertForSequenceClassification"), None,
+        {WORD: "embedding", POSITION: "embedding", KIND: "embedding"},
+    ),
+    "masked BERT": (
+        lambda: hf_model("BertForMaskedLM"), None,
+        {WORD: "embedding, tied to cls.predictions.decoder", POSITION: "embedding", KIND: "embedding"},
+    ),
+    "GPT-2": (
+        lambda: hf_model("GPT2LMHeadModel"), dict.fromkeys(BLOCKS, 2),
+        {"transformer.wte.weight": "embedding, tied to lm_head", **GPT_FLOAT},
+    ),
+    "GPT-2, untied": (
+        lambda: hf_model("GPT2LMHeadModel", tie_word_embeddings=False), dict.fromkeys(BLOCKS, 2) | {"lm_head.weight": 8},
+        {"transformer.wte.weight": "embedding", **GPT_FLOAT},
+    ),
+}  # fmt: skip
 
-    def test_a_headless_vit_gives_8_bits_to_its_patches_only(self):
-        coverage = qsam.quantize_(timm_model("vit_tiny_patch16_224", depth=1, embed_dim=24, num_heads=2, num_classes=0))
-        assert [name for name, width in bits(coverage).items() if width == 8] == ["patch_embed.proj.weight"]
 
-    def test_resnet(self):
-        coverage = qsam.quantize_(timm_model("resnet18"), init="absmax")
-        assert not reasons(coverage)
-        assert {name for name, width in bits(coverage).items() if width == 8} == {"conv1.weight", "fc.weight"}
-        assert len(bits(coverage)) == 21
+@pytest.mark.filterwarnings("ignore:only .* of the matrices' entries are quantized")
+@pytest.mark.parametrize(("build", "widths", "kept"), POLICY.values(), ids=POLICY)
+def test_the_default_policy(build, widths, kept):
+    model = build()
+    names = [name for name, _ in model.named_parameters()]
+    coverage = qsam.quantize_(model, bits=2)
+    assert [row.name for row in coverage.weights] == names, "every parameter is listed, in order"
+    assert all(row.reason for row in coverage.weights if row.quantizer is None)
+    assert reasons(coverage) == kept
+    assert widths is None or bits(coverage) == widths
+    assert {row.reason for row in coverage.quantized if row.quantizer.bits == 8} <= {"input layer", "head"}
+    if widths is None:  # six matrices per layer, and the pooler or the head's first layer
+        assert sorted(bits(coverage).values())[:13] == [2] * 13
+        assert bits(coverage).get("classifier.weight", 8) == 8 and len(bits(coverage)) in (13, 14)
 
-    @pytest.mark.parametrize(
-        ("name", "arguments", "ends"),
-        [
-            ("mobilenetv2_035", {}, {"conv_stem.weight", "classifier.weight"}),
-            (
-                "convnext_atto",
-                {"depths": (1, 1, 1, 1), "dims": (8, 8, 8, 8)},
-                {"stem.0.weight", "head.fc.weight"},
-            ),
-        ],
-    )
-    def test_stem_and_classifier_of_convolutional_models_get_8_bits(self, name, arguments, ends):
-        coverage = qsam.quantize_(timm_model(name, **arguments), init="absmax")
-        assert not reasons(coverage)
-        assert {name for name, width in bits(coverage).items() if width == 8} == ends
-        assert {row.reason for row in coverage.quantized if row.name in ends} == {"input layer", "head"}
 
-    def test_transformer_encoder(self):
-        layer = nn.TransformerEncoderLayer(8, 2, 16)
-        coverage = qsam.quantize_(nn.TransformerEncoder(layer, 2, enable_nested_tensor=False))
-        assert not reasons(coverage)
-        assert len(bits(coverage)) == 2 * 4
+def test_parametrized_weights_stay_float():
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 8))
+    assert "0.parametrizations.weight.original1" in reasons(qsam.quantize_(model))
 
-    def test_tied_linear_layers_share_one_quantizer(self):
-        model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2))
-        model[1].weight = model[0].weight
-        coverage = qsam.quantize_(model)
-        assert [(row.name, row.reason) for row in coverage.quantized] == [
-            ("0.weight", "tied to 1"),
-            ("2.weight", "head"),
-        ]
-        assert [(row.name, row.reason) for row in coverage.inputs] == [("0", ""), ("1", "shares 0.weight"), ("2", "")]
-        assert all(row.quantizer for row in coverage.inputs)
 
+PATCHES, TOKENS = {"patch_embed.proj.weight"}, {"cls_token", "pos_embed"}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "ends", "stays"),
+    [
+        ("vit_tiny_patch16_224", VIT, PATCHES | {"head.weight"}, TOKENS),
+        ("vit_tiny_patch16_224", {**VIT, "num_classes": 0}, PATCHES, TOKENS),
+        ("resnet18", {}, {"conv1.weight", "fc.weight"}, set()),
+        ("convnext_atto", CONVNEXT, {"stem.0.weight", "head.fc.weight"}, set()),
+    ],
+    ids=["ViT", "ViT without a head", "ResNet", "ConvNeXt"],
+)
+def test_stem_and_head_of_timm_models_get_8_bits(name, arguments, ends, stays):
+    model = pytest.importorskip("timm").create_model(name, **arguments)
+    coverage = qsam.quantize_(model, init="absmax")
+    assert set(reasons(coverage)) == stays
+    assert {name for name, width in bits(coverage).items() if width == 8} == ends
+    roles = {row.reason for row in coverage.quantized if row.name in ends}
+    assert roles == ({"input layer"} if len(ends) == 1 else {"input layer", "head"})
+
+
+def test_tied_linear_layers_share_one_quantizer_and_have_an_input_each():
+    coverage = qsam.quantize_(tied_layers(), activation_bits=4)
+    assert [(row.name, row.reason) for row in coverage.quantized] == [("0.weight", "tied to 1"), ("2.weight", "head")]
+    rows = [(row.name, row.reason, row.quantizer.bits) for row in coverage.inputs]
+    assert rows == [("0", "", 4), ("1", "shares 0.weight", 4), ("2", "", 8)]
+
+
+# --- rules ------------------------------------------------------------------------------------------------------------
 
 SELECTORS = {
     "glob on a module": "bo*",
@@ -306,230 +256,139 @@ SELECTORS = {
 }
 
 
-OVERRIDES = {
-    "weights": ("identity", "weight_quantizer", "identity"),
-    "bits": (2, "weight_quantizer", 2),
-    "granularity": ("per_channel", "weight_quantizer", "per_channel"),
-    "init": ("lsq", "weight_quantizer", "lsq"),
-    "activations": ("fixed_step", "input_quantizer", "fixed_step"),
-    "activation_bits": (6, "input_quantizer", 6),
-}
+@pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
+def test_a_selector_selects(model, selector):
+    coverage = qsam.quantize_(model, bits=3, rules=[(selector, {"bits": 2})])
+    assert bits(coverage) == {"stem.weight": 3, "body.weight": 2, "head.weight": 8}
 
 
-WRONG_RULES = {
-    "no match, near miss": (
-        [("bodi", None)],
-        ValueError,
-        "'bodi' matches no parameter .* Did you mean 'body.weight'",
-    ),
-    "no match, nothing near": ([("xyz", None)], ValueError, "'xyz' matches .* There are: stem.weight, body.weight"),
-    "no match among types": ([(nn.Conv2d, None)], ValueError, "Conv2d.* matches no parameter of two or more dim"),
-    "a vector": ([("*.bias", {})], ValueError, "matches no parameter of two or more dimensions"),
-    "unknown key": ([("body", {"bit": 2})], TypeError, "cannot override 'bit'. Did you mean 'bits'"),
-    "unlike any key": ([("body", {"zzz": 2})], TypeError, "cannot override 'zzz'. Known: .*'activation_bits'"),
-    "bad value": (
-        [("body", {"bits": 9})],
-        ValueError,
-        r"in the rule 'body': `bits` must be an integer in \[2, 8\], got 9",
-    ),
-    "bad kind": ([("body", {"bits": 4.0})], TypeError, r"in the rule 'body': `bits` must be an integer"),
-    "unknown quantizer": ([("body", {"weights": "lsk"})], ValueError, "no quantizer 'lsk'. Did you mean 'lsq'"),
-    "a class for a name": (
-        [("body", {"weights": nn.Linear})],
-        TypeError,
-        "'body.weight': a quantizer is a registered",
-    ),
-    "overrides of a wrong kind": ([("body", 4)], TypeError, r"must be None \(float\) or a dict .*, got 4"),
-    "selector of a wrong kind": ([(3, None)], TypeError, "selector must be a glob, .*, got 3"),
-    "type that is no module": ([(int, None)], TypeError, "selector must be a glob, .*, got <class 'int'>"),
-    "module for its type": ([(nn.Linear(2, 2), None)], TypeError, "selector must be a glob"),
-    "regular expression": ([("re:(", None)], ValueError, re.escape("'re:(' is not a regular expression")),
-    "dict of rules": ({"body": None}, TypeError, r"sequence of pairs \(selector, overrides\), got {'body'"),
-    "one bare rule": (("body", None), TypeError, r"sequence of pairs \(selector, overrides\), got 'body' in it"),
-    "a string": ("body", TypeError, r"sequence of pairs \(selector, overrides\), got 'body'"),
-}
+def test_the_first_rule_that_matches_wins(model):
+    rules = [("body", {"bits": 2}), ("*", {"bits": 5}), ("head", {"bits": 6})]
+    assert bits(qsam.quantize_(model, rules=rules)) == {"stem.weight": 5, "body.weight": 2, "head.weight": 5}
 
 
-class TestRules:
-    @pytest.mark.parametrize("selector", SELECTORS.values(), ids=SELECTORS)
-    def test_a_selector_selects(self, model, selector):
-        coverage = qsam.quantize_(model, bits=3, rules=[(selector, {"bits": 2})])
-        assert bits(coverage) == {"stem.weight": 3, "body.weight": 2, "head.weight": 8}
+@pytest.mark.parametrize(
+    ("overrides", "weight", "given"),
+    [
+        (None, "a rule keeps it float", None),
+        ({"weights": None}, "weights=None", "lsq"),
+        ({"activations": None}, "lsq", "activations=None"),
+        ({"weights": "identity", "activations": "fixed_step"}, "identity", "fixed_step"),
+    ],
+)
+def test_a_rule_keeps_weight_or_input_float_and_chooses_quantizers(model, overrides, weight, given):
+    coverage = qsam.quantize_(model, rules=[("body", overrides)])
 
-    def test_none_keeps_weight_and_input_float(self, model):
-        coverage = qsam.quantize_(model, rules=[("body", None)])
-        assert reasons(coverage) == {"body.weight": "a rule keeps it float"}
-        assert "body" not in {row.name for row in coverage.inputs}
-        assert not hasattr(model.body, "input_quantizer")
+    def shown(rows, name):
+        row = next((row for row in rows if row.name == name), None)
+        return row and (row.reason if row.quantizer is None else qsam.plan.quantizer_name(row.quantizer))
 
-    def test_an_empty_dict_means_the_keywords_of_the_call_for_the_head_too(self, model):
-        coverage = qsam.quantize_(model, bits=3, activation_bits=5, rules=[("head", {})])
-        assert bits(coverage)["head.weight"] == 3
-        assert model.head.input_quantizer.bits == 5
-
-    def test_an_empty_dict_includes_embeddings_and_their_tied_head(self):
-        model = TinyGPT()
-        coverage = qsam.quantize_(model, bits=3, rules=[(nn.Embedding, {})])
-        assert bits(coverage)["tokens.weight"] == 3
-        inputs = {row.name: row for row in coverage.inputs}
-        assert (inputs["tokens"].quantizer, inputs["tokens"].reason) == (None, "its input is indices")
-        assert inputs["head"].quantizer is model.head.input_quantizer
-
-    def test_a_tied_weight_is_found_by_any_of_its_names(self):
-        assert bits(qsam.quantize_(TinyGPT(), bits=3, rules=[("head", {"bits": 2})]))["tokens.weight"] == 2
-
-    @pytest.mark.parametrize("key", OVERRIDES)
-    def test_each_keyword_can_be_overridden(self, model, key):
-        value, where, expected = OVERRIDES[key]
-        qsam.quantize_(model, rules=[("body", {key: value})])
-        described = [
-            {
-                "weights": qsam.plan.quantizer_name(layer.weight_quantizer),
-                "activations": qsam.plan.quantizer_name(layer.input_quantizer),
-                "activation_bits": layer.input_quantizer.bits,
-                **{name: getattr(layer.weight_quantizer, name) for name in ("bits", "granularity", "init")},
-            }[key]
-            for layer in (model.stem, model.body)
-        ]
-        assert hasattr(model.body, where)
-        assert described[1] == expected != described[0]
-
-    def test_group_size_can_be_overridden(self, model):
-        qsam.quantize_(model, rules=[("body", {"granularity": "per_group", "group_size": 4})])
-        assert model.body.weight_quantizer.scale.shape == (8, 2, 1)
-
-    def test_weights_none_quantizes_the_input_only(self, model):
-        coverage = qsam.quantize_(model, rules=[("body", {"weights": None})])
-        assert reasons(coverage) == {"body.weight": "weights=None"}
-        assert hasattr(model.body, "input_quantizer")
-
-    def test_activations_none_quantizes_the_weight_only(self, model):
-        coverage = qsam.quantize_(model, rules=[("body", {"activations": None})])
-        assert "body.weight" in bits(coverage)
-        assert [row.reason for row in coverage.inputs if row.quantizer is None] == ["activations=None"]
-
-    def test_the_first_rule_that_matches_wins(self, model):
-        rules = [("body", {"bits": 2}), ("*", {"bits": 5}), ("head", {"bits": 6})]
-        assert bits(qsam.quantize_(model, rules=rules)) == {"stem.weight": 5, "body.weight": 2, "head.weight": 5}
-
-    def test_parameters_of_unknown_layers_are_quantized_by_rule_and_their_input_on_request(self):
-        model = nn.Sequential(nn.Linear(4, 4), Owner(), nn.Linear(4, 4))
-        coverage = qsam.quantize_(model, rules=[(Owner, {"bits": 3})])
-        assert bits(coverage)["1.matrix"] == 3
-        assert {row.name: row.reason for row in coverage.inputs}["1"].startswith(
-            "the input of Owner is quantized on request"
-        )
-        qsam.dequantize_(model)
-        coverage = qsam.quantize_(model, rules=[(Owner, {"activations": "lsq"})])
-        assert model[1].input_quantizer in [row.quantizer for row in coverage.inputs]
-
-    def test_a_parameter_list_can_be_quantized_by_rule(self):
-        model = nn.Module()
-        model.pieces = nn.ParameterList([torch.randn(4, 4), torch.randn(4, 4)])
-        assert set(bits(qsam.quantize_(model, rules=[("pieces.*", {})]))) == {"pieces.0", "pieces.1"}
-        assert len(model.pieces) == 2 and model.pieces[1].shape == (4, 4)
-
-    @pytest.mark.parametrize(("rules", "error", "message"), WRONG_RULES.values(), ids=WRONG_RULES)
-    def test_a_wrong_rule_is_refused(self, model, rules, error, message):
-        with pytest.raises(error, match=message):
-            qsam.quantize_(model, rules=rules)
+    assert (shown(coverage.weights, "body.weight"), shown(coverage.inputs, "body")) == (weight, given)
+    assert hasattr(model.body, "input_quantizer") == (given in ("lsq", "fixed_step"))
+    assert (shown(coverage.weights, "stem.weight"), shown(coverage.inputs, "stem")) == ("lsq", "lsq")
 
 
-BAD_VALUES = {
-    "bits too few": (dict(bits=1), ValueError, r"`bits` must be an integer in \[2, 8\], got 1"),
-    "bits of a wrong kind": (dict(bits="4"), TypeError, r"`bits` must be an integer in \[2, 8\], got '4'"),
-    "activation_bits": (
-        dict(activation_bits=9),
-        ValueError,
-        r"`activation_bits` must be an integer in \[2, 8\], got 9",
-    ),
-    "init": (dict(init="msee"), ValueError, "`init` must be one of mse, .*, got 'msee'. Did you mean 'mse'"),
-    "init, weights float": (dict(init="msee", weights=None), ValueError, "`init` must be one of"),
-    "granularity": (
-        dict(granularity="channel"),
-        ValueError,
-        "'stem.weight': `granularity` must be one of per_tensor",
-    ),
-    "unknown weights": (dict(weights="lsg"), ValueError, "There is no quantizer 'lsg'. Did you mean 'lsq'"),
-    "unknown activations": (dict(activations="lsg"), ValueError, "There is no quantizer 'lsg'"),
-    "activations of a wrong kind": (
-        dict(activations=4),
-        TypeError,
-        "the input of 'stem': a quantizer is a registered",
-    ),
-    "activations per channel": (
-        dict(activations="per_channel"),
-        ValueError,
-        "the input of 'stem': .* Inputs are quantized per tensor: name another in `activations`",
-    ),
-}
+def test_a_rule_sets_bits_granularity_and_initial_scale(model):
+    settings = {"bits": 2, "activation_bits": 6, "granularity": "per_group", "group_size": 4, "init": "absmax"}
+    qsam.quantize_(model, bits=3, activation_bits=5, rules=[("body", settings), ("head", {})])
+    q = model.body.weight_quantizer
+    assert (q.bits, q.granularity, q.group_size, q.init, q.scale.shape) == (2, "per_group", 4, "absmax", (8, 2, 1))
+    assert [layer.input_quantizer.bits for layer in model] == [5, 6, 5], "{} means the call's own, for the head too"
+    assert (model.stem.weight_quantizer.bits, model.head.weight_quantizer.bits) == (3, 3)
 
 
-class TestArguments:
-    @pytest.mark.parametrize(("arguments", "error", "message"), BAD_VALUES.values(), ids=BAD_VALUES)
-    def test_a_bad_value_is_refused(self, model, arguments, error, message):
-        with pytest.raises(error, match=message):
-            qsam.quantize_(model, **arguments)
+@pytest.mark.parametrize("selector", [nn.Embedding, "head"])
+def test_a_rule_includes_embeddings_by_any_name_of_a_tied_weight(selector):
+    model = TinyGPT()
+    coverage = qsam.quantize_(model, bits=3, rules=[(selector, {})])
+    assert bits(coverage)["tokens.weight"] == 3
+    inputs = {row.name: row for row in coverage.inputs}
+    assert (inputs["tokens"].quantizer, inputs["tokens"].reason) == (None, "its input is indices")
+    assert inputs["head"].quantizer is model.head.input_quantizer
 
-    def test_the_model_must_be_a_module(self):
-        with pytest.raises(TypeError, match=r"`model` must be a torch.nn.Module, got list"):
-            qsam.quantize_([nn.Linear(2, 2)])
 
-    @pytest.mark.parametrize(
-        ("model", "arguments"),
-        [
-            (nn.LayerNorm(4), {}),
-            (nn.Embedding(4, 4), {}),
-            (nn.Linear(4, 4), {"weights": None, "activations": None}),
-            (nn.Linear(4, 4), {"rules": [("*", None)]}),
-        ],
-        ids=["a norm", "an embedding", "float by keyword", "float by rule"],
-    )
-    def test_nothing_quantized_is_refused(self, model, arguments):
-        with pytest.raises(ValueError, match=r"nothing was quantized: .* Name some in `rules`"):
-            qsam.quantize_(model, **arguments)
+def test_parameters_of_unknown_layers_are_quantized_by_rule_and_their_input_on_request():
+    model = nn.Sequential(nn.Linear(4, 4), Owner(), nn.Linear(4, 4))
+    model[2].pieces = nn.ParameterList([torch.randn(4, 4)])
+    coverage = qsam.quantize_(model, rules=[(Owner, {"bits": 3}), ("*pieces.*", {})])
+    assert bits(coverage)["1.matrix"] == 3 and "2.pieces.0" in bits(coverage)
+    rows = {row.name: row.reason for row in coverage.inputs}
+    assert rows["1"].startswith("the input of Owner is quantized on request")
+    qsam.dequantize_(model)
+    coverage = qsam.quantize_(model, rules=[(Owner, {"activations": "lsq"}), ("*pieces.*", {})])
+    assert model[1].input_quantizer in [row.quantizer for row in coverage.inputs]
 
-    def test_a_lazy_module_must_have_run_once(self):
-        model = nn.Sequential(nn.LazyLinear(4))
-        with pytest.raises(ValueError, match=r"'0.weight' is not initialized yet: run one forward of the lazy module"):
-            qsam.quantize_(model)
-        model(torch.randn(2, 3))
-        assert set(bits(qsam.quantize_(model))) == {"0.weight"}
 
-    @pytest.mark.parametrize("arguments", [{}, {"weights": None}])
-    def test_a_model_without_data_is_refused(self, arguments):
+WRONG = [  # further ones: tests/contract/test_refused_calls.py
+    ([("bodi", None)], ValueError, "'bodi' matches no parameter .* Did you mean 'body.weight'"),
+    ([("xyz", None)], ValueError, "'xyz' matches .* There are: stem.weight, body.weight"),
+    ([("*.bias", {})], ValueError, "matches no parameter of two or more dimensions"),
+    ([("body", {"bit": 2})], TypeError, "cannot override 'bit'. Did you mean 'bits'"),
+    ([("body", {"bits": 9})], ValueError, r"in the rule 'body': `bits` must be an integer in \[2, 8\], got 9"),
+    ([("body", {"weights": "lsk"})], ValueError, "no quantizer 'lsk'. Did you mean 'lsq'"),
+    ([("body", {"weights": nn.Linear})], TypeError, "'body.weight': a quantizer is a registered"),
+    ([("body", 4)], TypeError, r"must be None \(float\) or a dict .*, got 4"),
+    ([(3, None)], TypeError, "selector must be a glob, .*, got 3"),
+    ([(nn.Linear(2, 2), None)], TypeError, "selector must be a glob"),
+    ([("re:(", None)], ValueError, r"'re:\(' is not a regular expression"),
+    ({"bits": "4"}, TypeError, r"`bits` must be an integer in \[2, 8\], got '4'"),
+    ({"activation_bits": 9}, ValueError, r"`activation_bits` must be an integer in \[2, 8\], got 9"),
+    ({"init": "msee"}, ValueError, "`init` must be one of mse, .*, got 'msee'. Did you mean 'mse'"),
+    ({"activations": "per_channel"}, ValueError, "the input of 'stem': .* per tensor: name another in `activations`"),
+    ({"group_size": 4}, ValueError, r"'stem.weight': `group_size` belongs to granularity 'per_group'"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "error", "message"), WRONG)
+def test_a_wrong_rule_or_keyword_is_refused(model, wrong, error, message):
+    with pytest.raises(error, match=message):
+        qsam.quantize_(model, **({"rules": wrong} if isinstance(wrong, list) else wrong))
+
+
+# --- models that cannot be quantized ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [(nn.LayerNorm(4), {}), (nn.Embedding(4, 4), {}), (nn.Linear(4, 4), {"weights": None, "activations": None})],
+)
+def test_nothing_quantized_is_refused(model, arguments):
+    with pytest.raises(ValueError, match=r"nothing was quantized: .* Name some in `rules`"):
+        qsam.quantize_(model, **arguments)
+
+
+def test_a_lazy_module_must_have_run_once():
+    model = nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(ValueError, match=r"'0.weight' is not initialized yet: run one forward of the lazy module"):
+        qsam.quantize_(model)
+    model(torch.randn(2, 3))
+    assert set(bits(qsam.quantize_(model))) == {"0.weight"}
+
+
+def test_a_meta_parameter_is_refused_unless_it_stays_float():
+    for arguments in ({}, {"weights": None}):
         with pytest.raises(ValueError, match="'weight' is on the meta device: materialize the model"):
             qsam.quantize_(nn.Linear(2, 2, device="meta"), **arguments)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    assert set(bits(qsam.quantize_(model, rules=[("1", None)]))) == {"0.weight"}
 
-    def test_meta_parameters_that_stay_float_are_no_obstacle(self):
-        model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
-        assert set(bits(qsam.quantize_(model, rules=[("1", None)]))) == {"0.weight"}
 
-    @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-    def test_weights_that_are_not_finite_are_refused_with_their_path(self, model, poison):
-        with torch.no_grad():
-            model.body.weight[0, 0] = poison
-        with pytest.raises(ValueError, match=r"'body.weight': .*NaN or infinity"):
-            qsam.quantize_(model)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused_with_their_path(model, poison):
+    with torch.no_grad():
+        model.body.weight[0, 0] = poison
+    with pytest.raises(ValueError, match=r"'body.weight': .*NaN or infinity"):
+        qsam.quantize_(model)
 
-    def test_a_name_that_is_taken_is_refused_with_its_path(self, model):
-        model.body.weight_quantizer = "mine"
-        with pytest.raises(ValueError, match=r"'body.weight': its module has an attribute 'weight_quantizer' already"):
-            qsam.quantize_(model)
-        del model.body.weight_quantizer
-        model.body.input_quantizer = nn.Identity()
-        with pytest.raises(ValueError, match="'body': its module has an attribute 'input_quantizer' already"):
-            qsam.quantize_(model)
 
-    @pytest.mark.parametrize("container", [nn.Sequential, nn.ModuleList, nn.ModuleDict])
-    def test_an_owner_that_iterates_its_children_is_refused_with_its_path(self, container):
-        owner = type("Chain", (container,), {})()
-        owner.matrix = nn.Parameter(torch.randn(2, 2))
-        model = nn.ModuleDict({"chain": owner, "fc": nn.Linear(2, 2)})
-        with pytest.raises(
-            ValueError, match=r"'chain.matrix' belongs to a Chain, which iterates its children: .* Keep it float"
-        ):
-            qsam.quantize_(model, rules=[("chain.matrix", {})])
+def test_a_name_that_is_taken_is_refused_with_its_path(model):
+    model.body.weight_quantizer = "mine"
+    with pytest.raises(ValueError, match=r"'body.weight': its module has an attribute 'weight_quantizer' already"):
+        qsam.quantize_(model)
+    del model.body.weight_quantizer
+    model.body.input_quantizer = nn.Identity()
+    with pytest.raises(ValueError, match="'body': its module has an attribute 'input_quantizer' already"):
+        qsam.quantize_(model)
 
 
 def test_sites_name_each_parameter_once():

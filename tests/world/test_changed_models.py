@@ -6,8 +6,8 @@ from torch import nn
 from torch.nn.utils import parametrize, prune
 
 import qsam
+from tests.methods import QUANTIZING, assert_on_grid, latents, train
 from tests.models import MLP
-from tests.optim.methods import QUANTIZING, assert_on_grid, latents, train
 
 each_method = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 LEFT = r"the coverage has '4\.weight', whose module has left the model since quantize_"

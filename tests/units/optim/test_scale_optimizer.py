@@ -11,16 +11,14 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.distributed import checkpoint
 from torch.optim import SGD, Adam, AdamW, RMSprop
-from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LambdaLR, LinearLR, OneCycleLR
+from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LinearLR, OneCycleLR
 from torch.optim.swa_utils import SWALR
 
 import qsam
 from qsam.optim import QAT
 from qsam.optim.scale_optimizer import MAX_RELATIVE_STEP, BalancedSGD
+from tests.methods import assert_same, everything, latents, scales_of, train
 from tests.models import BERT, CONV, MLP
-from tests.optim.methods import QUANTIZING, assert_same, everything, latents, scales_of, train
-
-each_method = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 
 
 def rates(optimizer):
@@ -34,8 +32,7 @@ def rms(model):
     return float(weights.double().square().mean().sqrt())
 
 
-@pytest.mark.parametrize("task", [MLP, CONV], ids=str)
-@pytest.mark.parametrize("base", [Adam, AdamW, RMSprop], ids=lambda base: base.__name__)
+@pytest.mark.parametrize(("task", "base"), [(MLP, Adam), (CONV, AdamW), (MLP, RMSprop)], ids=str)
 def test_beside_adam_a_scale_takes_the_relative_step_of_the_weights(task, base):
     model = task.quantized()
     expected = 1e-4 / rms(model)
@@ -51,11 +48,6 @@ def test_beside_sgd_a_scale_takes_the_weights_own_rate(momentum):
     assert found == {"weights": pytest.approx(0.02 / (1 - momentum)), "inputs": pytest.approx(0.02 / (1 - momentum))}
 
 
-def test_a_given_rate_is_taken_as_it_is():
-    assert rates(QAT(MLP.quantized(), AdamW, scale_lr=0.25)) == {"weights": 0.25, "inputs": 0.25}
-    assert rates(QAT(MLP.quantized(), AdamW, scale_lr=(0.25, 1))) == {"weights": 0.25, "inputs": 1.0}
-
-
 def test_a_given_rate_may_go_with_another_optimizer_without_decay():
     """Weight decay would shrink the grid."""
     model = MLP.quantized()
@@ -67,7 +59,7 @@ def test_a_given_rate_may_go_with_another_optimizer_without_decay():
         assert abs(abs(float(s - before[name])) - 1e-3) < 1e-5
 
 
-@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel"])
+@pytest.mark.parametrize("granularity", [pytest.param("per_tensor", marks=pytest.mark.long), "per_channel"])
 def test_the_relative_step_of_the_scales_is_that_of_the_weights(granularity):
     """The rule itself, measured in a run, within a factor of 4: Adam's steps get shorter where gradients turn."""
     model = BERT.quantized(granularity=granularity)
@@ -78,21 +70,24 @@ def test_the_relative_step_of_the_scales_is_that_of_the_weights(granularity):
     train(optimizer, model, BERT, 1, start=6)
     moved_w = sum(float((slot.latent.detach() - w[slot.path]).square().sum()) for slot in optimizer._latents.slots)
     relative_w = math.sqrt(moved_w / sum(float(t.square().sum()) for t in w.values()))
-    steps = torch.cat([((t - s[name]) / s[name]).flatten() for name, t in scales_of(model).items() if name in s])
+    moved_s = torch.cat([(t - s[name]).flatten() for name, t in scales_of(model).items() if name in s])
+    size = torch.cat([t.flatten() for t in s.values()])
+    steps = moved_s[size > 0] / size[size > 0]  # the row of the padding token is zeros, and has no scale
     relative_s = float(steps.square().mean().sqrt())
     assert 1 / 4 < relative_s / relative_w < 4
 
 
-@each_method
-def test_scales_stay_positive_at_an_absurd_rate_of_the_base(method):
-    for base, options in ((AdamW, {"lr": 10.0}), (SGD, {"lr": 100.0, "momentum": 0.9})):
-        model = method.model(MLP)
-        optimizer = method(model, base, **options)
-        before = {name: s.clone() for name, s in scales_of(model).items()}
-        train(optimizer, model, MLP, 2)
-        for name, s in scales_of(model).items():
-            assert bool((s > 0).all())
-            assert bool(((s / before[name] - 1).abs() <= 2.1 * MAX_RELATIVE_STEP).all())
+@pytest.mark.parametrize(
+    ("cls", "base", "options"), [(QAT, AdamW, {"lr": 10.0}), (qsam.SQuAT, SGD, {"lr": 100.0, "momentum": 0.9})]
+)
+def test_scales_stay_positive_at_an_absurd_rate_of_the_base(cls, base, options):
+    model = MLP.quantized()
+    optimizer = cls(model, base, **options)
+    before = {name: s.clone() for name, s in scales_of(model).items()}
+    train(optimizer, model, MLP, 2)
+    for name, s in scales_of(model).items():
+        assert bool((s > 0).all())
+        assert bool(((s / before[name] - 1).abs() <= 2.1 * MAX_RELATIVE_STEP).all())
 
 
 # --- a balanced rate follows the base -----------------------------------------------------------------------------
@@ -119,10 +114,8 @@ def written_by_hand(optimizer):
 
 
 SCHEDULES = {
-    "lambda": lambda o: LambdaLR(o, lambda step: 1 / (1 + step)),
     "from 0": lambda o: LambdaLR(o, lambda step: step / 4),
     "warm-up": lambda o: LinearLR(o, 0.1, 1.0, 3),
-    "cosine": lambda o: CosineAnnealingLR(o, T_max=4, eta_min=1e-5),
     "one-cycle": lambda o: OneCycleLR(o, max_lr=1e-3, total_steps=8),
     "cyclic": lambda o: CyclicLR(o, base_lr=1e-5, max_lr=1e-3, step_size_up=2, cycle_momentum=False),
     "swa": lambda o: SWALR(o, swa_lr=5e-4, anneal_epochs=3),
@@ -195,7 +188,8 @@ def test_groups_enter_with_their_own_rates_weighted_by_their_entries(base):
         assert rates(optimizer)["inputs"] == pytest.approx(min(expected(lrs), MAX_RELATIVE_STEP), rel=1e-5)
 
 
-def test_a_rate_that_was_given_is_the_user_s_word_and_schedulers_act_on_it():
+def test_a_rate_that_was_given_is_taken_as_it_is_and_schedulers_and_users_act_on_it():
+    assert rates(QAT(MLP.quantized(), AdamW, scale_lr=0.25)) == {"weights": 0.25, "inputs": 0.25}
     model = MLP.quantized()
     optimizer = QAT(model, AdamW, lr=1e-3, scale_lr=(0.25, 0.5))
     schedule = LambdaLR(optimizer, lambda step: 1 / (1 + step))
@@ -221,7 +215,7 @@ def test_the_balance_is_taken_again_when_the_latents_are_others():
     assert rates(optimizer)["weights"] == pytest.approx(1e-4 / float(size.square().mean().sqrt()), rel=1e-5)
 
 
-@pytest.mark.parametrize("size", [1e-30, 1e-25, 1.0, 1e25])
+@pytest.mark.parametrize("size", [1e-30, 1e25])
 def test_the_size_of_the_weights_may_be_anything(size):
     """rms(w) of 1e-25, whose square fp32 does not have."""
     model = nn.Linear(8, 8, bias=False)
@@ -248,6 +242,10 @@ def zeros():
 def test_weights_of_zeros_have_no_rate_yet_and_get_one_when_they_come_alive():
     """Then lr / rms(w), taken again after 1, 2, 4, 8 ... steps, for at first they are as small as one step."""
     model = zeros()
+    still = QAT(model, AdamW, lr=0.0)
+    train(still, model, MLP, 2)
+    assert (still.param_groups[1]["lr"], still.param_groups[1]["qsam_balance"]) == (0.0, 0.0)
+    still.release()
     optimizer = QAT(model, AdamW, lr=1e-5, weight_decay=0.0)
     group = optimizer.param_groups[1]
     assert (group["lr"], group["qsam_balance"]) == (0.0, 0.0)
@@ -263,15 +261,7 @@ def test_weights_of_zeros_have_no_rate_yet_and_get_one_when_they_come_alive():
     assert taken == [0, 1, 2, 4, 8]
 
 
-def test_weights_that_stay_zero_keep_a_rate_of_zero():
-    model = zeros()
-    optimizer = QAT(model, AdamW, lr=0.0)
-    train(optimizer, model, MLP, 3)
-    assert optimizer.param_groups[1]["qsam_balance"] == 0.0
-    assert optimizer.param_groups[1]["lr"] == 0.0
-
-
-@pytest.mark.parametrize("stop", [0, 1, 3, 5])
+@pytest.mark.parametrize("stop", [0, 3])
 def test_resuming_a_run_that_began_at_zero_is_as_if_nothing_had_stopped(stop):
     ends = []
     for stopped in (False, True):
@@ -305,7 +295,7 @@ def as_written_before(state, normalized):
     return state
 
 
-@pytest.mark.parametrize("base", [AdamW, SGD], ids=lambda base: base.__name__)
+@pytest.mark.parametrize("base", [AdamW], ids=lambda base: base.__name__)
 def test_a_file_from_before_the_balance_was_kept_goes_on_at_its_own_rates(base):
     model = MLP.quantized()
     optimizer = QAT(model, base, lr=1e-3)
@@ -348,8 +338,9 @@ def test_a_distributed_checkpoint_from_before_loads_with_a_planner_that_allows_m
     train(resumed, other, MLP, 2)
 
 
-@pytest.mark.parametrize("older", [False, True])
-@pytest.mark.parametrize(("saving", "loading"), [({}, {"scale_lr": 0.1}), ({"scale_lr": 0.1}, {})])
+@pytest.mark.parametrize(
+    ("saving", "loading", "older"), [({}, {"scale_lr": 0.1}, False), ({"scale_lr": 0.1}, {}, True)]
+)
 def test_a_file_of_another_rule_of_the_scales_is_refused_and_changes_nothing(saving, loading, older):
     """Its scales' state and settings are those of another optimizer."""
     model = MLP.quantized()
@@ -374,20 +365,7 @@ def scale(*values):
     return nn.Parameter(torch.tensor(values))
 
 
-def test_the_normalized_step_does_not_depend_on_the_size_of_the_gradient():
-    moved = []
-    for factor in (1.0, 2.0**20, 2.0**-20):
-        s = scale(1.0, 8.0)
-        optimizer = BalancedSGD([s], lr=0.004)
-        for gradient in ([1.0, -2.0], [0.5, 3.0], [-1.0, 0.0]):
-            s.grad = torch.tensor(gradient) * factor
-            optimizer.step()
-        moved.append(s.detach().clone())
-    assert torch.equal(moved[0], moved[1])
-    assert torch.equal(moved[0], moved[2])
-
-
-@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-30, 1e-22, 1e-3, 1.0, 1e18, 1e30, 1e36])
+@pytest.mark.parametrize("size", [1e-45, 1e-38, 1e-22, 1.0, 1e18, 1e36])
 def test_the_first_normalized_step_is_the_rate_times_the_entry_for_any_gradient(size):
     """From the smallest number that fp32 has: no square of a gradient is taken outside of [0, 1]."""
     s = scale(1.0, 8.0)
@@ -436,19 +414,14 @@ def test_no_step_is_longer_than_a_hundredth_of_the_entry():
         assert torch.allclose(s.detach(), torch.tensor([0.99, 2.02]), rtol=2 * torch.finfo(torch.float32).eps, atol=0)
 
 
-def test_without_normalization_it_is_plain_descent():
-    s = scale(1.0)
-    s.grad = torch.tensor([0.125])
-    BalancedSGD([s], lr=0.03125, normalized=False).step()
-    assert s.item() == 1.0 - 0.03125 * 0.125
-
-
-def test_an_entry_without_gradient_stays():
-    s, t = scale(1.0), scale(2.0)
-    t.grad = torch.tensor([0.0])
-    optimizer = BalancedSGD([s, t], lr=0.01)
-    optimizer.step()
-    assert (s.item(), t.item()) == (1.0, 2.0)
+def test_without_normalization_it_is_plain_descent_and_an_entry_without_gradient_stays():
+    s, t, u = scale(1.0), scale(1.0), scale(2.0)
+    s.grad, u.grad = torch.tensor([0.125]), torch.tensor([0.0])
+    assert BalancedSGD([s, t, u], lr=0.03125, normalized=False).step(lambda: 3.0) == 3.0
+    assert (s.item(), t.item(), u.item()) == (1.0 - 0.03125 * 0.125, 1.0, 2.0)
+    u.grad = torch.tensor([0.0])
+    BalancedSGD([u], lr=0.01).step()
+    assert u.item() == 2.0
 
 
 @pytest.mark.parametrize("normalized", [True, False])
@@ -467,8 +440,3 @@ def test_scales_step_together_as_each_does_alone(normalized):
             optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
     assert all(not torch.equal(a, start) for a, start in zip(together, starts, strict=True))
-
-
-def test_a_closure_of_the_balanced_descent_is_called_once():
-    s = scale(1.0)
-    assert BalancedSGD([s], lr=0.01).step(lambda: 3.0) == 3.0

@@ -54,25 +54,15 @@ class Holder(nn.Module):
         return self.layer(x)
 
 
-@pytest.mark.parametrize("kind", BUFFERS)
+@pytest.mark.parametrize(("make", "write"), BUFFERS.values(), ids=BUFFERS)
 @pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support is in beta state")
-def test_a_buffer_is_put_back_in_identity_and_value(kind):
-    make, write = BUFFERS[kind]
-    module = Holder(make(), write)
-    before = module.kept
-    values = before.to_dense().clone() if before.layout != torch.strided else before.clone()
-    with buffers_kept(module):
-        module(torch.ones(1, 4))
-    assert module.kept is before
-    assert torch.equal(before.to_dense() if before.layout != torch.strided else before, values)
-
-
-@pytest.mark.parametrize("kind", BUFFERS)
-@pytest.mark.filterwarnings("ignore:Sparse CS[RC] tensor support is in beta state")
-def test_a_model_with_any_buffer_trains_and_moves_it_once_per_step(kind):
-    make, write = BUFFERS[kind]
-    model = Holder(make(), write)
-    once = Holder(make(), write)
+def test_a_buffer_is_put_back_in_identity_and_value_and_moves_once_per_step(make, write):
+    model, once = Holder(make(), write), Holder(make(), write)
+    before, values = model.kept, dense(model.kept).clone()
+    with buffers_kept(model):
+        model(torch.ones(1, 4))
+    assert model.kept is before
+    assert torch.equal(dense(before), values)
     for _ in range(2):
         once(torch.ones(1, 4))
     optimizer = qsam.SQuAT(model, SGD, lr=0.1)
@@ -111,6 +101,9 @@ def test_the_modules_of_a_closure_are_found_wherever_it_keeps_them():
     def closure(given=default):
         return inner(), given
 
+    ring = []
+    ring.append(ring)  # an object that refers to itself ends the search
+    assert modules_of(lambda: ring) == []
     assert set(map(id, modules_of(closure))) == {id(local), id(default)}
     assert modules_of(uses_the_global) == [GLOBAL]
     assert modules_of(lambda: uses_the_global()) == [GLOBAL]
@@ -119,12 +112,6 @@ def test_the_modules_of_a_closure_are_found_wherever_it_keeps_them():
     assert modules_of(functools.partial(print, local, key={"a": default})) == [local, default]
     assert modules_of(lambda: unset) == []
     unset = None
-
-
-def test_an_object_that_refers_to_itself_ends_the_search():
-    ring = []
-    ring.append(ring)
-    assert modules_of(lambda: ring) == []
 
 
 # --- a second network in the passes ---------------------------------------------------------------------------------
@@ -162,6 +149,7 @@ def test_the_statistics_of_a_second_network_move_once_per_step(method):
         assert len(expected) == len([p for p in optimizer.phases() if p in ("first_pass", "perturbed", "scale_phase")])
         assert other[1].num_batches_tracked == step
         assert torch.equal(other[1].running_mean, expected[0])
+    assert optimizer._closure_modules == [], "they are let go of after the step"
 
 
 def test_by_hand_a_second_network_is_named():
@@ -186,10 +174,3 @@ def test_a_module_that_is_named_must_be_one():
         METHODS["saq"](network(), modules=3)
     other = network()
     assert METHODS["saq"](network(), modules=other).modules == [other]
-
-
-def test_the_modules_of_a_closure_are_let_go_of_after_the_step():
-    model, other, x = network(), network(), torch.randn(8, 4)
-    optimizer = METHODS["saq"](model)
-    optimizer.step(lambda: other(model(x)).square().mean().backward())
-    assert optimizer._closure_modules == []
