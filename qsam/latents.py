@@ -94,7 +94,8 @@ class Slot:
         """Note what p holds now; a layer that multiplies integers asks its quantizer whether p is on the grid."""
         if holds != self.p_holds:
             self.p_holds = holds
-            vars(self.quantizer)["off_grid"] = holds != "quantized"
+            # Q(w + e) is on the grid too.
+            self.quantizer.off_grid = holds == "latent" or (holds == "perturbed" and self.inner_e is None)
 
     def point(self) -> Tensor:
         """Return where Q was evaluated: w, or ``w + e``; where w has no scale yet, any e would be beyond the grid."""

@@ -89,6 +89,7 @@ class Quantizer(nn.Module):
             kind of averaging gives something that can be read: the sign is ``limits[0] < 0``, calibrated is
             ``limits[1] > limits[0]``; the integers themselves follow from ``bits``.
         init: The initial-scale rule that ``quantize_`` was given, for a quantizer that wants one; set before ``init_``.
+        off_grid: Whether an optimizer has left something else than Q(w) in the weight.
         batch_first: Of an activation with three or more dimensions: whether the samples of a batch lie along dimension
             0 or 1; None, where no layer says so: dimension 0, with two dimensions too.
     """
@@ -106,6 +107,7 @@ class Quantizer(nn.Module):
     """Whether :meth:`update` changes Q: the optimizer then writes the weights again."""
 
     init: str = "mse"
+    off_grid: bool = False
     batch_first: bool | None = None
     limits: Tensor
 
