@@ -98,8 +98,8 @@ class GOBO(Quantizer):
         super().__init__(**setting)
         if self.axis is None:
             raise ValueError("the quantizer 'gobo' is for weights: use activations=None, or 'lsq', for inputs.")
-        self.register_buffer("centroids", torch.linspace(-1, 1, 2**self.bits))
-        self.register_buffer("bounds", torch.tensor([-math.inf, math.inf]).clamp(*_ENDS))
+        self.register_buffer("centroids", torch.linspace(-1, 1, 2**self.bits, dtype=torch.float32))
+        self.register_buffer("bounds", torch.tensor([-math.inf, math.inf], dtype=torch.float32).clamp(*_ENDS))
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:

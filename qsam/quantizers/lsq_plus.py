@@ -51,10 +51,10 @@ class LSQPlus(Affine):
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
-        self.scale = nn.Parameter(torch.ones(1))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
         if self.axis is None:
-            self.far = nn.Parameter(torch.ones(1))
-            self.register_buffer("span", torch.ones(1))
+            self.far = nn.Parameter(torch.ones(1, dtype=torch.float32))
+            self.register_buffer("span", torch.ones(1, dtype=torch.float32))
 
     @property
     def shift(self) -> Tensor | None:  # type: ignore[override]

@@ -47,9 +47,9 @@ class MinMaxEMA(Affine):
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
-        self.register_buffer("scale", torch.ones(1))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
         # A buffer, for the optimizers put those back after every pass but the first; the step makes state of it.
-        self.register_buffer("seen", torch.zeros(1), persistent=False)
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float32), persistent=False)
 
     @property
     def quant_min(self) -> int:

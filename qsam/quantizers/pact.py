@@ -29,7 +29,7 @@ class Clipped(Affine):
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
-        self.clip = nn.Parameter(torch.ones(1))
+        self.clip = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]

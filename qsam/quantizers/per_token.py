@@ -68,7 +68,9 @@ class PerToken(Quantizer):
         wide = x.detach().to(wide_dtype(x.dtype))
         if not wide.numel():
             return wide.new_ones(*wide.shape[:-1], 1)
-        return (wide.abs().amax(-1, keepdim=True) / self.quant_max).clamp_min(SCALE_FLOOR)
+        # On an unsigned grid negative entries become 0, so they do not count.
+        sizes = wide.clamp_min(0) if self.signed is False else wide.abs()
+        return (sizes.amax(-1, keepdim=True) / self.quant_max).clamp_min(SCALE_FLOOR)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return Q(x), of the shape and dtype of ``x``."""

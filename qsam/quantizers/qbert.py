@@ -57,8 +57,8 @@ class QBert(Affine):
                 "runs of rows) or 'per_channel'."
             )
         super().__init__(**setting)
-        self.register_buffer("scale", torch.ones(1))
-        self.register_buffer("minimum", torch.zeros(1))
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
+        self.register_buffer("minimum", torch.zeros(1, dtype=torch.float32))
 
     @property
     def granularity(self) -> str:

@@ -60,7 +60,7 @@ class Stretched(Affine):
                 f"the quantizer 'stretched' has no level at zero and is for signed weights, got "
                 f"signed={setting['signed']}. Use 'lsq' for inputs."
             )
-        self.scale = nn.Parameter(torch.ones(1))
+        self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     @property
     def stops(self) -> tuple[float, float]:
