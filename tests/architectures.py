@@ -172,65 +172,8 @@ def share_of_matrices(coverage: qsam.Coverage) -> float:
     return sum(row.numel for row in rows if row.bits < 32) / sum(row.numel for row in rows)
 
 
-<<<<<<< HEAD
-INTRO = """# timm's architectures
-
-Written by `python -m tests.architectures`. Each architecture below is built as small as its constructor allows (few
-blocks and channels, tiny images, random weights), quantized by the defaults (4-bit weights, 8-bit inputs, 8 bits at both ends) and put through
-one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/world/test_timm.py`. That shows that
-the mechanics hold, not how accurate the quantized model is. No weight was downloaded and nothing was run on a GPU.
-
-- "Quantized" is the quantized share of the entries of all parameters with two or more dimensions, in the small model.
-  In the full model it is larger, because tables of positions grow less than matrices. Biases, norms, layer scales and
-  other parameters with fewer dimensions are float everywhere.
-- The stem (a first convolution or patch embedding) and the classifier have 8 bits, or more if you ask for more.
-- Of the activations, the inputs of the quantized layers are quantized. Sums (shortcuts), norms, softmax and products of
-  two activations (attention scores and probabilities, gates as in squeeze-and-excitation) are float. Fused attention
-  never stores its probabilities. `print(coverage)` names the attention modules, which it finds by their names
-  (`*Attention*`, `*Attn*`, `attn`), because nothing else in a module shows that it is attention.
-- Calibration decides whether an input is signed. Images and the outputs of norms are signed. After ReLU, ReLU6 and
-  (hard) sigmoid an input is unsigned and uses all levels. After GELU, SiLU and Hardswish it is signed, because their
-  small negative values are real, and half of the levels stand for these values.
-- Weight standardization (`StdConv2d`, `ScaledStdConv2d`) is part of the forward of the layer and standardizes Q(w). In
-  each output channel the layer then multiplies with the grid stretched and shifted. Fold this into the grid if integers
-  are to be used.
-- If another module uses the weight of a layer without calling the layer (`F.linear(x, self.qkv.weight, ...)`), the
-  weight is quantized and the input stays float, because no hook of the layer runs. The tables below name the known
-  cases in timm with the cure. A warning at the first step names others.
-- If branches are summed into one kernel after training (RepVGG, RepGhostNet, timm's `reparameterize_model`), that
-  kernel is on no grid. Sum them before `quantize_`.
-- `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs. In a depthwise
-  transposed convolution each group has its own.
-- Matrices of layers that qsam does not know stay float. If they are most of a model, `quantize_` warns and names them.
-  It does so for the experts of transformers' `MixtralExperts`, for which the rule
-  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel. It
-  also does so for timm's `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no
-  grid.
-- Compute BatchNorm statistics again after training, with [`reestimate_batchnorm`](loops.md#batchnorm).
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What the page says of one architecture."""
-
-    name: str
-    parameters: int
-    share: float
-    floats: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Return the line of the table."""
-        floats = "; ".join(self.floats).replace("|", "\\|") or "nothing"
-        return f"| `{self.name}` | {self.parameters / 1e6:.2f} M | {self.share:.1%} | {floats} |"
-
-
-def row_of(architecture: Architecture) -> Row:
-    """Build and quantize an architecture, and say what stays float."""
-=======
 def row_of(architecture: Architecture) -> str:
     """Build and quantize an architecture; return its line of the table: its size, and what stays float."""
->>>>>>> tests2
     model = architecture.build()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only .* of the matrices' entries are quantized")  # the page says it
