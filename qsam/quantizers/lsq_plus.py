@@ -76,13 +76,13 @@ class LSQPlus(Affine):
             scale = initial_scale(self._rows(x), self.quant_min, self.quant_max, self.init)
             shift = torch.zeros_like(scale)
         else:
-            scale, shift = self._fitted(x.detach().flatten())
+            scale, shift = self._least_squares(x.detach().flatten())
         self._put("scale", self._shaped(scale, x))
         if self.axis is None:
             self._put("span", self._shaped(scale * (self.quant_max - self.quant_min), x))
             self._put("far", self._shaped(shift, x) + self.span)
 
-    def _fitted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _least_squares(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return s and b: of the range, or the best of what "round, then fit a line" finds from several ranges."""
         x = x.double()
         if not bool(x.isfinite().all()):
