@@ -53,17 +53,18 @@ SETTINGS = """--model resnet20 --threads 1 --precision bf16 --batch-size 100 --a
 
 TEXT = f"""# The three cases of SAQ, on CIFAR-10
 
-SAQ's paper (arXiv 2111.12273) argues that of three ways to join quantization noise and adversarial perturbation the
-third is best: e depends on the noise (case 3) rather than being independent of it (case 1) or the noise depending on e
-(case 2). Here is a small test of that order, with LSQ, SQuAT's fused schedule and a random direction of the same length
-beside it.
+SAQ's paper (arXiv 2111.12273) describes three ways to combine quantization noise and adversarial perturbation, and
+argues that the third is best. In case 1 the perturbation e does not depend on the noise, in case 2 the noise depends
+on e, and in case 3 e depends on the noise. This page is a small test of that order. It also has LSQ, SQuAT's fused
+schedule and a random direction of the same length.
 
-ResNet-20, per-tensor weights and inputs, first layer and head at 8 bits. The images are CIFAR-10's 10,000 test images,
-in a fixed random split of 8,000 to train on and 2,000 to measure on: no number here compares with the usual one. One
-full-precision checkpoint a seed (20 epochs); every method then trains 3 epochs from it, with the same rate (.02, SGD
-with momentum) and radius (rho {RHO}). On training images that were held out, after two epochs at W2A2, case 3 had
-59.8 % with rho .05 and 58.3 % with .2, LSQ 58.1 %; one standard error is 1.4, so the radius is between the two
-(`benchmarks/results/saq-cases-tuning.json`). Methods with a perturbation take two passes a step, LSQ one.
+The network is ResNet-20 with one scale per tensor for weights and inputs, and 8 bits in the first layer and the head.
+The images are the 10,000 test images of CIFAR-10, in a fixed random split of 8,000 for training and 2,000 for
+measuring, so no number here compares with the usual ones. Each seed has one full-precision checkpoint (20 epochs).
+Every method then trains 3 epochs from it, with the same rate (.02, SGD with momentum) and radius (rho {RHO}). On
+training images that were held out, after two epochs at W2A2, case 3 had 59.8 % with rho .05 and 58.3 % with .2, and
+LSQ had 58.1 %, with a standard error of 1.4 (`benchmarks/results/saq-cases-tuning.json`); the radius lies between
+these two. Methods with a perturbation take two passes per step, and LSQ takes one.
 
 """
 
@@ -147,7 +148,7 @@ def _row(name: str, runs: Mapping[int, Json]) -> str:
 
 def differences(found: Sequence[Json]) -> Iterator[str]:
     """Yield the differences in top-1 between pairs of methods, taken seed by seed: both start from one checkpoint."""
-    yield "Differences in top-1, in points, between runs from one checkpoint (mean ± standard error over the seeds):"
+    yield "Differences in top-1 between runs from the same checkpoint, in points (mean ± standard error over seeds):"
     yield ""
     yield "| | " + " | ".join(f"W{bits}A{bits}" for bits in BITS) + " |"
     yield "|---|" + "---|" * len(BITS)
@@ -173,8 +174,8 @@ def verdict(found: Sequence[Json]) -> Iterator[str]:
                 values = _differences(_of(found, one, bits), _of(found, other, bits), key)
                 if len(values) > 1 and abs(mean := statistics.mean(values)) > 2 * _error(values):
                     apart.append(f"{METHODS[one]} {'above' if mean > 0 else 'below'} {METHODS[other]} (W{bits}A{bits})")
-        yield f"In {what} more than two standard errors apart: {'; '.join(apart) or 'none of these pairs'}."
-    yield "With so few seeds a standard error is itself uncertain, and of fourteen comparisons some part by chance."
+        yield f"These pairs differ in {what} by more than two standard errors: {'; '.join(apart) or 'none'}."
+    yield "With so few seeds a standard error is itself uncertain, and some of fourteen comparisons differ by chance."
     yield ""
 
 
@@ -186,7 +187,7 @@ def _order(found: Sequence[Json]) -> Iterator[str]:
             runs = {case: _of(found, f"saq:case={case}", bits) for case in (1, 2, 3)}
             means = {case: sign * statistics.mean(map(key, run.values())) for case, run in runs.items() if run}
             orders.append(f"{', '.join(map(str, sorted(means, key=means.__getitem__)))} (W{bits}A{bits})")
-        yield f"{what} first, by their means, the cases are {'; '.join(orders)}."
+        yield f"{what} first, by their means, the cases are in the order {'; '.join(orders)}."
     ahead = all(_is_above(found, 3, other, bits) for other in (1, 2) for bits in BITS)
     yield (
         f"**So the paper's order {'comes' if ahead else 'does not come'} out in top-1**: case 3 is "
@@ -221,8 +222,8 @@ def settings(found: Sequence[Json]) -> Iterator[str]:
     versions = found[0]["versions"]
     named = ", ".join(f"{name} {versions[name]}" for name in ("torch", "torchvision", "timm") if name in versions)
     yield f"Made by `python -m benchmarks.saq_cases` at {', '.join(c[:12] for c in commits)}, {named}; all settings are"
-    yield "in `benchmarks/results/saq-cases.json`. The seconds there say nothing: the machine had other work, and runs"
-    yield "were halted for a while."
+    yield "in `benchmarks/results/saq-cases.json`. Ignore the seconds there: the machine had other work, and runs were"
+    yield "interrupted for a while."
 
 
 def draw(found: Sequence[Json], path: Path) -> None:

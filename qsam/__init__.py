@@ -11,7 +11,7 @@ from qsam.attach import calibrate, dequantize_, quantize_, write_
 from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage, coverage_of
 from qsam.export import export
-from qsam.fused.backend import set_backend
+from qsam.fused.kernels import set_backend
 from qsam.measure import hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer

@@ -5,10 +5,11 @@ No weight is touched here but by :func:`write_` and, given an optimizer, :func:`
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from qsam.coverage import (
     require_coverage,
     set_owner,
 )
+from qsam.distributed import local
 from qsam.inputs import NAME as INPUT_NAME
 from qsam.inputs import (
     Place,
@@ -173,13 +175,31 @@ def write_(model: nn.Module) -> None:
         raise RuntimeError(
             "an optimizer owns the weights of this model and writes them itself: write_ is for a model without one."
         )
-    for row in coverage.quantized:
-        assert row.quantizer is not None
-        row.quantizer.settle_(row.parameter)
-        refuse_overflow(row.name, row.parameter, row.quantizer)
+    with restored_if_refused([row.quantizer for row in coverage.quantized if row.quantizer is not None]):
+        for row in coverage.quantized:
+            assert row.quantizer is not None
+            row.quantizer.settle_(row.parameter)
+            refuse_overflow(row.name, row.parameter, row.quantizer)
     for row in coverage.quantized:
         assert row.quantizer is not None
         row.parameter.copy_(row.quantizer(row.parameter))
+
+
+@contextlib.contextmanager
+def restored_if_refused(quantizers: Sequence[Quantizer]) -> Iterator[None]:
+    """Give quantizers their tensors back if an exception leaves this context; what is unchanged is not written."""
+    tensors = [local(t) for q in quantizers for t in q.state_dict(keep_vars=True).values()]
+    before, set_from = [t.detach().clone() for t in tensors], [q._set_from for q in quantizers]
+    try:
+        yield
+    except BaseException:
+        with torch.no_grad():
+            for t, values in zip(tensors, before, strict=True):
+                if not torch.equal(t, values):
+                    t.copy_(values)
+        for quantizer, digest in zip(quantizers, set_from, strict=True):
+            quantizer._set_from = digest
+        raise
 
 
 @torch.no_grad()

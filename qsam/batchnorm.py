@@ -16,8 +16,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from qsam.batches import in_eval_mode, refuse_empty, require_batches, run_each
 from qsam.coverage import coverage_of, owner_of
+from qsam.guard import block_of
 from qsam.inputs import data_parallel_group, is_sharded, shown
-from qsam.latent import open_block
 from qsam.layers import unwrap_model
 from qsam.optim.snapshot import buffers_kept
 
@@ -105,7 +105,7 @@ def _refuse_unready(root: nn.Module) -> None:
     owner = None if coverage is None else owner_of(coverage)
     if owner is not None:
         owner._refuse_inside_block("reestimate_batchnorm")
-    if (block := open_block(root)) is not None:
+    if (block := block_of(root)) is not None:
         raise RuntimeError(f"reestimate_batchnorm() inside the block {block}(): leave the block first.")
     if is_sharded(root.modules()):
         raise RuntimeError(

@@ -96,18 +96,18 @@ class Status:
 
     Attributes:
         owner: Weak reference to the optimizer that owns the latents of the weights; a copy has none.
-        left: Latents that an optimizer has left for the next one, by the path of the weight; a copy has none.
+        released: Latents that an optimizer has released for the next one, by the path of the weight; a copy has none.
         said: Warnings that have been given.
     """
 
     def __init__(self) -> None:
         self.owner: weakref.ref[Any] | None = None
-        self.left: dict[str, nn.Parameter] = {}
+        self.released: dict[str, nn.Parameter] = {}
         self.said: set[str] = set()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep everything but the owner and what it left, which belong to the original."""
-        return {**vars(self), "owner": None, "left": {}}
+        """Keep everything but the owner and the released latents, which belong to the original."""
+        return {**vars(self), "owner": None, "released": {}}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -248,20 +248,19 @@ def owner_of(coverage: Coverage) -> Any | None:
 
 
 def set_owner(coverage: Coverage, owner: Any | None) -> None:
-    """Note, by a weak reference, which optimizer owns the latents of these weights; what was left for it is dropped."""
-    coverage.status.left.clear()
+    """Note, by a weak reference, which optimizer owns the latents of these weights; drop the released latents."""
+    coverage.status.released.clear()
     coverage.status.owner = None if owner is None else weakref.ref(owner)
 
 
-def leave_latents(coverage: Coverage, latents: dict[str, nn.Parameter]) -> None:
-    """Let nobody own these weights, and keep their latents, by path, for the next optimizer."""
-    set_owner(coverage, None)
-    coverage.status.left.update(latents)
+def keep_released_latents(coverage: Coverage, latents: dict[str, nn.Parameter]) -> None:
+    """Keep the latents of weights that no optimizer owns, by path, for the next one."""
+    coverage.status.released.update(latents)
 
 
-def left_latents(coverage: Coverage) -> Mapping[str, nn.Parameter]:
-    """Return the latents that :func:`leave_latents` keeps, by path."""
-    return coverage.status.left
+def released_latents(coverage: Coverage) -> Mapping[str, nn.Parameter]:
+    """Return the latents that :func:`keep_released_latents` keeps, by path."""
+    return coverage.status.released
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]]:
@@ -271,6 +270,13 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]
             stem = name.removesuffix("_quantizer")
             if isinstance(child, Quantizer) and stem != name and (stem == "input" or hasattr(module, stem)):
                 yield path_of(path, name), module, name, child
+
+
+def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
+    """Iterate over the parameters of all quantizers in a model, weights' and inputs'."""
+    for module in root.modules():
+        if isinstance(module, Quantizer):
+            yield from module.parameters()
 
 
 def require_coverage(model: nn.Module, caller: str) -> Coverage:

@@ -1,23 +1,28 @@
-"""The guard: nobody but the optimizer writes quantized weights, and their quantizers stay the ones it knows.
+"""The guard: only the optimizer writes quantized weights, and their quantizers stay the ones it was built with.
 
-A write that torch counts shows in a fingerprint at once. One through ``.data`` shows by value, in the sweep that
-compares p with Q(w) anyway, and is reported at the next look.
+A write that torch counts changes a fingerprint, and the next check sees it. A write through ``.data`` leaves no trace
+but the value. So each verb that overwrites p (pull back, perturb, a pass with noise) first compares p with the Q(w)
+that it computes anyway; the answer is read at the next check, because to read it at once would wait for the device.
+
+While a block is open, p is not Q(w), and a hook on the model refuses its ``state_dict``.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from qsam import shards
 from qsam.coverage import Coverage, refuse_changed
-from qsam.inputs import NAME as INPUT_NAME
+from qsam.distributed import local, norms, whole
 from qsam.quantizers import Identity, Quantizer
-from qsam.slots import Slot, is_on_grid, refuse_moved, same_values
+
+if TYPE_CHECKING:
+    from qsam.latents import Slot
 
 _OVERFLOW = (
     "the scale of {!r} has grown so much that its quantized values are beyond fp16's 65504, and the model holds "
@@ -26,67 +31,66 @@ _OVERFLOW = (
 
 
 class Guard:
-    """What was left in a model, and what has been seen there since.
+    """The state in which the optimizer left a model, and the differences that have been seen since.
 
     Args:
         coverage: The model's coverage; None for a float model.
         root: The model.
 
     Attributes:
-        fresh: Whether no pass has come yet. The latents are looked at in the first one, for until then a checkpoint may
-            bring others than those that the model had at construction.
         released: Whether the optimizer has handed the model over.
     """
 
     def __init__(self, coverage: Coverage | None, root: nn.Module) -> None:
-        self.fresh = True
         self.released = False
+        # A checkpoint may bring other latents than the model had at construction, so they are judged in the first pass.
+        self._is_first_check = True
         self._root = root
         self._coverage = coverage
         self._links = [] if coverage is None else _links(root)
         self._attached = [] if coverage is None else _places(coverage)
-        self._seen: list[tuple[Any, ...]] = []
-        self._suspects: list[tuple[str, Tensor | bool]] = []
+        self._fingerprints: list[tuple[Any, ...]] = []
+        self._differs: list[tuple[str, Tensor | bool]] = []
         self._overflows: list[tuple[str, Tensor]] = []
 
     def remember(self, slots: Sequence[Slot]) -> None:
-        """Remember how all p look now."""
-        self._seen = [slot.fingerprint() for slot in slots]
+        """Remember the fingerprints of all p."""
+        self._fingerprints = [slot.fingerprint() for slot in slots]
 
-    def forgive(self) -> None:
-        """Forget what was seen: the present weights are to be the latents."""
-        self._suspects.clear()
+    def accept_current_weights(self) -> None:
+        """Drop what the comparisons have found, because the present weights are to become the latents."""
+        self._differs.clear()
 
     def check(
         self, slots: Sequence[Slot], agree: Callable[[bool], bool] | None, among: Callable[[bool], bool] | None
     ) -> None:
-        """Refuse to go on if somebody else wrote p or a scale since the last :meth:`remember`.
+        """Refuse to go on if anybody else wrote p or a scale since the last :meth:`remember`.
 
         A changed fingerprint with equal values is no alarm (DDP broadcasts at construction).
 
         Args:
             slots: The weights.
-            agree: Tells whether a flag is set in any process; None where the others may not be asking.
-            among: The same, among the processes that hold parts of the weights; None where each holds all.
+            agree: Tells whether a flag is set in any process; None if the other processes may not be asking.
+            among: The same, among the processes that hold parts of the weights; None if each holds all.
 
         Raises:
-            RuntimeError: the model's weights are not the Q(w) that were left there, its quantizers are others, or it is
+            RuntimeError: The model's weights are not the Q(w) that were left there, its quantizers are others, or it is
                 on another device.
-            ValueError: an fp16 Parameter could not hold its Q(w) in the step before.
+            ValueError: An fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
         self._check_tree()
-        refuse_moved(slots)
+        _refuse_moved(slots)
         overflown = [path for path, flag in self._overflows if bool(flag)]
         self._overflows.clear()
         if overflown:
             raise ValueError(_OVERFLOW.format(overflown[0]))
-        if self.fresh:
-            self.fresh = False
-            _say_if_on_grid(slots)
-        late = [path for path, flag in self._suspects if bool(flag)]
-        self._suspects.clear()
-        changed = [slot for slot, seen in zip(slots, self._seen, strict=True) if slot.fingerprint() != seen]
+        if self._is_first_check:
+            self._is_first_check = False
+            _warn_if_on_grid(slots)
+        late = [path for path, flag in self._differs if bool(flag)]
+        self._differs.clear()
+        changed = [slot for slot, old in zip(slots, self._fingerprints, strict=True) if slot.fingerprint() != old]
         if among is not None:  # to compare takes all processes, and so does what comes next
             agree, changed = among, list(slots) if among(bool(changed)) else []
         foreign = list(dict.fromkeys([s.path for s in changed if not same_values(s.parameter, s.quantized())] + late))
@@ -99,7 +103,7 @@ class Guard:
         """Refuse to go on if the model no longer has the quantizers that this optimizer was built with.
 
         Raises:
-            RuntimeError: they were taken off or replaced, or the optimizer has handed the model over.
+            RuntimeError: They were taken off or replaced, or the optimizer has handed the model over.
         """
         if self.released:
             raise RuntimeError(
@@ -120,19 +124,25 @@ class Guard:
             refuse_changed(self._coverage, self._root)
             self._links = _links(self._root)
 
-    def note_value(self, slot: Slot, out: Tensor) -> None:
-        """Compare p with the Q(w) just computed; the verdict is read at the next check, without a device sync now."""
-        p, out = shards.local(slot.parameter), shards.local(out)
+    def compare(self, slot: Slot, q: Tensor) -> None:
+        """Compare p with the Q(w) just computed; NaN entries of p are no difference."""
+        p, q = local(slot.parameter), local(q)
         if p.dtype == torch.float16:
-            self._overflows.append((slot.path, (torch.isinf(p) & torch.isfinite(out)).any()))
-        if p.device.type == "cpu" and torch.equal(out.to(p.dtype), p):
-            return  # the usual case in one sweep; elsewhere to read the verdict now would wait for the device
-        self.note(slot, ((out.to(p.dtype) == p) | torch.isnan(p)).all())
+            self._overflows.append((slot.path, (torch.isinf(p) & torch.isfinite(q)).any()))
+        q = q.to(p.dtype)
+        if p.device.type != "cpu" or not torch.equal(q, p):  # the usual case on a CPU needs one sweep
+            self.report(slot, ((q == p) | torch.isnan(p)).all())
 
-    def note(self, slot: Slot, same: Tensor | bool) -> None:
-        """Note whether p holds Q(w)."""
+    def report(self, slot: Slot, same: Tensor | bool) -> None:
+        """Take the answer of a kernel to whether p held Q(w)."""
         if same is not True:
-            self._suspects.append((slot.path, True if same is False else ~same))
+            self._differs.append((slot.path, True if same is False else ~same))
+
+
+def same_values(p: Tensor, expected: Tensor) -> bool:
+    """Whether two tensors, or this process's parts of them, agree in dtype, shape and value; NaN equals NaN."""
+    a, b = local(p), local(expected)
+    return a.dtype == b.dtype and a.shape == b.shape and bool(((a == b) | (torch.isnan(a) & torch.isnan(b))).all())
 
 
 def _links(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
@@ -142,9 +152,7 @@ def _links(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
 
 def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:
     """Return every quantizer with the module and the name where it is attached."""
-    weights = ((row.module, f"{row.attr}_quantizer", row.quantizer) for row in coverage.weights)
-    inputs = ((row.module, INPUT_NAME, row.quantizer) for row in coverage.inputs)
-    return [(module, name, quantizer) for module, name, quantizer in (*weights, *inputs) if quantizer is not None]
+    return [(module, name, getattr(module, name)) for module, name, _ in coverage.places]
 
 
 def _refuse_foreign(paths: list[str]) -> None:
@@ -155,13 +163,67 @@ def _refuse_foreign(paths: list[str]) -> None:
     )
 
 
-def _say_if_on_grid(slots: Sequence[Slot]) -> None:
-    rows = [slot for slot in slots if not (slot.lacks_scale or isinstance(slot.quantizer, Identity))]
-    found = [is_on_grid(slot) for slot in rows if bool(shards.norms([slot.latent])[0])]
-    if found and all(found):
+def _refuse_moved(slots: Iterable[Slot]) -> None:
+    """Refuse latents that stayed behind when the model was moved to another kind of device."""
+    for slot in slots:
+        here, there = slot.latent.device, slot.parameter.device
+        if here.type != there.type:
+            raise RuntimeError(
+                f"the model was moved from {here} to {there} ({slot.path!r}), and its latents were not: move the model "
+                "first, then build the optimizer."
+            )
+
+
+def _warn_if_on_grid(slots: Sequence[Slot]) -> None:
+    rows = [slot for slot in slots if not isinstance(slot.quantizer, Identity)]
+    rounded = [_is_on_grid(slot) for slot in rows if bool(norms([slot.latent])[0])]
+    if rounded and all(rounded):
         warnings.warn(
             "the model's weights are on the quantization grid already: training starts from rounded weights. The "
             "full-precision weights live in the optimizer only: load its state_dict to go on from them.",
             UserWarning,
             stacklevel=6,
         )
+
+
+def _is_on_grid(slot: Slot) -> bool:
+    """Whether quantizing the latent changes next to nothing, so that it was rounded before."""
+    w = whole(slot.latent.detach())
+    gap = (whole(slot.fake_quantize(slot.latent.detach())) - w).abs().max()
+    return bool(gap <= 1e-3 * w.abs().max())
+
+
+# --- blocks in which p is not Q(w) ------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class _OpenBlock:
+    """A hook on the root module that refuses its state_dict, and whose presence says that a block is open.
+
+    It is removed when the block ends, because the optimizer may be thrown away after that.
+    """
+
+    name: str
+
+    def __call__(self, module: nn.Module, *_: Any) -> None:
+        raise RuntimeError(
+            f"model.state_dict() inside {self.name}() would save weights that are not Q(w): save outside the block."
+        )
+
+
+def open_block(root: nn.Module, name: str) -> None:
+    """Mark the model: from here on its p are not Q(w)."""
+    close_block(root)
+    root.register_state_dict_pre_hook(_OpenBlock(name))  # type: ignore[no-untyped-call]
+
+
+def close_block(root: nn.Module) -> None:
+    """Take the mark off."""
+    for key, hook in list(root._state_dict_pre_hooks.items()):
+        if isinstance(hook, _OpenBlock):
+            del root._state_dict_pre_hooks[key]
+
+
+def block_of(root: nn.Module) -> str | None:
+    """Return the name of the block in which the model's p are not Q(w) now, or None."""
+    return next((hook.name for hook in root._state_dict_pre_hooks.values() if isinstance(hook, _OpenBlock)), None)

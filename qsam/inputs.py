@@ -223,10 +223,13 @@ def _quantized_outside(module: nn.Module, x: Tensor) -> Tensor:
             f"the input of {shown(_place(module._modules[NAME]).path)} has no scale yet, as far as torch.export can "  # type: ignore[arg-type]
             "see: call qsam.calibrate(model, batches), or run the model once, before exporting it."
         )
-    return _quantized_eagerly(module, x)
+    out: Tensor = _quantized_eagerly(module, x)
+    return out
 
 
-@torch.compiler.disable(reason="an input has no scale yet: call qsam.calibrate(model, batches) before compiling")
+@torch.compiler.disable(  # type: ignore[no-untyped-call, untyped-decorator]
+    reason="an input has no scale yet: call qsam.calibrate(model, batches) before compiling"
+)
 def _quantized_eagerly(module: nn.Module, x: Tensor) -> Tensor:
     return _quantized(module, x)
 

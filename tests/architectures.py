@@ -1,6 +1,6 @@
-"""Architectures of timm, built small, and docs/architectures.md: what is quantized of each, and what stays float.
+"""Architectures of timm, built small, and the rows of docs/architectures.md: how much of each is quantized.
 
-``python -m tests.architectures`` writes the page.
+``python -m tests.architectures`` writes the rows; the rest of the page is kept by hand.
 """
 
 from __future__ import annotations
@@ -172,59 +172,8 @@ def share_of_matrices(coverage: qsam.Coverage) -> float:
     return sum(row.numel for row in rows if row.bits < 32) / sum(row.numel for row in rows)
 
 
-INTRO = """# timm's architectures
-
-Written by `python -m tests.architectures`. Each architecture below is built as small as its constructor allows (few
-blocks and channels, tiny images, random weights), quantized by the defaults (4-bit weights, 8-bit inputs, 8 bits at both ends) and put through
-one SQuAT step, saving, rebuilding from `qsam.json` and `torch.export`, by `tests/test_timm_sweep.py`. That shows that
-the mechanics hold, not how accurate the quantized model is. No weight was downloaded and nothing was run on a GPU.
-
-- "Quantized" is the share of the entries of all parameters of two or more dimensions, in the small model; in one of
-  full size it is larger, for tables of positions grow less than matrices. Biases, norms, layer scales and other
-  parameters of fewer dimensions are float everywhere.
-- The stem (a first convolution or patch embedding) and the classifier have 8 bits, or more if you ask for more.
-- What is quantized of the activations is the inputs of the quantized layers. Sums (shortcuts), norms, softmax, and
-  products of two activations (attention scores and probabilities, gates as in squeeze-and-excitation) are float.
-  Fused attention never holds its probabilities. `print(coverage)` names the modules that are attention as far as
-  their names tell (`*Attention*`, `*Attn*`, `attn`): nothing else in a module does.
-- Calibration decides whether an input is signed: images and what comes out of a norm are; after ReLU, ReLU6 and
-  (hard) sigmoid it is unsigned and uses all levels. After GELU, SiLU and Hardswish it is signed, since their small
-  negative values are real: half of the levels then stand for them. There is no quantizer with an offset.
-- Weight standardization (`StdConv2d`, `ScaledStdConv2d`) is part of the layer's forward: it standardizes Q(w). What
-  the layer multiplies with is then, in each output channel, the grid stretched and shifted, and has to be folded as
-  that where integers are to be used.
-- A layer whose weight another module uses without calling it (`F.linear(x, self.qkv.weight, ...)`) has a quantized
-  weight and a float input: no hook of it ever runs. Those of timm that are known are named below, with the cure; others
-  are named by a warning at the first step.
-- Branches that are summed into one kernel after training (RepVGG's, RepGhostNet's: timm's `reparameterize_model`) give
-  a kernel that is on no grid: sum them before `quantize_`.
-- `per_channel` gives each output channel a scale. The groups of a transposed convolution share theirs; in a depthwise
-  one each group has its own.
-- Matrices of layers that qsam does not know stay float. Where they are most of a model, `quantize_` warns and names them:
-  so it does for the experts of transformers' `MixtralExperts`, to which the rule
-  `("*.experts.*", {"granularity": "per_channel", "axis": (0, 1)})` gives one scale per expert and output channel, and
-  for timm's `CondConv2d`, which mixes its kernels for each image: a mixture of quantized kernels is on no grid.
-- BatchNorm's statistics: [`reestimate_batchnorm`](loops.md#batchnorm), after training.
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """What the page says of one architecture."""
-
-    name: str
-    parameters: int
-    share: float
-    floats: tuple[str, ...]
-
-    def __str__(self) -> str:
-        """Return the line of the table."""
-        floats = "; ".join(self.floats).replace("|", "\\|") or "nothing"
-        return f"| `{self.name}` | {self.parameters / 1e6:.2f} M | {self.share:.1%} | {floats} |"
-
-
-def row_of(architecture: Architecture) -> Row:
-    """Build and quantize an architecture, and say what stays float."""
+def row_of(architecture: Architecture) -> str:
+    """Build and quantize an architecture; return its line of the table: its size, and what stays float."""
     model = architecture.build()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "only .* of the matrices' entries are quantized")  # the page says it
@@ -232,9 +181,9 @@ def row_of(architecture: Architecture) -> Row:
     weights = [(row.name, row.reason) for row in coverage.weights if row.quantizer is None and len(row.shape) >= 2]
     inputs = [(row.name, f"its input: {row.reason}") for row in coverage.inputs if row.quantizer is None]
     attention = [(name, "scores and probabilities") for name in coverage.attention]
-    numel = sum(row.numel for row in coverage.weights)
-    floats = tuple(_grouped([*weights, *inputs, *attention]))
-    return Row(architecture.name, numel, share_of_matrices(coverage), floats)
+    floats = "; ".join(_grouped([*weights, *inputs, *attention])).replace("|", "\\|") or "nothing"
+    millions = sum(row.numel for row in coverage.weights) / 1e6
+    return f"| `{architecture.name}` | {millions:.2f} M | {share_of_matrices(coverage):.1%} | {floats} |"
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> Iterator[str]:
@@ -250,26 +199,13 @@ def _grouped(pairs: list[tuple[str, str]]) -> Iterator[str]:
         yield f"{', '.join(f'`{name}`' for name in names[:4])}{more} ({reason})"
 
 
-def page(rows: list[Row]) -> str:
-    """Return the page."""
-    by_name = {row.name: row for row in rows}
-    lines = [INTRO]
-    for family in dict.fromkeys(a.family for a in ARCHITECTURES):
-        lines += [
-            f"## {family}",
-            "",
-            "| architecture | parameters, small | quantized | stays float |",
-            "|---|---|---|---|",
-        ]
-        lines += [str(by_name[a.name]) for a in ARCHITECTURES if a.family == family]
-        lines.append("")
-    return "\n".join(lines)
-
-
-def main() -> None:
-    """Write the page."""
-    PAGE.write_text(page([row_of(architecture) for architecture in ARCHITECTURES]), encoding="utf-8")
+def rewritten(text: str, architectures: list[Architecture]) -> str:
+    """Return the page with the rows of these architectures made anew."""
+    for architecture in architectures:
+        row = row_of(architecture)
+        text = re.sub(rf"^\| `{architecture.name}` \|.*$", lambda _, row=row: row, text, flags=re.MULTILINE)
+    return text
 
 
 if __name__ == "__main__":
-    main()
+    PAGE.write_text(rewritten(PAGE.read_text(encoding="utf-8"), ARCHITECTURES), encoding="utf-8")

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -112,8 +113,7 @@ def gpt2() -> nn.Module:
 
 @seeded
 def resnet18() -> nn.Module:
-    import timm
-
+    timm = pytest.importorskip("timm")
     return timm.create_model("resnet18", num_classes=4)
 
 

@@ -53,11 +53,6 @@ def perturb(  # noqa: PLR0917 (tensors of one kernel)
     return None, far
 
 
-def distance(w: Tensor, p: Tensor, scale: Tensor, limits: Tensor) -> Found:
-    """Return the distance of p."""
-    return None, _farthest(_quantized(w, scale, limits), p)
-
-
 def _quantized(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
     """Return Q(x) in the wide dtype."""
     s = positive(scale).to(wide_dtype(x.dtype))

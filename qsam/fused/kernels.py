@@ -1,24 +1,144 @@
-"""Which tensors a kernel may be given, and how it is called: C on a CPU, ``torch.compile`` on a GPU.
+"""Fused kernels: which back end computes, which tensors it may be given, and how it is called.
 
 A kernel computes what the formulas of :mod:`qsam.functional` compute, bit for bit; only the order of the sum in ds
-differs. What no kernel can do (vmap, a second derivative, a layout with gaps), or what is too small to gain from one,
-runs eagerly, as does everything on a machine without a compiler, which is said once (:mod:`qsam.fused.backend`).
+differs. On a CPU it is plain C (:mod:`qsam.fused.native`), on a GPU ``torch.compile`` of :mod:`qsam.fused.formulas`.
+
+Kernels read memory, and no compiler, tracer or dispatch mode sees them. So the eager formulas run while one of these
+follows the operations, for a tensor whose memory is not what the tensor says (vmap, a subclass, a layout with gaps),
+for what is too small to gain, and on a machine without a compiler, which is said once.
+
+The verbs of an optimizer run on all its quantized weights, each weight in one sweep over its memory::
+
+    write      p <- Q(w)
+    perturb    p <- Q(w) + c * d            and whether p was Q(w)
+    pull back  g <- M * g,  p <- w,  ds     and whether p was Q(w)
+
+Each verb prepares every call before the first kernel runs, because a sweep evicts the interpreter's data from the
+processor's caches. A weight without a grid, or that no kernel fits, is left as it is, and its answer is None.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import types
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qsam.fused import backend, native
+from qsam.fused import native
+from qsam.private import dispatch_mode_is_active
+from qsam.registry import nearest
 
 if TYPE_CHECKING:
     from qsam.functional import Grid
+
+# --- the back end -------------------------------------------------------------------------------------------------
+
+BACKENDS = ("auto", "eager", "compiled")
+
+SMALLEST = 2**16
+"""Entries from which ``"auto"`` uses kernels, in one input, or in all weights of a model together: a small model gains
+little and need not wait for a compiler."""
+
+
+@dataclasses.dataclass
+class _Choice:
+    """The back end that was chosen, and why there are no kernels, once that is known."""
+
+    backend: str = "auto"
+    failure: str | None = None
+
+
+_CHOICE = _Choice()
+
+
+def set_backend(backend: str) -> None:
+    """Choose how fake quantization, write and pull-back are computed, for the whole process.
+
+    Args:
+        backend: ``"eager"``: one torch operation after the other. ``"compiled"``: fused kernels for every size, and an
+            error if they cannot be compiled. ``"auto"`` (the default): fused kernels for inputs of 65,536 entries or
+            more and for models with as many quantized weights; eager for smaller ones, and if the kernels cannot be
+            compiled, which is said once.
+
+    The kernels for a CPU are compiled by the system's C compiler (``$CC``, or cc, gcc or clang) when the first one is
+    needed, which takes around a second, and are kept in ``~/.cache/qsam`` for later processes. On Windows there are
+    none. On a GPU the kernels are ``torch.compile``'s.
+
+    On a CPU a Linear layer is fused with the quantization of its input. If the processor has instructions for int8
+    (VNNI), the input has 128 rows or more, and the weight is on its grid, the layer multiplies integers. That is
+    rounded less often than a product in fp32: codes and written weights are the same bit for bit with each back end,
+    outputs of such a layer to the rounding of fp32.
+
+    Raises:
+        ValueError: another name.
+
+    Example:
+        >>> set_backend("auto")
+    """
+    if backend not in BACKENDS:
+        hint = nearest(str(backend), list(BACKENDS))
+        raise ValueError(f"`backend` must be one of {', '.join(BACKENDS)}, got {backend!r}.{hint}")
+    _CHOICE.backend, _CHOICE.failure = backend, None
+
+
+@contextlib.contextmanager
+def using(backend: str) -> Iterator[None]:
+    """Within this context the backend is another one."""
+    before = _CHOICE.backend
+    set_backend(backend)
+    try:
+        yield
+    finally:
+        set_backend(before)
+
+
+def _wants(entries: int) -> bool:
+    """Whether a tensor of so many entries is to be given to a kernel."""
+    if _CHOICE.backend == "eager" or (_CHOICE.backend == "auto" and entries < SMALLEST):
+        return False
+    return _CHOICE.failure is None
+
+
+def _note_failure(error: BaseException) -> None:
+    """Go on eagerly because there are no kernels, and say so once; where ``"compiled"`` was asked for, raise."""
+    if _CHOICE.backend == "compiled":
+        raise error
+    reason = [*str(error).strip().splitlines(), ""][0]
+    _CHOICE.failure = f"{type(error).__name__}: {reason}"
+    warnings.warn(
+        f"qsam's fused kernels cannot be compiled here, and the eager formulas, which are slower, run instead "
+        f"({_CHOICE.failure}). Install a C compiler or name one in the environment variable CC; "
+        'qsam.set_backend("eager") chooses the eager formulas without this warning.',
+        UserWarning,
+        stacklevel=4,
+    )
+
+
+def is_watched() -> bool:
+    """Whether somebody follows the operations one by one: a compiler, a tracer, or a dispatch mode."""
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined,no-untyped-call]
+        return True
+    return dispatch_mode_is_active()
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether the memory holds what the tensor says: no subclass, no tensor within vmap, no lazy negation."""
+    if type(t) not in (Tensor, torch.nn.Parameter) or t.layout is not torch.strided or t.is_neg():
+        return False
+    try:
+        t.data_ptr()
+    except RuntimeError:  # a tensor within vmap has no memory of its own
+        return False
+    return True
+
+
+# --- one tensor ---------------------------------------------------------------------------------------------------
 
 Call = Callable[[], tuple[Any, Any]]
 """Runs a kernel; returns ds, or None, and the largest distance of Q(w) and p, as a number or a tensor."""
@@ -37,7 +157,7 @@ def quantized(x: Tensor, grid: Grid | None) -> Tensor | None:
 
 def pulled_back(x: Tensor, grid: Grid | None, grad: Tensor, overwrite: bool) -> tuple[Tensor, Tensor] | None:
     """Return dx and ds of :func:`quantized`, dx in the memory of ``grad`` if asked to; None if no kernel may."""
-    if grid is None or torch.is_grad_enabled() or not backend.is_plain(grad) or not fuses(x, grid):
+    if grid is None or torch.is_grad_enabled() or not is_plain(grad) or not fuses(x, grid):
         return None
     layout = _layout(x, grid.rows)
     assert layout is not None
@@ -66,12 +186,12 @@ def fuses(x: Tensor, grid: Grid, entries: int | None = None) -> bool:
         grid: Of Q.
         entries: How many entries the same kernel will see in a row; by default, those of ``x``.
     """
-    if not backend.wants(entries or x.numel()) or x.numel() <= grid.rows or backend.is_watched():
+    if not _wants(entries or x.numel()) or x.numel() <= grid.rows or is_watched():
         return False
     scale = grid.scale
     if x.device != scale.device or scale.dtype != torch.float32 or not scale.is_contiguous():
         return False
-    if x.numel() % grid.rows or not (backend.is_plain(x) and backend.is_plain(scale)):
+    if x.numel() % grid.rows or not (is_plain(x) and is_plain(scale)):
         return False
     if _layout(x, grid.rows) is None or x.device.type not in BINDERS:
         return False
@@ -83,7 +203,7 @@ def _is_compiled(name: str, dtype: torch.dtype) -> bool:
     try:
         return native.function(name, dtype) is not None
     except OSError as error:
-        backend.note_failure(error)
+        _note_failure(error)
         return False
 
 
@@ -109,7 +229,7 @@ def bind(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient: Tensor |
     assert layout is not None
     for t in tensors[1:]:
         alike = t.shape == x.shape and t.dtype == x.dtype and t.device == x.device
-        if not alike or not t.is_contiguous(memory_format=layout) or not backend.is_plain(t):
+        if not alike or not t.is_contiguous(memory_format=layout) or not is_plain(t):
             return None
     return BINDERS[x.device.type](name, grid, tensors, coefficient)
 
@@ -151,7 +271,7 @@ def _bind_compiled(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient
     try:
         formula = _compiled(name, x.dtype, len(shape), x.device)
     except (RuntimeError, OSError, ImportError) as error:
-        backend.note_failure(error)
+        _note_failure(error)
         return None
 
     def call() -> tuple[Any, Any]:
@@ -194,3 +314,95 @@ def _limits(quant_min: int, quant_max: int, device: torch.device) -> Tensor:
 
 BINDERS = {"cpu": _bind_native, "cuda": _bind_compiled, "xpu": _bind_compiled}
 """How the kernels of a kind of device are called; on other devices the formulas run eagerly."""
+
+
+# --- all weights of an optimizer ----------------------------------------------------------------------------------
+
+
+class Weight(NamedTuple):
+    """A quantized weight, as kernels see it.
+
+    Attributes:
+        w: The latent.
+        p: What holds Q(w).
+        grid: Of Q; None if the kernels do not know Q.
+    """
+
+    w: Tensor
+    p: Tensor
+    grid: Grid | None
+
+
+Verdict = Tensor | bool
+"""Whether p held Q(w), NaN aside: a bool on a CPU; a tensor elsewhere, so that nothing waits for the device."""
+
+
+def write_(weights: Sequence[Weight]) -> list[bool]:
+    """Write ``p <- Q(w; s)``; return for which weights that was done."""
+    done = [found is not None for found in _sweep("write", weights, [(weight.p,) for weight in weights])]
+    _note_writes(weight.p for weight, fused in zip(weights, done, strict=True) if fused)
+    return done
+
+
+def pull_back_(
+    weights: Sequence[Weight], grads: Sequence[Tensor], *, overwrite: bool
+) -> list[tuple[Tensor, Verdict] | None]:
+    """Pull gradients back through Q.
+
+    Args:
+        weights: The weights.
+        grads: dL/dQ of each.
+        overwrite: Whether each gradient becomes dw, ``M * grad``, and each p becomes w, the copy to which a failed step
+            returns. Otherwise gradients and p stay as they are.
+
+    Returns:
+        ds, and the verdict on p as it was.
+    """
+    rows = [(g, weight.p) for weight, g in zip(weights, grads, strict=True)]
+    answers = _sweep("pull_back" if overwrite else "scale_gradient", weights, rows)
+    if overwrite:
+        _note_writes(t for row, answer in zip(rows, answers, strict=True) if answer is not None for t in row)
+    return [
+        None if answer is None or weight.grid is None else (scaled(answer[0], weight.grid), answer[1] == 0)
+        for weight, answer in zip(weights, answers, strict=True)
+    ]
+
+
+def perturb_(
+    weights: Sequence[Weight], steps: Sequence[Tensor], coefficients: Sequence[Tensor]
+) -> list[Verdict | None]:
+    """Write ``p <- Q(w; s) + coefficient * step``; return the verdict on each p as it was.
+
+    Args:
+        weights: The weights.
+        steps: One per weight, of the shape of w.
+        coefficients: A scalar per weight.
+    """
+    rows = [(weight.p, step) for weight, step in zip(weights, steps, strict=True)]
+    scalars = [c.to(weight.w.device, weight.w.dtype) for weight, c in zip(weights, coefficients, strict=True)]
+    answers = _sweep("perturb", weights, rows, scalars)
+    _note_writes(weight.p for weight, answer in zip(weights, answers, strict=True) if answer is not None)
+    return [None if answer is None else answer[1] == 0 for answer in answers]
+
+
+def _sweep(
+    name: str,
+    weights: Sequence[Weight],
+    rows: Sequence[tuple[Tensor, ...]],
+    scalars: Sequence[Tensor | None] | None = None,
+) -> list[Any]:
+    """Run a kernel on w and these tensors of each weight; return what it returns, None if it was not run."""
+    # All weights count together: a model of many small ones is worth a compiler.
+    entries = sum(weight.w.numel() for weight in weights if weight.grid is not None)
+    calls: list[Call | None] = []
+    for weight, tensors, scalar in zip(weights, rows, scalars or [None] * len(weights), strict=True):
+        w, grid = weight.w, weight.grid
+        fits = grid is not None and fuses(w, grid, entries)
+        calls.append(bind(name, grid, (w, *tensors), scalar) if fits and grid is not None else None)
+    return [None if call is None else call() for call in calls]
+
+
+def _note_writes(tensors: Iterable[Tensor]) -> None:
+    """Count a version of what a kernel wrote, so that autograd refuses to use what it has saved of it."""
+    for t in tensors:
+        torch.autograd.graph.increment_version(t)

@@ -88,7 +88,7 @@ static inline bf16 store_bf16(float value) { /* to nearest, ties to even */
 
 /* What an optimizer does to a weight: x is the latent w, and p holds Q(w) unless somebody else wrote into it.
    d is a direction and c its coefficient.
-   pull_back: g <- M g, p <- w, ds.    scale_gradient: ds.    perturb: p <- Q(w) + c d.    distance: nothing else. */
+   pull_back: g <- M g, p <- w, ds.    scale_gradient: ds.    perturb: p <- Q(w) + c d. */
 #define OF_WEIGHTS(T, ROUND, ABS)                                                                          \
   OF_ANY_DTYPE(T, T, SAME, SAME, ROUND)                                                                    \
   double pull_back_##T(const T *x, T *g, T *p, T *ds, COMMON) {                                            \
@@ -101,10 +101,6 @@ static inline bf16 store_bf16(float value) { /* to nearest, ties to even */
     T *const ds = NULL;                                                                                    \
     const T coefficient = (T)c;                                                                            \
     SWEEP(T, SAME, ROUND, COMPARE(T, ABS) p[i] = q + d[i] * coefficient;)                                  \
-  }                                                                                                        \
-  double distance_##T(const T *x, const T *p, COMMON) {                                                    \
-    T *const ds = NULL;                                                                                    \
-    SWEEP(T, SAME, ROUND, COMPARE(T, ABS))                                                                 \
   }
 
 OF_WEIGHTS(float, nearbyintf, fabsf)

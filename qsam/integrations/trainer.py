@@ -19,11 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback
 
-from qsam.coverage import coverage_of
+from qsam.coverage import coverage_of, quantizer_parameters
 from qsam.layers import unwrap_model
 from qsam.optim import QuantizedOptimizer, SQuAT, unwrap
 from qsam.optim.groups import needs_closure
-from qsam.slots import quantizer_parameters
 
 _log = logging.getLogger("qsam")
 _OPTIMIZER_FILE = "optimizer.pt"

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from qsam.coverage import coverage_of
+from qsam.distributed import is_sharded
 from qsam.functional import wide_dtype
 from qsam.inputs import frozen
-from qsam.latent import Latents
+from qsam.latents import Latents, own_parameters
 from qsam.layers import unwrap_model
 from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
-from qsam.shards import is_sharded
-from qsam.slots import own_parameters
 
 Subject = QuantizedOptimizer | nn.Module
 """An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""

@@ -13,117 +13,84 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from qsam.optim.groups import pointed_at_latents
+from qsam.coverage import Coverage, Input, Weight
+from qsam.distributed import follow_fsdp, local
+from qsam.latents import pointed_at_latents
 from qsam.optim.scale_optimizer import restore_balance_, take_balance_
 from qsam.plan import FORMAT
-from qsam.shards import local
-from qsam.slots import set_signs, signs
+from qsam.quantizers import Quantizer
 
 if TYPE_CHECKING:
-    from qsam.latent import Latents
-    from qsam.optim.perturbation import Perturbation
-    from qsam.slots import ScaleSlot
+    from qsam.optim.optimizer import QuantizedOptimizer
 
 Group = dict[str, Any]
 Pairs = list[tuple[Tensor, Tensor]]
 """Parameters, each with a saved tensor."""
 
 
-class Checkpoint:
-    """The state of base, scales and latents as one optimizer's."""
+def merged_state(o: QuantizedOptimizer) -> defaultdict[Tensor, Any]:
+    """Return the state by parameter: the base's with the latents, and the scales'; empty before a step."""
+    follow_fsdp(o._latents, o.base)
+    merged: defaultdict[Tensor, Any] = defaultdict(dict)
+    # Plain SGD never has a state of its own.
+    if o.base.state or o._state_created or o.param_groups[0]["qsam_step"]:
+        entries = _entries(o)
+        for group in o.param_groups:
+            merged.update({p: entries[id(p)] for p in group["params"] if entries[id(p)]})
+    return merged
 
-    _latents: Latents
-    base: Optimizer
-    perturbation: Perturbation | None
-    scale_base: Optimizer | None
-    scale_slots: list[ScaleSlot]
-    param_groups: list[Group]
-    _state_created: bool
-    _refuse_inside_block: Callable[[str], None]
-    _start_passes: Callable[[], None]
-    _optimizer_state_dict_pre_hooks: Any
-    _optimizer_state_dict_post_hooks: Any
-    _optimizer_load_state_dict_pre_hooks: Any
-    _optimizer_load_state_dict_post_hooks: Any
 
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
-        self._latents.settle(self.base)
-        merged: defaultdict[Tensor, Any] = defaultdict(dict)
-        # Plain SGD never has a state of its own.
-        if self.base.state or self._state_created or self.param_groups[0]["qsam_step"]:
-            entries = _entries(self)
-            for group in self.param_groups:
-                merged.update({p: entries[id(p)] for p in group["params"] if entries[id(p)]})
-        return merged
+def packed(o: QuantizedOptimizer) -> dict[str, Any]:
+    """Return the optimizer's state_dict."""
+    follow_fsdp(o._latents, o.base)
+    for hook in o._optimizer_state_dict_pre_hooks.values():
+        hook(o)
+    first = o.param_groups[0]
+    first["qsam_parameters"] = _shapes(o)
+    first.update({key: value for key, (get, _) in _facts(o).items() if (value := get()) is not None})
+    packed = _pack(o.param_groups, _entries(o))
+    with pointed_at_latents(o.base, o._latents):
+        own = o.base.state_dict()
+    if set(own) != {"state", "param_groups"}:
+        packed["qsam_base"] = own
+    owned = {id(p) for group in o.param_groups for p in group["params"]}
+    frozen = {s.path: s.latent.detach() for s in o._latents.slots if id(s.parameter) not in owned}
+    if frozen:
+        packed["qsam_frozen"] = frozen
+    for post_hook in o._optimizer_state_dict_post_hooks.values():
+        packed = post_hook(o, packed) or packed
+    return packed
 
-    @state.setter
-    def state(self, value: Any) -> None:
-        """Ignore what torch's own ``__setstate__`` assigns, because the state lives in the two optimizers."""
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return latents, scales, counters and both optimizers' state: tensors and plain Python types only.
+def load(o: QuantizedOptimizer, state_dict: Any) -> None:
+    """Load what :func:`packed` returned, or a bare base optimizer's state_dict; nothing is changed if it does not fit.
 
-        Raises:
-            RuntimeError: called inside a block.
-        """
-        self._refuse_inside_block("state_dict")
-        self._latents.settle(self.base)
-        for hook in self._optimizer_state_dict_pre_hooks.values():
-            hook(self)
-        first = self.param_groups[0]
-        first["qsam_parameters"] = _shapes(self)
-        first.update({key: value for key, (get, _) in _facts(self).items() if (value := get()) is not None})
-        packed = _pack(self.param_groups, _entries(self))
-        with pointed_at_latents(self.base, self._latents):
-            own = self.base.state_dict()
-        if set(own) != {"state", "param_groups"}:
-            packed["qsam_base"] = own
-        owned = {id(p) for group in self.param_groups for p in group["params"]}
-        frozen = {s.path: s.latent.detach() for s in self._latents.slots if id(s.parameter) not in owned}
-        if frozen:
-            packed["qsam_frozen"] = frozen
-        for post_hook in self._optimizer_state_dict_post_hooks.values():
-            packed = post_hook(self, packed) or packed
-        return packed
-
-    @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, or a bare base optimizer's. Load the model first, then this.
-
-        The latents win over the model's weights and are written. A bare checkpoint has none: they start from the
-        model's present weights, and a warning says so.
-
-        Raises:
-            TypeError: ``state_dict`` is not a dict.
-            ValueError: it does not fit; nothing has been changed then.
-            RuntimeError: called inside a block.
-        """
-        self._refuse_inside_block("load_state_dict")
-        if not isinstance(state_dict, Mapping):
-            raise TypeError(
-                f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
-            )
-        self._latents.settle(self.base)
-        state_dict = dict(state_dict)
-        for hook in self._optimizer_load_state_dict_pre_hooks.values():
-            state_dict = hook(self, state_dict) or state_dict
-        if _is_plain(state_dict):
-            _load_plain(self, state_dict)
-        else:
-            _load(self, state_dict)
-        self._start_passes()
-        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
-            post_hook(self)
+    Raises:
+        TypeError: ``state_dict`` is not a dict.
+        ValueError: It does not fit; the message names the first difference.
+    """
+    if not isinstance(state_dict, Mapping):
+        raise TypeError(
+            f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
+        )
+    follow_fsdp(o._latents, o.base)
+    state_dict = dict(state_dict)
+    for hook in o._optimizer_load_state_dict_pre_hooks.values():
+        state_dict = hook(o, state_dict) or state_dict
+    if _is_plain(state_dict):
+        _load_plain(o, state_dict)
+    else:
+        _load(o, state_dict)
+    o._start_passes()
+    for post_hook in o._optimizer_load_state_dict_post_hooks.values():
+        post_hook(o)
 
 
 # --- what is saved ------------------------------------------------------------------------------------------------
 
 
-def _tensors(o: Checkpoint) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]], Callable[[Pairs], None]]]:
+def _tensors(o: QuantizedOptimizer) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]], Callable[[Pairs], None]]]:
     """Return how each kind of tensor is read, by the id of its parameter, and how what was saved is set."""
     latents = {id(slot.parameter): slot.latent for slot in o._latents.slots}
     paths = {id(p): path for path, p in o._latents.root.named_parameters()}
@@ -156,11 +123,11 @@ def _tensors(o: Checkpoint) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]
     }
 
 
-def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
+def _facts(o: QuantizedOptimizer) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
     """Return how each fact about the run that lives outside the groups is read (None: there is none) and set."""
     coverage, perturbation = o._latents.coverage, o.perturbation
     facts: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
-        "qsam_input_signs": (lambda: signs(coverage), lambda found: set_signs(coverage, found)),
+        "qsam_input_signs": (lambda: _signs(coverage), lambda signs: _set_signs(coverage, signs)),
     }
     if perturbation is not None:
         facts["qsam_kept_norm"] = (
@@ -170,7 +137,31 @@ def _facts(o: Checkpoint) -> dict[str, tuple[Callable[[], Any], Callable[[Any], 
     return facts
 
 
-def _riders(o: Checkpoint) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
+def _signs(coverage: Coverage | None) -> dict[str, bool | None]:
+    """Return which weights and inputs have a signed grid (None: not set from data yet), by path."""
+    return {name: q.signed if q.calibrated else None for name, q in _quantizers(coverage)}
+
+
+def _set_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
+    """Set the signs that :func:`_signs` returned; a quantizer whose sign is decided counts as calibrated.
+
+    An older checkpoint says nothing of weights: their scales count as set.
+    """
+    for name, quantizer in _quantizers(coverage):
+        if quantizer.axis is not None:
+            quantizer.set_sign_(signs.get(name, quantizer.signed))
+        elif name in signs:
+            quantizer.set_sign_(signs[name])
+
+
+def _quantizers(coverage: Coverage | None) -> Iterator[tuple[str, Quantizer]]:
+    rows: tuple[Weight | Input, ...] = () if coverage is None else (*coverage.inputs, *coverage.quantized)
+    for row in rows:
+        if row.quantizer is not None:
+            yield row.name, row.quantizer
+
+
+def _riders(o: QuantizedOptimizer) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
     """Yield each weight with a scale of it, and the prefix under which the scale's state rides in the weight's entry.
 
     torch.distributed.checkpoint drops the state of a parameter that has no gradient, as the scale of a weight.
@@ -180,7 +171,7 @@ def _riders(o: Checkpoint) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
             yield slot.parameter, scale, f"qsam_{name}_"
 
 
-def _entries(o: Checkpoint) -> dict[int, dict[str, Any]]:
+def _entries(o: QuantizedOptimizer) -> dict[int, dict[str, Any]]:
     """Return every parameter's state by its id: the base's, the scales', and what qsam adds to them."""
     keys = {id(slot.parameter): slot.latent for slot in o._latents.slots}
     found = {id(p): dict(o.base.state.get(keys.get(id(p), p), {})) for group in o.param_groups for p in group["params"]}
@@ -214,7 +205,7 @@ def _pack(groups: Sequence[Group], entries: Mapping[int, Mapping[str, Any]]) -> 
     return {"state": state, "param_groups": packed}
 
 
-def _shapes(o: Checkpoint) -> dict[str, str]:
+def _shapes(o: QuantizedOptimizer) -> dict[str, str]:
     """Return the shape of each Parameter of the base's groups by its path, in order, as "16x8"."""
     paths = {id(p): path.replace("_orig_mod.", "") for path, p in o._latents.root.named_parameters()}
     own = (p for group in o.param_groups if "qsam_scales" not in group for p in group["params"])
@@ -224,7 +215,7 @@ def _shapes(o: Checkpoint) -> dict[str, str]:
 # --- loading ------------------------------------------------------------------------------------------------------
 
 
-def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
+def _load(o: QuantizedOptimizer, state_dict: dict[str, Any]) -> None:
     o.param_groups[0]["qsam_parameters"] = _shapes(o)
     _check(state_dict, o.param_groups)
     saved = {name: _saved(state_dict, o.param_groups, name) for name in _tensors(o)}
@@ -243,7 +234,7 @@ def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     loaded = {id(p) for p, _ in saved["qsam_latent"]}
     for slot in o._latents.slots:
         if id(slot.parameter) not in loaded:
-            o._latents.take_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
+            o._latents.load_frozen(slot, state_dict.get("qsam_frozen", {}).get(slot.path))
     for key, (_, put_fact) in _facts(o).items():
         if key in o.param_groups[0]:
             put_fact(o.param_groups[0][key])
@@ -256,7 +247,7 @@ def _load(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     o._latents.write()
 
 
-def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
+def _load_plain(o: QuantizedOptimizer, state_dict: dict[str, Any]) -> None:
     ours = [i for i, group in enumerate(o.param_groups) if "qsam_scales" not in group]
     first = {k: v for k, v in o.param_groups[0].items() if k.startswith("qsam_")}
     _check(state_dict, [o.param_groups[i] for i in ours])
@@ -265,7 +256,7 @@ def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
         o.param_groups[i].setdefault("qsam_rho", first["qsam_rho"])
     o.param_groups[0].update(first)
     for slot in o._latents.slots:
-        o._latents.take_frozen(slot, None)
+        o._latents.load_frozen(slot, None)
     balance_present_weights(o)
     o._latents.write()
     warnings.warn(
@@ -275,19 +266,19 @@ def _load_plain(o: Checkpoint, state_dict: dict[str, Any]) -> None:
     )
 
 
-def balance_present_weights(o: Checkpoint) -> None:
+def balance_present_weights(o: QuantizedOptimizer) -> None:
     """Take the balance of the scales' rates again, because the latents are new."""
     take_balance_([group for group in o.param_groups if "qsam_balance" in group], o.base, o._latents.slots)
 
 
-def _load_base(o: Checkpoint, state_dict: dict[str, Any], positions: list[int]) -> None:
+def _load_base(o: QuantizedOptimizer, state_dict: dict[str, Any], positions: list[int]) -> None:
     with pointed_at_latents(o.base, o._latents):
         o.base.load_state_dict(state_dict)
     for i, group in zip(positions, o.base.param_groups, strict=True):
         o.param_groups[i] = group
 
 
-def _scale_state(o: Checkpoint, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
+def _scale_state(o: QuantizedOptimizer, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
     """Return the scale optimizer's state_dict, with the state that rides in the entries of the weights."""
     found = _part(state_dict, positions)
     pairs = zip(o.param_groups, state_dict["param_groups"], strict=True)
@@ -408,7 +399,7 @@ def _check_optimizers(saved: Sequence[Group], groups: Sequence[Group]) -> None:
                 )
 
 
-def _check_latents(o: Checkpoint, saved: Pairs) -> None:
+def _check_latents(o: QuantizedOptimizer, saved: Pairs) -> None:
     """Refuse a checkpoint that lacks the latent of a trainable quantized weight."""
     there = {id(p) for p, _ in saved}
     owned = {id(p) for group in o.param_groups for p in group["params"]}

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from qsam.coverage import Coverage
+from qsam.distributed import whole
 from qsam.inputs import shown, was_passed_as_float
-from qsam.latent import Latents
-from qsam.shards import whole
-from qsam.slots import Slot
+from qsam.latents import Latents, Slot
 
 
 @torch.no_grad()
@@ -23,7 +22,7 @@ def noise_figures(latents: Latents) -> dict[str, float]:
     square, clipped, count = 0.0, 0, 0
     for slot in latents.slots:
         square += float(whole(_noise(slot)).square().sum())
-        passed, _ = latents.pull_back(slot, torch.ones_like(slot.latent), compare=False)
+        _, passed, _ = latents.vjp(slot, torch.ones_like(slot.latent))
         clipped += int((whole(passed) == 0).sum())
         count += passed.numel()
     return {"quantization_noise_norm": square**0.5, "clipped_share": clipped / max(count, 1)}
@@ -80,6 +79,6 @@ def _noise(slot: Slot) -> Tensor:
 
 
 def _perturbation(slot: Slot) -> Tensor:
-    if slot.shift is not None:
-        return slot.shift
+    if slot.inner_e is not None:
+        return slot.inner_e
     return slot.parameter.detach().to(slot.latent.dtype) - slot.quantized().to(slot.latent.dtype)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer, SparseAdam
 
-from qsam.latent import Latents
+from qsam.coverage import quantizer_parameters
+from qsam.latents import Latents, own_parameters
 from qsam.registry import nearest
-from qsam.slots import own_parameters, quantizer_parameters
 
 Base = Optimizer | Callable[..., Optimizer]
 
@@ -101,36 +100,6 @@ def _key_by_latents(base: Optimizer, latents: Latents) -> None:
     for slot in latents.slots:
         if slot.parameter in base.state:
             base.state[slot.latent] = base.state.pop(slot.parameter)
-
-
-@contextlib.contextmanager
-def pointed_at_latents(base: Optimizer, latents: Latents) -> Iterator[None]:
-    """Within this context the base's groups hold the latents in place of their Parameters.
-
-    The base's state is keyed by the latents, always: it is only ever touched inside this context.
-    """
-    forth = {id(slot.parameter): slot.latent for slot in latents.slots}
-    back = {id(slot.latent): slot.parameter for slot in latents.slots}
-    _exchange(base, forth)
-    try:
-        yield
-    finally:
-        _exchange(base, back)
-
-
-@contextlib.contextmanager
-def pointed_at_model(base: Optimizer, latents: Latents) -> Iterator[None]:
-    """Within :func:`pointed_at_latents`, let the base's groups hold the model's Parameters for a while."""
-    _exchange(base, {id(slot.latent): slot.parameter for slot in latents.slots})
-    try:
-        yield
-    finally:
-        _exchange(base, {id(slot.parameter): slot.latent for slot in latents.slots})
-
-
-def _exchange(base: Optimizer, table: dict[int, nn.Parameter]) -> None:
-    for group in base.param_groups:
-        group["params"][:] = [table.get(id(p), p) for p in group["params"]]
 
 
 def without_scales(param_group: dict[str, Any], latents: Latents) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import warnings
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -23,12 +24,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
+from qsam.distributed import DataParallel, Ranks, any_process, follow_fsdp, in_process_group, local, owned_copy
 from qsam.inputs import frozen
-from qsam.latent import Latents, coverage_for
-from qsam.optim.checkpoint import Checkpoint, all_lr_zero, balance_present_weights, no_gradient_but_zeros
+from qsam.latents import Latents, coverage_for, pointed_at_latents, undone_if_refused
+from qsam.optim import checkpoint
 from qsam.optim.diagnostics import noise_figures, perturbation_figures, unseen_inputs
 from qsam.optim.directions import Ascent, Direction
-from qsam.optim.groups import Base, build_base, needs_closure, pointed_at_latents, without_scales
+from qsam.optim.groups import Base, build_base, needs_closure, without_scales
 from qsam.optim.options import (
     PERTURBATION_KEYWORDS,
     SamOptions,
@@ -38,14 +40,11 @@ from qsam.optim.options import (
     checked_rho,
 )
 from qsam.optim.perturbation import Perturbation
-from qsam.optim.ranks import DataParallel, Ranks, owned_copy
-from qsam.optim.scale_optimizer import ScaleRate, build_scale_optimizer, follow_base_
+from qsam.optim.scale_optimizer import ScaleRate, ScaleSlot, build_scale_optimizer, follow_base_, scale_slots
 from qsam.optim.snapshot import RandomState, buffers_kept, modules_of, same_random_numbers
 from qsam.optim.wrappers import ScaleFacade
 from qsam.plan import FORMAT
 from qsam.registry import Registry
-from qsam.shards import any_process, in_process_group, local
-from qsam.slots import ScaleSlot, Slot, scale_tensors
 
 Closure = Callable[[], Any]
 PASSES = ("first_pass", "perturbed", "scale_phase")
@@ -54,7 +53,7 @@ _READS_REQUIRES_GRAD = ("CompiledFunction", "CheckpointFunction")
 reentrant checkpoint without an input that requires a gradient returns none."""
 
 
-class QuantizedOptimizer(Checkpoint, Optimizer):
+class QuantizedOptimizer(Optimizer):
     """The optimizer that all methods share; a method is a subclass that names its phases.
 
     Args:
@@ -137,24 +136,29 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 normalize_weights=normalize_weights, scope=perturbation_scope, masked=self.masked, inside=self.inside,
             )  # fmt: skip
             self.perturbation = Perturbation(options)
+        self._check_own_options()
         self.modules = checked_modules(modules)
         check_options(model, ste, rng, max_grad_norm)
         self.ste, self.rng, self.max_grad_norm = ste, rng, max_grad_norm
         self.skip_unused_gradients = skip_unused_gradients
         self._may_skip: bool | None = False if _is_compiled(model) else None  # None until a whole pass has been seen
         self.ranks = Ranks(model, ddp, perturbation_scope)
-        self._latents = Latents(model, self, coverage_for(model, self.quantizes))
-        try:
-            self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
-            self._build_scale_optimizer(scale_lr, scale_optimizer)
-        except BaseException:
-            self._latents.release()
-            raise
+        with undone_if_refused(model):
+            self._latents = Latents(model, self, coverage_for(model, self.quantizes))
+            try:
+                self._build_base(base, params, arguments, checked_rho(rho) if self.perturbs else 0.0)
+                self._build_scale_optimizer(scale_lr, scale_optimizer)
+            except BaseException:
+                self._latents.release(into_model=True)
+                raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
         self._leftovers = {id(p.grad) for p in self._parameters() if p.grad is not None}
         self._start_passes()
         self.scales = ScaleFacade(self)
+
+    def _check_own_options(self) -> None:
+        """Refuse what a method cannot do with its perturbation, before anything is touched."""
 
     def _build_base(self, base: Base, params: Iterable[Any] | None, arguments: dict[str, Any], rho: float) -> None:
         keywords = set(QuantizedOptimizer.__init__.__annotations__) - {"model", "base", "arguments", "return"}
@@ -165,7 +169,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             group["qsam_rho"] = self._take_rho(group, rho)
 
     def _build_scale_optimizer(self, scale_lr: ScaleRate, scale_optimizer: type[Optimizer]) -> None:
-        weights, inputs = scale_tensors(self._latents.coverage)
+        weights, inputs = scale_slots(self._latents.coverage)
         self.scale_slots: list[ScaleSlot] = [*weights, *inputs]
         self.scale_base = build_scale_optimizer(
             weights, inputs, scale_lr=scale_lr, scale_optimizer=scale_optimizer, base=self.base,
@@ -263,7 +267,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 return self._walk(closure)
             finally:
                 self._closure_modules = []
-                self._latents.end_shift()
+                self._latents.end_perturbation()
 
     def _walk(self, closure: Closure) -> Any:
         """Go through the phases of a step; return the closure's result of the first pass."""
@@ -315,8 +319,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     @torch.no_grad()
     def _step_by_hand(self) -> None:
         """Step with the gradients of the passes that were made as blocks."""
-        if not self._gradients_of and all_lr_zero(self.param_groups):
-            zeros = no_gradient_but_zeros(self.param_groups)
+        if not self._gradients_of and checkpoint.all_lr_zero(self.param_groups):
+            zeros = checkpoint.no_gradient_but_zeros(self.param_groups)
             if not any_process(not zeros, self._parameters()):
                 return self._create_state()
         if not self._has_gradients():
@@ -425,7 +429,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             with self._perturbed():
                 yield
         finally:
-            self._latents.end_shift()
+            self._latents.end_perturbation()
 
     @contextlib.contextmanager
     def _perturbed(self) -> Iterator[None]:
@@ -459,7 +463,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             raise
         finally:
             perturbation.restore_floats()
-            latents.leave_shifted()
+            latents.keep_perturbed()
         self._gradients_of = "perturbed"
 
     def _ascents(self, passes: int) -> list[Ascent]:
@@ -594,7 +598,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         try:
             if weights and perturbation is not None and perturbation.direction.learns:
                 perturbation.direction.learn(perturbation.gather(latents, self.base.state))
-            scale_grads = self._pull_back(self._consume if weights else latents.scale_gradients)
+            scale_grads = self._pull_back(weights=weights)
             step_scales = functools.partial(self._step_scales, scale_grads) if scales else None
             if weights:
                 self._step_base(after=step_scales)
@@ -609,7 +613,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
 
     def _clean_up(self) -> None:
         for slot in self._latents.slots:
-            slot.latent.grad = slot.shift = slot.parameter.grad = None
+            slot.latent.grad = slot.inner_e = slot.parameter.grad = None
         self._latents.write()
         self._drop_gradients()
 
@@ -617,72 +621,43 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         self._latents.complete_scales()
         for slot in self._latents.slots:
             slot.move_state()
+        if any(slot.quantizer.moves_grid for slot in self._latents.slots):
+            self._latents.write()
         self._latents.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
-        self.ranks.verify(self._latents)
+        self.ranks.refuse_unequal(self._latents)
 
-    def _pull_back(self, pull: Callable[[Sequence[Slot]], Iterable[dict[str, Tensor]]]) -> dict[int, Tensor]:
-        """Return the scales' gradients by the id of the scale; ``pull`` returns those of each weight's quantizer."""
+    def _pull_back(self, *, weights: bool) -> dict[int, Tensor]:
+        """Return the scales' gradients by the id of the scale; if ``weights``, put dw on the latents, out of p."""
         owned = {id(p) for p in self._parameters()}
-        slots = [slot for slot in self._latents.slots if slot.parameter.grad is not None]
-        self._latents.compare([slot for slot in self._latents.slots if slot.parameter.grad is None])
-        for slot in slots:
-            if id(slot.parameter) not in owned:
+        for slot in self._latents.slots:
+            if slot.parameter.grad is not None and id(slot.parameter) not in owned:
                 raise RuntimeError(
                     f"the quantized weight {slot.path!r} has a gradient, but its Parameter is in no group: it was "
                     "unfrozen (call add_param_group), or replaced (build the optimizer afterwards)."
                 )
         grads: dict[int, Tensor] = {}
-        for slot, found in zip(slots, pull(slots), strict=True):
-            grads |= {id(getattr(slot.quantizer, name)): gradient for name, gradient in found.items()}
+        for slot, dw, ds in self._latents.pull_back(masked=weights and self.ste == "clipped"):
+            if weights:
+                slot.latent.grad, slot.parameter.grad = dw, None
+            grads |= {id(getattr(slot.quantizer, name)): gradient for name, gradient in ds.items()}
         inputs = {id(s.parameter): s.parameter.grad for s in self.scale_slots if s.parameter.grad is not None}
         return grads | inputs
 
-    def _consume(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
-        """Put dw on each latent, in the memory of p's gradient if it fits."""
-        if self.ste == "clipped":
-            for slot, (dw, ds) in zip(slots, self._latents.pull_back_(slots), strict=True):
-                slot.latent.grad, slot.parameter.grad = dw, None
-                yield ds
-            return
-        for slot, ds in zip(slots, self._latents.scale_gradients(slots), strict=True):
-            self._take_unmasked(slot)
-            yield ds
-
-    def _take_unmasked(self, slot: Slot) -> None:
-        """Put p's gradient on the latent: dw of the identity's straight-through estimator."""
-        assert slot.parameter.grad is not None
-        slot.latent.grad, slot.parameter.grad = slot.parameter.grad.to(slot.latent.dtype), None
-
     def _step_base(self, closure: Closure | None = None, after: Callable[[], None] | None = None) -> Any:
-        """Step the base on the latents; where it, or ``after``, fails, the latents are what they were before."""
-        copies = [self._backup(slot, in_place=closure is None) for slot in self._latents.slots]
-        with pointed_at_latents(self.base, self._latents):
+        """Step the base on the latents; if it, or ``after``, fails, the latents are what they were before."""
+        with pointed_at_latents(self.base, self._latents), self._latents.update(copies_in_p=closure is None):
             if closure is None:
                 self._clip()
-            try:
-                found = self.base.step() if closure is None else self.base.step(closure)
-                if after is not None:
-                    after()
-                return found
-            except BaseException:
-                for slot, copy in zip(self._latents.slots, copies, strict=True):
-                    slot.latent.copy_(copy)
-                raise
+            result = self.base.step() if closure is None else self.base.step(closure)
+            if after is not None:
+                after()
+            return result
 
     def _clip(self) -> None:
         if self.max_grad_norm is not None:
             owned = [p for group in self.base.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(owned, self.max_grad_norm)
-
-    def _backup(self, slot: Slot, in_place: bool) -> Tensor:
-        """Return a copy of w. A Parameter of w's dtype serves as its place: it is rewritten after the step anyway."""
-        p = slot.parameter
-        if in_place and p.dtype == slot.latent.dtype:
-            if not slot.parked:
-                p.copy_(slot.latent)
-            return p.detach()
-        return slot.latent.detach().clone()
 
     def _step_scales(self, grads: Mapping[int, Tensor]) -> None:
         """Step the scales' optimizer with these gradients, at their present rates."""
@@ -718,10 +693,10 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def latents(self) -> Iterator[None]:
         """Within this context the model holds the full-precision w: average them (EMA, SWA) or save them here."""
         self._refuse_inside_block("latents")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         self._latents.check()
         with self._opened("latents"):
-            self._latents.put_latents()
+            self._latents.write_latents()
             try:
                 yield
             finally:
@@ -730,9 +705,9 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def sync_latents(self) -> None:
         """Take the model's present weights as latents, and write Q(w): after a merge, a load, a pruning."""
         self._refuse_inside_block("sync_latents")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         self._latents.take_present_weights()
-        balance_present_weights(self)
+        checkpoint.balance_present_weights(self)
 
     def release(self) -> None:
         """Hand the model over to the next optimizer, with its scales and full-precision weights.
@@ -749,9 +724,9 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
             RuntimeError: It was called inside a block.
         """
         self._refuse_inside_block("release")
-        self._latents.settle(self.base)
+        follow_fsdp(self._latents, self.base)
         self._drop_gradients()
-        self._latents.hand_over()
+        self._latents.release(into_model=False)
 
     def diagnostics(self) -> dict[str, float]:
         """Return figures of the last step; those marked * are measured in the next perturbed pass after each call.
@@ -774,6 +749,39 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         return found | self._measured | noise_figures(self._latents)
 
     # --- a torch Optimizer --------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
+        return checkpoint.merged_state(self)
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        """Ignore what torch's own ``__setstate__`` assigns, because the state lives in the two optimizers."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return latents, scales, counters and both optimizers' state: tensors and plain Python types only.
+
+        Raises:
+            RuntimeError: It was called inside a block.
+        """
+        self._refuse_inside_block("state_dict")
+        return checkpoint.packed(self)
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, or a bare base optimizer's. Load the model first, then this.
+
+        The latents win over the model's weights and are written. A bare checkpoint has none: they start from the
+        model's present weights, and a warning says so.
+
+        Raises:
+            TypeError: ``state_dict`` is not a dict.
+            ValueError: It does not fit; nothing has been changed then.
+            RuntimeError: It was called inside a block.
+        """
+        self._refuse_inside_block("load_state_dict")
+        checkpoint.load(self, state_dict)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; see :meth:`torch.optim.Optimizer.add_param_group`.
@@ -799,7 +807,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore, and own the latents of the restored model."""
         super().__setstate__(state)
-        self._latents.claim(self)
+        self._latents.set_owner(self)
 
     def _release(self) -> None:
         if self._latents.sharded:
@@ -807,7 +815,7 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
                 "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "
                 "model of its own first."
             )
-        self._latents.release()
+        self._latents.release(into_model=True)
 
     # --- small questions ----------------------------------------------------------------------------------------
 
@@ -819,8 +827,11 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         return any(p.grad is not None for p in self._parameters())
 
     def _rho_of(self) -> Callable[[nn.Parameter], float]:
-        radii = {id(p): float(group.get("qsam_rho", 0.0)) for group in self.param_groups for p in group["params"]}
-        return lambda p: radii.get(id(p), float(self.param_groups[0]["qsam_rho"]))
+        follows_lr = self.perturbation is not None and self.perturbation.direction.follows_lr
+        units = [float(group.get("lr") or 0.0) if follows_lr else 1.0 for group in self.param_groups]
+        radius = [float(group.get("qsam_rho", 0.0)) * u for group, u in zip(self.param_groups, units, strict=True)]
+        radii = {id(p): r for group, r in zip(self.param_groups, radius, strict=True) for p in group["params"]}
+        return lambda p: radii.get(id(p), radius[0])
 
     def _ascent_sign(self) -> float:
         return -1.0 if self.param_groups[0].get("maximize", False) else 1.0
@@ -848,8 +859,8 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
     def _join_processes(self) -> None:
         """Follow the model into ``fully_shard``, and take rank 0's latents in a process group that is new."""
         if in_process_group():
-            self._latents.settle(self.base)
-            self.ranks.meet(self._latents, self.steps, self.param_groups)
+            follow_fsdp(self._latents, self.base)
+            self.ranks.share_rank_0(self._latents, self.steps, self.param_groups)
 
     def _refuse_inside_block(self, verb: str) -> None:
         if "_latents" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
@@ -864,12 +875,12 @@ class QuantizedOptimizer(Checkpoint, Optimizer):
         """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""
         for slot in self._latents.slots:
             grad = slot.parameter.grad
-            if slot.shift is not None and grad is not None and bool(local(grad).any()):
+            if slot.inner_e is not None and grad is not None and bool(local(grad).any()):
                 raise RuntimeError(
                     "another pass before step(): SAQ's case 2 pulls back at w + e, and each micro-batch has its own e. "
                     "Accumulate inside one closure, or use case 3."
                 )
-            slot.shift = None
+            slot.inner_e = None
 
     def _warn_once(self, text: str) -> None:
         if text not in self._said:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import nn
 
+from qsam.distributed import SCOPES
 from qsam.optim.directions import DIRECTIONS, Direction
-from qsam.optim.ranks import SCOPES
 
 PERTURBATION_KEYWORDS = (
     "rho", "direction", "perturb", "every", "start", "reuse", "normalize_weights", "perturbation_scope",

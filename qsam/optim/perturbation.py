@@ -14,12 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qsam.latent import Latents, Target, add_
+from qsam.distributed import local, owned_copy, whole
+from qsam.latents import Latents, Slot, Target, add_, own_parameters
 from qsam.optim.directions import Ascent
 from qsam.optim.options import SamOptions
-from qsam.optim.ranks import owned_copy
-from qsam.shards import local, whole
-from qsam.slots import Slot, own_parameters
 
 
 class Perturbation:
@@ -83,7 +81,7 @@ class Perturbation:
                     f"{name!r} has a sparse gradient, which cannot be perturbed: build its module with sparse=False."
                 )
             if slot is not None and self.options.masked and given is None:
-                gradient = latents.pull_back(slot, gradient)[0]
+                _, gradient, _ = latents.vjp(slot, gradient)
             key = p if slot is None else slot.latent
             ascents.append(Ascent(name, p, gradient, slot, base_state.get(key, {})))
         return ascents
@@ -104,7 +102,7 @@ class Perturbation:
         sign: float,
         step: int,
     ) -> None:
-        """Add ``e`` to every target; the latents note whether each p held Q(w).
+        """Add ``e`` to every target.
 
         If the norm is zero or not finite, e = 0, and the step is the unperturbed one.
 
@@ -133,11 +131,14 @@ class Perturbation:
             inverse * rho_of(a.parameter) * (1.0 if u is None else u) for a, u in zip(ascents, units, strict=True)
         ]
         if self.options.inside:
-            latents.compare(latents.slots)
-            self._add_before_quantizing(ascents, directions, coefficients)
+            for a, d, c in zip(ascents, directions, coefficients, strict=True):
+                if a.slot is None:
+                    add_(a.parameter, d, c)
+                else:
+                    latents.perturb_inside(a.slot, d.to(a.slot.latent.dtype) * c.to(a.slot.latent.dtype))
             return
         targets = [Target(a.slot, a.parameter, d, c) for a, d, c in zip(ascents, directions, coefficients, strict=True)]
-        latents.perturb_(targets)
+        latents.perturb(targets)
         if not self._warned_16_bit and any(t.parameter.dtype in (torch.float16, torch.bfloat16) for t in targets):
             self._warn_16_bit(ascents, targets)
 
@@ -159,17 +160,6 @@ class Perturbation:
         for p, values in self._float_copies:
             p.copy_(values)
         self._float_copies = []
-
-    def _add_before_quantizing(
-        self, ascents: Sequence[Ascent], directions: Sequence[Tensor], coefficients: Sequence[Tensor]
-    ) -> None:
-        """Write ``p <- Q(w + e)`` and keep e, which the pull-back needs; float parameters take e directly."""
-        for a, d, c in zip(ascents, directions, coefficients, strict=True):
-            if a.slot is None:
-                add_(a.parameter, d, c)
-            else:
-                a.slot.shift = d.to(a.slot.latent.dtype) * c.to(a.slot.latent.dtype)
-                a.parameter.copy_(a.slot.fake_quantize(a.slot.latent + a.slot.shift))
 
     def _selects(self, name: str, p: nn.Parameter, slot: Slot | None) -> bool:
         perturb = self.options.perturb

@@ -5,16 +5,15 @@ g = dL/dQ at Q(w);   (dw, ds) = VJP of Q;   w and s step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qsam.optim.groups import Base, needs_closure, pointed_at_model
+from qsam.latents import pointed_at_model
+from qsam.optim.groups import Base, needs_closure
 from qsam.optim.optimizer import Closure, QuantizedOptimizer, register_optimizer
 from qsam.optim.options import PERTURBATION_KEYWORDS
-from qsam.slots import Slot
 
 
 @register_optimizer("qat")
@@ -69,7 +68,7 @@ class QAT(QuantizedOptimizer):
                 self._drop_gradients()
                 with torch.enable_grad(), latents.noise("step", self._check_for_foreign_writes):
                     loss = closure()
-                scale_grads = self._pull_back(self._differentiate)
+                scale_grads = self._pull_back(weights=True)
             self._clip()
             return loss
 
@@ -80,14 +79,3 @@ class QAT(QuantizedOptimizer):
         self._note_loss("loss", loss)
         self._count_step()
         return loss
-
-    def _differentiate(self, slots: Sequence[Slot]) -> Iterator[dict[str, Tensor]]:
-        """Put dw on each latent, and leave p as it is."""
-        for slot in slots:
-            assert slot.parameter.grad is not None
-            dw, ds = self._latents.pull_back(slot, slot.parameter.grad)
-            if self.ste == "clipped":
-                slot.latent.grad, slot.parameter.grad = dw, None
-            else:
-                self._take_unmasked(slot)
-            yield ds

@@ -27,16 +27,19 @@ A fixed rate does not do: plain SGD with ``lr=1e-2`` beside Adam at 2e-5 leaves 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
-from qsam.shards import local, whole
-from qsam.slots import ScaleSlot, Slot
+from qsam.coverage import Coverage
+from qsam.distributed import local, whole
+from qsam.latents import Slot
+from qsam.quantizers import Quantizer
 
 MAX_RELATIVE_STEP = 1e-2
 """c: no balanced step is longer than this share of the scale, whatever the base's learning rate means."""
@@ -46,6 +49,44 @@ _DECAY = 0.999
 
 ScaleRate = float | tuple[float, float] | None
 Group = dict[str, Any]
+
+
+@dataclasses.dataclass(eq=False, frozen=True)
+class ScaleSlot:
+    """One trainable parameter of a quantizer.
+
+    Attributes:
+        path: "encoder.layer.0.query.weight_quantizer.scale".
+        quantizer: Its owner.
+        attr: Its name there.
+    """
+
+    path: str
+    quantizer: Quantizer
+    attr: str
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The Parameter, as it is now."""
+        return getattr(self.quantizer, self.attr)  # type: ignore[no-any-return]
+
+
+def scale_slots(coverage: Coverage | None) -> tuple[list[ScaleSlot], list[ScaleSlot]]:
+    """Return the trainable parameters of all quantizers: of the weights', and of the inputs'."""
+    if coverage is None:
+        return [], []
+    weights = [(row.name + "_quantizer", row.quantizer) for row in coverage.quantized]
+    inputs = [(f"{row.name}.input_quantizer".lstrip("."), row.quantizer) for row in coverage.inputs]
+    return _scale_slots(weights), _scale_slots(inputs)
+
+
+def _scale_slots(named: Iterable[tuple[str, Quantizer | None]]) -> list[ScaleSlot]:
+    return [
+        ScaleSlot(f"{path}.{attr}", quantizer, attr)
+        for path, quantizer in named
+        if quantizer is not None
+        for attr, _ in quantizer.named_parameters()
+    ]
 
 
 class BalancedSGD(Optimizer):

@@ -77,9 +77,10 @@ class SQuAT(QuantizedOptimizer):
         super().__init__(model, base, **options)
         # In a fused step the scales' turn comes before that of the weights.
         self._steps_since_scales = 1 if schedule == "fused" else 0
+
+    def _check_own_options(self) -> None:
         assert self.perturbation is not None
-        if schedule == "fused" and self.perturbation.direction.passes == 1:
-            self._latents.release()
+        if self.schedule == "fused" and self.perturbation.direction.passes == 1:
             raise ValueError(
                 "schedule='fused' takes the scales' gradient from the first pass, which a direction of one pass lacks."
             )
@@ -141,7 +142,7 @@ class SQuAT(QuantizedOptimizer):
             raise RuntimeError("step_scales() between the first and the perturbed pass is for schedule='fused'.")
         order = [scale.parameter for scale in self.scale_slots]
         try:
-            self._step_scales(self.ranks.mean(self._pull_back(self._latents.scale_gradients), order))
+            self._step_scales(self.ranks.mean(self._pull_back(weights=False), order))
         except BaseException:
             self._clean_up()
             raise

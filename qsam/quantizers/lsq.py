@@ -122,10 +122,13 @@ class LSQ(Quantizer):
 
         Both grids are computed and one is taken. A scale of 0 is none: x passes in float.
         """
-        of_sign = [self._fake_quantize(x, self._scale_in_force(), *integer_limits(self.bits, s)) for s in (True, False)]
+        s = self._scale_in_force()
+        if_signed = self._fake_quantize(x, s, *integer_limits(self.bits, True))
+        if_unsigned = self._fake_quantize(x, s, *integer_limits(self.bits, False))
         low, high = self.limits.unbind()
-        is_signed = torch.where(high > low, low < 0, self.spec.signed is not False)
-        return torch.where(self.scale == 0, x, torch.where(is_signed, *of_sign))
+        known = high > low
+        is_signed = (known & (low < 0)) | (~known & (self.spec.signed is not False))
+        return torch.where(self.scale == 0, x, torch.where(is_signed, if_signed, if_unsigned))
 
     def _scale_in_force(self) -> Tensor:
         """Return s. An average that began before the first batch is part 0, and ``limits`` is that part too."""

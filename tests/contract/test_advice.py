@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import qsam
+from tests.methods import assert_on_grid, train
 from tests.models import MLP, TIED
-from tests.optim.methods import assert_on_grid, train
 
 
 def qat(model):

@@ -5,7 +5,7 @@ import pytest
 from qsam.optim import OPTIMIZERS
 from tests import budgets
 
-FILES_OF_SQUAT = 22
+FILES_OF_SQUAT = 16
 
 
 def test_a_step_of_squat_enters_few_files():

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.optim import SGD
 
 import qsam
+from tests.methods import assert_on_grid
 from tests.models import EVERYWHERE
-from tests.optim.methods import assert_on_grid
 
 # The layer, the dimensions of the images it takes, and its scales per channel.
 CONVOLUTIONS = {

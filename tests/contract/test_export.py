@@ -11,8 +11,8 @@ from torch import nn
 
 import qsam
 from qsam.functional import integer_limits
+from tests.methods import QUANTIZING, train
 from tests.models import MLP, TIED
-from tests.optim.methods import QUANTIZING, train
 
 LAYERS = {
     "Linear": lambda: nn.Linear(6, 4),

@@ -1,28 +1,32 @@
 """Options of a step in pairs and more, drawn together, against a slow twin that writes the step out pass by pass.
 
-Method, schedule, ``every``, ``start``, direction, ``reuse``, closure or blocks by hand, micro-batches, and an exception
-of any type in any pass: the losses, latents, scales and the optimizer's step number are the twin's, bit for bit.
+Method, schedule, ``every``, ``start``, direction, ``reuse``, ``perturb``, ``ste``, ``max_grad_norm``, closure or blocks by
+hand, micro-batches, an exception of any type in any pass, and a new start from a checkpoint or a copy: the latents, scales
+and the optimizer's step number are the twin's, bit for bit.
 """
 
+import copy
 import dataclasses
 import functools
+import io
+import pickle
 
 import pytest
 import torch
-from hypothesis import event, given
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from torch.optim import SGD, AdamW
 
 import qsam
 from qsam import coverage_of
+from tests.methods import assert_on_grid, assert_same, latents, scales_of
 from tests.models import MLP
-from tests.optim.methods import assert_on_grid, assert_same, latents, scales_of
 from tests.reference.any_step import AnyStep, Options
 from tests.reference.in_graph import Grid
 
 STEPS = 4
 BASES = {AdamW: {"lr": 1e-3, "weight_decay": 0.1}, SGD: {"lr": 0.05, "momentum": 0.9}}
-CLASSES = {"qat": qsam.QAT, "saq": qsam.SAQ, "joint": qsam.JointSAM, "squat": qsam.SQuAT}
+CLASSES = {"qat": qsam.QAT, "sam": qsam.SAM, "saq": qsam.SAQ, "joint": qsam.JointSAM, "squat": qsam.SQuAT}
 DIRECTIONS = ["sam", "asam", "grid", "friendly", "random", "previous", "momentum"]
 ERRORS = [KeyError, RuntimeError, torch.OutOfMemoryError, ValueError, KeyboardInterrupt]
 
@@ -39,15 +43,21 @@ class Fault:
 
 @st.composite
 def option_sets(draw):
-    method = draw(st.sampled_from(["saq", "squat", "squat", "joint", "qat"]))
+    method = draw(st.sampled_from(["saq", "squat", "squat", "sam", "joint", "qat"]))
+    ste = draw(st.sampled_from(["clipped", "identity"]))
     if method == "qat":
-        return Options(method)
+        return Options(method, ste=ste)
     schedule = draw(st.sampled_from(["same_batch", "next_batch", "fused"])) if method == "squat" else ""
-    directions = DIRECTIONS[:5] if schedule == "fused" else DIRECTIONS
+    everywhere = method == "sam" or draw(st.booleans())
+    directions = [d for d in DIRECTIONS if not (everywhere and d == "grid")]  # a float parameter has no step size
+    if schedule == "fused":
+        directions = [d for d in directions if d not in ("previous", "momentum")]
     return Options(
         method,
         schedule,
-        case=draw(st.sampled_from([1, 3])) if method == "saq" else 3,
+        case=draw(st.sampled_from([1, 3])) if method == "saq" and ste == "clipped" else 3,
+        ste=ste,
+        everywhere=everywhere,
         direction=draw(st.sampled_from(directions)),
         every=draw(st.integers(1, 3)),
         start=draw(st.integers(0, 2)),
@@ -59,29 +69,61 @@ def option_sets(draw):
 
 @st.composite
 def runs(draw):
-    """Return options, whether the passes are blocks by hand, the number of micro-batches, the base, and faults."""
+    """Return options, whether the passes are blocks by hand, the number of micro-batches, the base, and what happens.
+
+    What happens: at most one fault, a norm to clip to, and a step before which another process goes on.
+    """
     options = draw(option_sets())
     by_hand = draw(st.booleans())
     several = not (by_hand and options.schedule == "fused")  # there the scales step from one micro-batch
     micro_batches = draw(st.integers(1, 3 if several else 1))
     faults = st.builds(Fault, st.integers(0, STEPS - 1), st.integers(1, 3), st.sampled_from(ERRORS), st.booleans())
-    return options, by_hand, micro_batches, draw(st.sampled_from(list(BASES))), draw(st.lists(faults, max_size=1))
+    base = draw(st.sampled_from(list(BASES)))
+    new_start = st.none() | st.tuples(st.integers(0, STEPS - 1), st.sampled_from([from_file, from_copy, from_pickle]))
+    happens = draw(st.lists(faults, max_size=1)), draw(st.sampled_from([None, 0.1])), draw(new_start)
+    return options, by_hand, micro_batches, base, *happens
 
 
 def build(options, base, **settings):
     """Return the optimizer with its model, and the twin on the same grids."""
-    model = MLP.quantized(bits=3)
+    optimizer, model = build_ours(options, base, **settings)
     coverage = coverage_of(model)
-    weights = {row.name: grid_of(row.quantizer) for row in coverage.quantized}
-    inputs = {row.name: grid_of(row.quantizer) for row in coverage.inputs}
+    weights = {row.name: grid_of(row.quantizer) for row in coverage.quantized} if coverage else {}
+    inputs = {row.name: grid_of(row.quantizer) for row in coverage.inputs} if coverage else {}
     twin = AnyStep(MLP.build(), weights, inputs, base, BASES[base], options=options, rho=0.2, **settings)
+    return optimizer, model, twin
+
+
+def build_ours(options, base, **settings):
+    model = MLP.build() if options.method == "sam" else MLP.quantized(bits=3)
     given = {} if options.method == "qat" else {
         "rho": 0.2, "direction": options.direction, "every": options.every, "start": options.start,
         "reuse": "perturbation" if options.reuse else None, "normalize_weights": options.normalize,
     }  # fmt: skip
     given |= {"case": options.case} if options.method == "saq" else {}
     given |= {"schedule": options.schedule, "period": options.period} if options.schedule else {}
-    return CLASSES[options.method](model, base, **BASES[base], **given, **settings), model, twin
+    given |= {"perturb": "all"} if options.everywhere and options.method != "sam" else {}
+    return CLASSES[options.method](model, base, ste=options.ste, **BASES[base], **given, **settings), model
+
+
+def from_file(optimizer, model, build):
+    """Go on with a new model and optimizer from a file that ``weights_only=True`` reads: model first."""
+    file = io.BytesIO()
+    torch.save((model.state_dict(), optimizer.state_dict()), file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
+    new, new_model = build()
+    new_model.load_state_dict(states[0])
+    new.load_state_dict(states[1])
+    return new, new_model
+
+
+def from_copy(optimizer, model, build):
+    return copy.deepcopy((optimizer, model))
+
+
+def from_pickle(optimizer, model, build):
+    return pickle.loads(pickle.dumps((optimizer, model)))
 
 
 def grid_of(quantizer):
@@ -134,15 +176,20 @@ def loss_of(forward, batches):
     return sum(losses[1:], losses[0])
 
 
+@settings(max_examples=2 * settings().max_examples)  # they have many options
 @given(runs())
 def test_a_step_is_its_twin_whatever_its_options_are_together(run):
-    options, by_hand, micro_batches, base, faults = run
+    options, by_hand, micro_batches, base, faults, max_grad_norm, new_start = run
     options = dataclasses.replace(options, by_hand=by_hand)
     # With micro-batches by hand ds is a sum of sums, which rounds in another order: the scales are held.
-    settings = {"scale_lr": 0.0} if by_hand and micro_batches > 1 else {}
-    optimizer, model, twin = build(options, base, **settings)
+    fixed = {"scale_lr": 0.0} if by_hand and micro_batches > 1 else {}
+    fixed["max_grad_norm"] = max_grad_norm
+    optimizer, model, twin = build(options, base, **fixed)
     event(f"{options.method} {'by hand' if by_hand else 'closure'}")
     for step in range(STEPS):
+        if new_start is not None and step == new_start[0]:
+            event(new_start[1].__name__)
+            optimizer, model = new_start[1](optimizer, model, lambda: build_ours(options, base, **fixed))
         batches = [MLP.batch(10 * step + i) for i in range(micro_batches)]
         fault = next((f for f in faults if f.step == step), None)
         loop = Loop(optimizer, model, fault)

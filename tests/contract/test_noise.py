@@ -9,9 +9,8 @@ from torch.optim import LBFGS, SGD
 
 import qsam
 from qsam.quantizers import QUANTIZERS, Noise
-from tests.models import CONV, EVERYWHERE, MLP
-from tests.optim.methods import (
-    QUANTIZING,
+from tests.methods import (
+    METHODS,
     Method,
     assert_on_grid,
     assert_same,
@@ -21,9 +20,11 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
+from tests.models import CONV, EVERYWHERE, MLP
 
 NOISY = ["diffq", "stochastic"]
-QAT = next(method for method in QUANTIZING if method.name == "qat")
+QUANTIZING = [method for method in METHODS if method.quantizes]
+QAT = next(method for method in METHODS if method.name == "qat")
 SAQ = Method("saq", qsam.SAQ)
 PAIRS = list(zip(itertools.cycle(NOISY), QUANTIZING))
 

@@ -12,8 +12,8 @@ from torch.optim import SGD, AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 import qsam
-from tests.models import CONV, MLP
-from tests.optim.methods import (
+from tests.methods import (
+    KINDS,
     METHODS,
     QUANTIZING,
     assert_on_grid,
@@ -24,8 +24,9 @@ from tests.optim.methods import (
     train,
     train_by_hand,
 )
-from tests.reliability import fault
+from tests.models import CONV, MLP
 
+each_method = pytest.mark.parametrize("method", KINDS, ids=str)
 each_quantizing = pytest.mark.parametrize("method", QUANTIZING, ids=str)
 ON_GRID = "the model's weights are on the quantization grid already"
 
@@ -124,11 +125,6 @@ def test_the_scales_of_a_copy_are_its_own():
 # --- an optimizer that hands its model over -----------------------------------------------------------------------
 
 
-@fault(
-    "a second optimizer is built on the model of one that still lives",
-    happens="RuntimeError that names `release()`; after that the second one takes over",
-    kept="latents, scales and Q(w), bit for bit; the first optimizer refuses every verb from then on",
-)
 @each_quantizing
 def test_release_hands_the_model_over_with_its_scales_and_latents(method):
     model = method.model(MLP)

@@ -9,8 +9,8 @@ from torch import nn
 from torch.optim import SGD, Adam
 
 import qsam
+from tests.methods import assert_same, closure_of, everything, train
 from tests.models import MLP
-from tests.optim.methods import assert_same, closure_of, everything, train
 
 
 class Setting:

@@ -12,7 +12,7 @@ class Ternary(qsam.Quantizer):
 
     def __init__(self, *, bits, granularity="per_tensor", **arguments):
         if granularity != "per_tensor":
-            raise ValueError("`ternary` has one scale a tensor: leave `granularity` at 'per_tensor'.")
+            raise ValueError("`ternary` has one scale per tensor: leave `granularity` at 'per_tensor'.")
         super().__init__(bits=2, **arguments)  # three levels take two bits, whatever was asked for
         self.scale = nn.Parameter(torch.ones(1))
 

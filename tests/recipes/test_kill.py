@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 from tests.recipes.tiny_glue import comparable, results, weights, words
-from tests.reliability import fault
 
 ROOT = Path(__file__).resolve().parents[2]
 PYTHONPATH = os.pathsep.join([str(ROOT), *sys.path])
@@ -66,11 +65,6 @@ def kill_after_some_writing(process: subprocess.Popen[str], out: Path, chance: r
     assert process.returncode == -signal.SIGKILL, printed  # else it ended before it was killed: draw smaller numbers
 
 
-@fault(
-    "`SIGKILL` at a random moment of training, of evaluating and of writing",
-    happens="the same command goes on from the last complete checkpoint; one that is torn is told and removed",
-    kept="every bit: weights, scales, losses and metrics are those of a run that was never stopped",
-)
 @pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_a_run_that_was_killed_three_times_ends_with_the_same_bits(

@@ -24,6 +24,8 @@ class Options:
     method: str
     schedule: str = ""
     case: int = 3
+    ste: str = "clipped"
+    everywhere: bool = False
     direction: str = "sam"
     every: int = 1
     start: int = 0
@@ -35,10 +37,17 @@ class Options:
 
 class AnyStep(InGraph):
     def __init__(self, *args, options: Options, **settings):
-        self.options, self.masked = options, options.method != "joint"
+        self.options, self.masked = options, options.ste == "clipped"
         super().__init__(*args, period=options.period, **settings)
         self.steps, self.phase = 0, int(options.schedule == "fused")
         self.m, self.h, self.kept = {}, {}, {}
+
+    def quantized(self):
+        """Return Q(w) by name, and w itself where a float parameter is perturbed too."""
+        q = super().quantized()
+        if not self.options.everywhere:
+            return q
+        return {name: q[name] if name in q else w.view_as(w) for name, w in self.parameters.items()}
 
     # --- which passes ---------------------------------------------------------------------------------------------
 
@@ -169,7 +178,7 @@ class AnyStep(InGraph):
             generator = torch.Generator().manual_seed(self.steps)
             d = {name: torch.randn(t.shape, generator=generator) for name, t in g.items()}
         elif kind == "momentum":
-            states = {name: self.base.state[self.parameters[name]] for name in self.weights}
+            states = {name: self.base.state[self.parameters[name]] for name in g}
             d = {name: state.get("exp_avg", state.get("momentum_buffer")).clone() for name, state in states.items()}
         else:
             d = g

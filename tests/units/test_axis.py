@@ -8,7 +8,7 @@ from torch import nn
 
 import qsam
 from qsam.quantizers import LSQ
-from tests.optim.methods import assert_same
+from tests.methods import assert_same
 
 EXPERTS, OUT, IN = 2, 4, 8
 

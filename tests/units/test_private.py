@@ -16,7 +16,7 @@ from torch import distributed, nn
 import qsam
 from qsam import private
 from qsam.fused import linear
-from qsam.fused.backend import using
+from qsam.fused.kernels import using
 
 SOURCES = sorted(Path(qsam.__file__).parent.rglob("*.py"))
 CLASSES = (nn.Module, torch.optim.Optimizer)

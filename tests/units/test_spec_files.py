@@ -6,20 +6,14 @@ import resource
 import pytest
 
 import qsam
+from tests.methods import assert_same
 from tests.models import MLP
-from tests.optim.methods import assert_same
-from tests.reliability import fault
 
 
 def load(model, folder):
     return qsam.quantize_(model, spec=folder)
 
 
-@fault(
-    "`qsam.safetensors` that is cut or flipped, or that belongs to another `qsam.json`",
-    happens="ValueError with the file's name",
-    kept="the model, without any quantizer, as it was",
-)
 def test_spoiled_scales_are_refused_and_the_model_is_as_it_was(tmp_path):
     qsam.quantize_(MLP.build(), bits=3).save(tmp_path)
     path, chance = tmp_path / "qsam.safetensors", random.Random(0)
@@ -41,11 +35,6 @@ def flipped(content, chance):
     return bytes(spoiled)
 
 
-@fault(
-    "`qsam.json` that is cut at any place",
-    happens="ValueError with the file's name",
-    kept="the model, without any quantizer, as it was",
-)
 def test_a_spec_that_is_cut_is_refused_and_the_model_is_as_it_was(tmp_path):
     path = qsam.quantize_(MLP.build(), bits=3).save(tmp_path)
     content = path.read_bytes()
@@ -58,11 +47,6 @@ def test_a_spec_that_is_cut_is_refused_and_the_model_is_as_it_was(tmp_path):
         assert_same(model.state_dict(), before)
 
 
-@fault(
-    "a full disk while `Coverage.save` writes",
-    happens="the disk's OSError",
-    kept="the files that were there, a pair; no half file stays",
-)
 def test_a_full_disk_keeps_the_old_pair_of_files(tmp_path):
     qsam.quantize_(MLP.build(), bits=3).save(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import qsam
+
 ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "tests" / "downstream"
 
@@ -47,47 +49,24 @@ print(json.dumps(told))
 """
 
 
-@pytest.fixture(scope="module")
-def told(tmp_path_factory):
-    """What a process that has the package installed tells of it."""
+def test_an_installed_quantizer_trains_by_its_name_is_rebuilt_from_its_spec_and_keeps_the_laws(tmp_path):
     pytest.importorskip("hatchling", reason="the package is built with the hatchling of this environment: extra `test`")
-    target, folder = tmp_path_factory.mktemp("target"), tmp_path_factory.mktemp("spec")
+    target = tmp_path / "target"
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--no-build-isolation"]
     subprocess.run([*pip, "--disable-pip-version-check", "--target", target, PACKAGE], check=True)
-    path = os.pathsep.join([str(target), str(ROOT)])
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM, folder],
-        env={**os.environ, "PYTHONPATH": path},
-        cwd=folder,
+        [sys.executable, "-W", "error", "-c", PROGRAM, tmp_path],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(target), str(ROOT)])},
+        cwd=tmp_path,
         check=True,
         capture_output=True,
     )
-    return json.loads(run.stdout)
-
-
-def test_it_is_listed_with_qsams_own(told):
+    told = json.loads(run.stdout)
     assert {"ternary", "lsq"} <= set(told["listed"])
-
-
-def test_it_is_not_known_where_it_is_not_installed():
-    import qsam
-
-    assert "ternary" not in qsam.list_quantizers()
-
-
-def test_it_trains_weights_and_scales(told):
+    assert "ternary" not in qsam.list_quantizers()  # where it is not installed
     assert all(told["moved"])
     assert all(told["learned"])
-
-
-def test_the_weights_have_three_levels(told):
     assert told["levels"] == [[-1.0, 0.0, 1.0]] * 3
     assert told["bits"] == [2, 2, 2]
-
-
-def test_its_spec_is_rebuilt_by_name(told):
     assert told["rebuilt"]
-
-
-def test_it_keeps_the_laws_of_a_quantizer(told):
     assert told["laws"]["idempotent"] > 0

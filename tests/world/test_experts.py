@@ -9,7 +9,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.optim import SGD
 
 import qsam
-from qsam.shards import whole
+from qsam.distributed import whole
 from tests.processes import Processes, running
 
 IDS = torch.arange(12).reshape(2, 6)

@@ -46,23 +46,22 @@ def step(model, optimizer):
     return optimizer.step(closure)
 
 
-USES = {
-    "an optimizer": lambda model: qsam.SQuAT(model, torch.optim.SGD, lr=0.1),
-    "write_": qsam.write_,
-    "calibrate": lambda model: qsam.calibrate(model, [X]),
-    "export": qsam.export,
-}
+USES = [
+    lambda model: qsam.SQuAT(model, torch.optim.SGD, lr=0.1),
+    qsam.write_,
+    lambda model: qsam.calibrate(model, [X]),
+    qsam.export,
+]
 
 
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_a_copy_that_peft_trains_is_refused_by_its_path(use):
+def test_a_copy_that_peft_trains_is_refused_by_its_path():
     model = mlp()
     qsam.quantize_(model)
     model = with_lora(model, modules_to_save=["4"])
-    with pytest.raises(
-        RuntimeError, match=r"'4\.modules_to_save\.default\.weight' is a copy of a quantized weight|'bas.*'"
-    ):
-        use(model)
+    copied = r"'(base_model\.model\.)?4\.modules_to_save\.default\.weight' is a copy of a quantized weight"
+    for use in USES:
+        with pytest.raises(RuntimeError, match=copied):
+            use(model)
 
 
 def test_the_advice_for_such_a_copy_quantizes_it():

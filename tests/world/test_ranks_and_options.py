@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD
 
 import qsam
-from tests.optim.methods import latents
+from tests.methods import latents
 from tests.processes import Processes, running
 
 STEPS = 4

@@ -17,12 +17,11 @@ from torch.utils.flop_counter import FlopCounterMode
 import qsam
 from qsam import functional
 from qsam.functional import Grid, fake_quantize
-from qsam.fused import formulas, kernels, native, sweeps
-from qsam.fused.backend import SMALLEST, using
-from qsam.fused.sweeps import Weight
+from qsam.fused import formulas, kernels, native
+from qsam.fused.kernels import SMALLEST, Weight, using
 from qsam.quantizers import LSQ
+from tests.methods import QUANTIZING, assert_on_grid, latents, train
 from tests.models import CONV, MLP
-from tests.optim.methods import QUANTIZING, assert_on_grid, latents, train
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TANGENTS = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
@@ -299,7 +298,6 @@ def test_a_kernel_is_its_formula(name, rows, dtype):
     p.copy_(w + 0.1 * values((12, 40), dtype, seed=2))
     rows_of = {
         "write": (p,),
-        "distance": (p,),
         "backward": (grad, p),
         "pull_back": (grad, p),
         "scale_gradient": (grad, p),
@@ -331,11 +329,10 @@ def test_the_verbs_are_the_gradients_of_fake_quantization(rows, dtype):
         q = fake_quantize(*leaves, grid.quant_min, grid.quant_max, grid.grad_scale)
         dw, ds = torch.autograd.grad(q, leaves, grad)
     given = grad.clone()
-    assert sweeps.write_([Weight(w, p, grid)]) == [True]
+    assert kernels.write_([Weight(w, p, grid)]) == [True]
     assert torch.equal(p, q)
-    assert sweeps.holds([Weight(w, p, grid)]) == [True]
-    ((found, same),) = sweeps.scale_gradients([Weight(w, p, grid)], [grad])
-    ((pulled, same_too),) = sweeps.pull_back_([Weight(w, p, grid)], [grad])
+    ((found, same),) = kernels.pull_back_([Weight(w, p, grid)], [grad], overwrite=False)
+    ((pulled, same_too),) = kernels.pull_back_([Weight(w, p, grid)], [grad], overwrite=True)
     assert same
     assert same_too
     assert same_bits(found, pulled)
@@ -349,15 +346,15 @@ def test_the_verbs_are_the_gradients_of_fake_quantization(rows, dtype):
 def test_perturbing_adds_c_times_d_to_what_is_on_the_grid(rows):
     w, grid, direction, p = verbs(rows)
     version, coefficient = p._version, torch.tensor(0.37)
-    sweeps.write_([Weight(w, p, grid)])
+    kernels.write_([Weight(w, p, grid)])
     expected, kept = p + direction * coefficient, direction.clone()
-    assert sweeps.perturb_([Weight(w, p, grid)], [direction], [coefficient]) == [True]
+    assert kernels.perturb_([Weight(w, p, grid)], [direction], [coefficient]) == [True]
     assert torch.equal(p, expected)
     assert torch.equal(direction, kept)
     assert p._version > version
-    assert sweeps.perturb_([Weight(w, p, grid)], [direction], [coefficient]) == [False], "p is not Q(w) now"
-    assert sweeps.perturb_([Weight(w, p, None)], [direction], [coefficient]) == [None]
-    assert sweeps.perturb_([Weight(w, p, grid)], [direction.t()], [coefficient]) == [None]
+    assert kernels.perturb_([Weight(w, p, grid)], [direction], [coefficient]) == [False], "p is not Q(w) now"
+    assert kernels.perturb_([Weight(w, p, None)], [direction], [coefficient]) == [None]
+    assert kernels.perturb_([Weight(w, p, grid)], [direction.t()], [coefficient]) == [None]
 
 
 @pytest.mark.usefixtures("compiled")
@@ -365,8 +362,8 @@ def test_weights_that_fit_are_swept_and_the_others_are_left_alone():
     (w, grid, grad, p), (other, _, _, _) = verbs(1), verbs(1)
     held = torch.zeros_like(p)
     weights = [Weight(other.t(), held, grid), Weight(w, p, grid), Weight(other, held, None)]
-    assert sweeps.write_(weights) == [False, True, False]
-    found = sweeps.pull_back_(weights, [grad.t(), grad, grad.clone()])
+    assert kernels.write_(weights) == [False, True, False]
+    found = kernels.pull_back_(weights, [grad.t(), grad, grad.clone()], overwrite=True)
     assert [each is not None for each in found] == [False, True, False]
     assert torch.equal(p, w)
     assert not held.any()
@@ -379,12 +376,11 @@ def test_channels_last_weights_are_swept(rows):
     w, p, g = (values(shape, seed=i).to(memory_format=torch.channels_last) for i in range(3))
     scale = torch.full((rows, 1, 1, 1) if rows > 1 else (1,), 0.3)
     weight = Weight(w, p, Grid(scale, -2, 1, 1.0, rows))
-    assert sweeps.write_([weight]) == [True]
+    assert kernels.write_([weight]) == [True]
     with using("eager"):
         assert torch.equal(p, fake_quantize(w, scale, -2, 1))
-    assert sweeps.holds([weight]) == [True]
-    assert sweeps.pull_back_([weight], [g.contiguous()]) == [None], "a gradient of another layout"
-    assert sweeps.pull_back_([weight], [g])[0][1] is True
+    assert kernels.pull_back_([weight], [g.contiguous()], overwrite=True) == [None], "a gradient of another layout"
+    assert kernels.pull_back_([weight], [g], overwrite=True)[0][1] is True
     assert torch.equal(p, w)
 
 
@@ -417,7 +413,7 @@ def test_the_weights_of_a_model_are_counted_together():
     grid = Grid(torch.full((1,), 0.1), -8, 7, 0.01, 1)
     one, none = Weight(w, torch.empty_like(w), grid), Weight(w, torch.empty_like(w), None)
     for weights, expected in (([one], [False]), ([one, none], [False, False]), ([one, one], [True, True])):
-        assert sweeps.write_(weights) == expected
+        assert kernels.write_(weights) == expected
 
 
 @pytest.mark.usefixtures("compiled")
@@ -427,12 +423,11 @@ def test_the_weights_of_a_model_are_counted_together():
 def test_one_foreign_entry_is_seen_and_nan_is_nobodys_write(rows, entry, expected):
     w, grid, grad, p = verbs(rows)
     version = p._version
-    sweeps.write_([Weight(w, p, grid)])
+    kernels.write_([Weight(w, p, grid)])
     assert p._version > version, "for autograd it is a write"
     p[3, 7] = entry
-    assert sweeps.holds([Weight(w, p, grid)]) == [expected]
-    assert sweeps.scale_gradients([Weight(w, p, grid)], [grad])[0][1] is expected
-    assert sweeps.pull_back_([Weight(w, p, grid)], [grad])[0][1] is expected
+    assert kernels.pull_back_([Weight(w, p, grid)], [grad], overwrite=False)[0][1] is expected
+    assert kernels.pull_back_([Weight(w, p, grid)], [grad], overwrite=True)[0][1] is expected
 
 
 @pytest.mark.parametrize(
@@ -484,11 +479,12 @@ def test_what_a_gpu_is_given_computes_the_same(rows, monkeypatch):
 
     def run(weight: Weight, grad: Tensor) -> list[object]:
         out, dx, ds = passed("compiled", weight.w, grid.scale, (grid.quant_min, grid.quant_max))
-        assert sweeps.write_([weight]) == [True]
-        found = [out, dx, ds, weight.p.clone(), bool(sweeps.holds([weight])[0])]
-        found += [bool(sweeps.perturb_([weight], [step], [coefficient])[0]), weight.p.clone()]
-        sweeps.write_([weight])
-        for ((ds, same),) in (sweeps.scale_gradients([weight], [grad]), sweeps.pull_back_([weight], [grad])):
+        assert kernels.write_([weight]) == [True]
+        found = [out, dx, ds, weight.p.clone()]
+        found += [bool(kernels.perturb_([weight], [step], [coefficient])[0]), weight.p.clone()]
+        kernels.write_([weight])
+        for overwrite in (False, True):
+            ((ds, same),) = kernels.pull_back_([weight], [grad], overwrite=overwrite)
             found += [ds, bool(same)]
         return [*found, grad, weight.p]
 
@@ -543,8 +539,8 @@ def test_a_weight_of_another_size_is_an_error_and_writes_no_memory(rows):
     model[0].weight.data = before
     grid = optimizer._latents.slots[0].quantizer.grid(before)
     weights = [Weight(before, torch.zeros(32), grid)]
-    assert sweeps.write_(weights) == [False]
-    assert sweeps.holds(weights) == [None]
+    assert kernels.write_(weights) == [False]
+    assert kernels.pull_back_(weights, [before], overwrite=False) == [None]
 
 
 @pytest.mark.usefixtures("compiled")

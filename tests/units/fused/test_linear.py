@@ -15,8 +15,8 @@ from torch.utils.checkpoint import checkpoint
 import qsam
 from qsam.functional import fake_quantize
 from qsam.fused import linear, native
-from qsam.fused.backend import using
-from tests.optim.methods import QUANTIZING
+from qsam.fused.kernels import using
+from tests.methods import QUANTIZING
 
 EPS = torch.finfo(torch.float32).eps
 

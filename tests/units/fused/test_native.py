@@ -15,19 +15,19 @@ import torch
 import qsam
 from qsam.functional import fake_quantize
 from qsam.fused import native
-from qsam.fused.backend import using
+from qsam.fused.kernels import using
 
 POSIX = pytest.mark.skipif(os.name == "nt", reason="there are no kernels on Windows")
 ROOT = Path(qsam.__file__).parents[1]
 
 PROCESS = """
 import sys, torch
-from qsam.fused import backend, native
+from qsam.fused import kernels, native
 from qsam.functional import fake_quantize
 x, s = torch.linspace(-3, 3, 70_001), torch.tensor([0.3], requires_grad=True)
 out = fake_quantize(x, s, -4, 3)
 out.sum().backward()
-print(backend._CHOICE.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor.compile_fx" in sys.modules)
+print(kernels._CHOICE.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor.compile_fx" in sys.modules)
 """
 OPENMP = (
     PROCESS

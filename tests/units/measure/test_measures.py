@@ -16,8 +16,7 @@ from torch.optim import SGD, AdamW
 
 import qsam
 from qsam.measure.probe import probing
-from tests.models import BERT, CONV, EVERYWHERE, MLP
-from tests.optim.methods import (
+from tests.methods import (
     METHODS,
     assert_on_grid,
     assert_same,
@@ -25,6 +24,7 @@ from tests.optim.methods import (
     everything,
     train,
 )
+from tests.models import BERT, CONV, EVERYWHERE, MLP
 
 SOME = {str(method): method for method in METHODS if str(method) in {"sam", "qat", "squat-same_batch"}}
 

@@ -17,8 +17,8 @@ from torch.optim.swa_utils import SWALR
 import qsam
 from qsam.optim import QAT
 from qsam.optim.scale_optimizer import MAX_RELATIVE_STEP, BalancedSGD
+from tests.methods import assert_same, everything, latents, scales_of, train
 from tests.models import BERT, CONV, MLP
-from tests.optim.methods import assert_same, everything, latents, scales_of, train
 
 
 def rates(optimizer):
