@@ -27,7 +27,7 @@ from qsam.functional import fake_quantize
 x, s = torch.linspace(-3, 3, 70_001), torch.tensor([0.3], requires_grad=True)
 out = fake_quantize(x, s, -4, 3)
 out.sum().backward()
-print(kernels._CHOICE.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor" in sys.modules)
+print(kernels._CHOICE.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor.compile_fx" in sys.modules)
 """
 OPENMP = (
     PROCESS
@@ -186,7 +186,7 @@ def test_kernels_do_not_depend_on_the_instructions_that_torch_uses(capability):
     first = said(started(ATEN_CPU_CAPABILITY=capability, OMP_NUM_THREADS="1"))[0]
     assert first == said(started(OMP_NUM_THREADS="2"))[0]
     assert first.startswith("None ")
-    assert first.endswith("False"), "no compiler of torch's was imported"
+    assert first.endswith("False"), "torch's own compiler was not imported, but for what any optimizer imports"
 
 
 @pytest.mark.long
