@@ -53,6 +53,7 @@ check: $(STAMP_TEST) ## formatting, lint and types; changes nothing
 	$(RUN) ruff format --check .
 	$(RUN) ruff check .
 	$(RUN) mypy
+	@$(RUN) tests.budgets || echo 'CONTRIBUTING.md names the budgets that are exceeded, and why.'
 
 format: $(STAMP_TEST) ## format, and fix what lint can fix
 	$(RUN) ruff check --fix-only .

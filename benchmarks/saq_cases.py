@@ -54,8 +54,8 @@ SETTINGS = """--model resnet20 --threads 1 --precision bf16 --batch-size 100 --a
 TEXT = f"""# The three cases of SAQ, on CIFAR-10
 
 SAQ's paper (arXiv 2111.12273) describes three ways to combine quantization noise and adversarial perturbation, and
-argues that the third is best. In case 1 the perturbation e does not depend on the noise, in case 2 the noise depends on
-e, and in case 3 e depends on the noise. This page is a small test of that order. It also has LSQ, SQuAT's fused
+argues that the third is best. In case 1 the perturbation e does not depend on the noise, in case 2 the noise depends
+on e, and in case 3 e depends on the noise. This page is a small test of that order. It also has LSQ, SQuAT's fused
 schedule and a random direction of the same length.
 
 The network is ResNet-20 with one scale per tensor for weights and inputs, and 8 bits in the first layer and the head.
@@ -148,7 +148,7 @@ def _row(name: str, runs: Mapping[int, Json]) -> str:
 
 def differences(found: Sequence[Json]) -> Iterator[str]:
     """Yield the differences in top-1 between pairs of methods, taken seed by seed: both start from one checkpoint."""
-    yield "Differences in top-1 between runs from one checkpoint, in points (mean ± standard error over the seeds):"
+    yield "Differences in top-1 between runs from the same checkpoint, in points (mean ± standard error over seeds):"
     yield ""
     yield "| | " + " | ".join(f"W{bits}A{bits}" for bits in BITS) + " |"
     yield "|---|" + "---|" * len(BITS)

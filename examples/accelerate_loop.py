@@ -1,4 +1,4 @@
-"""Accelerate: prepare as ever, and call the blocks on the optimizer inside.
+"""Accelerate: call `prepare` as usual, and call the blocks on the optimizer inside.
 
 python examples/accelerate_loop.py
 """
@@ -29,17 +29,17 @@ def main() -> dict[str, float]:
     for _ in range(4):
         for inputs, targets in rows:
             with accelerator.accumulate(model):
-                for number, block in enumerate(inner.blocks):  # qsam: also the scales' turn, ("scale_phase",)
+                for number, block in enumerate(inner.blocks):  # qsam: ("scale_phase",) in every second step
                     with getattr(inner, block)():  # qsam
                         loss = nn.functional.cross_entropy(model(inputs), targets)
                         accelerator.backward(loss)
                     if number == 0:
                         losses.append(loss.item())
-                optimizer.step()  # skipped by Accelerate between the micro-batches
+                optimizer.step()  # Accelerate skips this call between the micro-batches
                 optimizer.zero_grad()
     with tempfile.TemporaryDirectory() as folder:
         accelerator.save_state(folder)
-        accelerator.load_state(folder)  # latents, scales, moments and the place in the alternation
+        accelerator.load_state(folder)  # restores latents, scales, moments and the place in the alternation
     return {"first": losses[0], "last": sum(losses[-4:]) / 4}
 
 

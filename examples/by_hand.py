@@ -1,4 +1,4 @@
-"""A plain PyTorch loop with everything by hand: any method and schedule, micro-batches, GradScaler, a scheduler.
+"""A plain PyTorch loop with all passes by hand: any method and schedule, micro-batches, GradScaler, a scheduler.
 
 python examples/by_hand.py
 """
@@ -14,7 +14,7 @@ STEPS, MICRO_BATCHES, SIZE = 30, 2, 32
 
 
 def batches(number: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Return the micro-batches of a step: the class of a vector is where its largest of four entries is."""
+    """Return the micro-batches of a step. The class of a vector is the index of the largest of four entries."""
     x = torch.randn(MICRO_BATCHES, SIZE, 16, generator=torch.Generator().manual_seed(number))
     return [(part, part[:, :4].argmax(1)) for part in x]
 
@@ -42,7 +42,7 @@ def main() -> dict[str, float]:
                 with getattr(optimizer, block)():  # qsam
                     loss = backward(x, y)
                 total += loss if number == 0 else 0.0
-        scaler.step(optimizer)  # the weights
+        scaler.step(optimizer)  # steps the weights
         if optimizer.scales_due:  # qsam: SQuAT's scales, on the same batch, unperturbed
             for x, y in batches(step):
                 with optimizer.scale_phase():  # qsam
@@ -51,7 +51,7 @@ def main() -> dict[str, float]:
         scaler.update()
         scheduler.step()
         losses.append(total)
-    assert len(model[0].weight.unique()) <= 16  # 4 bits, at any time
+    assert len(model[0].weight.unique()) <= 16  # the model always holds its 4-bit weights
     return {"first": losses[0], "last": losses[-1]}
 
 

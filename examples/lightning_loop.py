@@ -1,4 +1,4 @@
-"""Lightning: return the optimizer from ``configure_optimizers``; the mixin makes the logs those of the first pass.
+"""Lightning: return the optimizer from ``configure_optimizers``. With the mixin the logs are those of the first pass.
 
 python examples/lightning_loop.py
 """
@@ -14,7 +14,7 @@ from qsam.integrations.lightning import LightningMixin  # qsam
 
 
 class Classifier(LightningMixin, LightningModule):  # qsam
-    """Which of four entries is the largest."""
+    """Predicts which of the first four entries is the largest."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,14 +23,14 @@ class Classifier(LightningMixin, LightningModule):  # qsam
         self.losses: list[float] = []
 
     def training_step(self, batch: list[Tensor], _: int) -> Tensor:
-        """Return the loss; called once a pass."""
+        """Return the loss; Lightning calls this once per pass."""
         inputs, targets = batch
         loss = nn.functional.cross_entropy(self.model(inputs), targets)
         self.log("loss", loss)
         return loss
 
     def on_train_batch_end(self, outputs: dict[str, Tensor], *_: object) -> None:
-        """Keep the step's loss: the first pass's."""
+        """Keep the loss of the first pass."""
         self.losses.append(float(outputs["loss"]))
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -39,7 +39,7 @@ class Classifier(LightningMixin, LightningModule):  # qsam
 
 
 def main() -> dict[str, float]:
-    """Train in bf16-mixed; return the first and the last loss, and what the last perturbation added."""
+    """Train in bf16-mixed; return the first and the last loss, and the rise of the loss by the last perturbation."""
     torch.manual_seed(0)
     x = torch.randn(256, 16)
     rows = DataLoader(TensorDataset(x, x[:, :4].argmax(1)), batch_size=16, shuffle=True)
@@ -47,7 +47,7 @@ def main() -> dict[str, float]:
     trainer = Trainer(
         max_epochs=3,
         precision="bf16-mixed",
-        gradient_clip_val=1.0,  # handed on to the optimizer, which clips the pulled-back gradients
+        gradient_clip_val=1.0,  # passed to the optimizer, which clips the pulled-back gradients
         accelerator="cpu",
         log_every_n_steps=1,
         logger=False,

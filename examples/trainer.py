@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer: a mixin, and one keyword.
+"""The Hugging Face Trainer with a mixin and one keyword.
 
 python examples/trainer.py
 """
@@ -19,7 +19,7 @@ class QsamTrainer(TrainerMixin, Trainer):  # qsam
 
 
 class Sentences(Dataset):
-    """Random tokens; the label is the first of them, modulo 2."""
+    """Random tokens, labelled by the parity of the first token."""
 
     def __init__(self, rows: int) -> None:
         self.ids = torch.randint(1, 40, (rows, 10), generator=torch.Generator().manual_seed(rows))
@@ -32,7 +32,7 @@ class Sentences(Dataset):
 
 
 def main() -> dict[str, float]:
-    """Train with accumulation and bf16 autocast, save, rebuild the saved model; return the losses logged."""
+    """Train with accumulation and bf16 autocast, save the model and rebuild it; return the logged losses."""
     torch.manual_seed(0)
     model = BertForSequenceClassification(
         BertConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
@@ -45,7 +45,7 @@ def main() -> dict[str, float]:
             gradient_accumulation_steps=2,
             num_train_epochs=4,
             learning_rate=5e-3,
-            max_grad_norm=1.0,  # handed on to the optimizer, which clips the pulled-back gradients
+            max_grad_norm=1.0,  # passed to the optimizer, which clips the pulled-back gradients
             bf16=True,
             use_cpu=True,
             logging_steps=4,
@@ -58,16 +58,16 @@ def main() -> dict[str, float]:
             model,
             arguments,
             train_dataset=Sentences(128),
-            qsam_method=functools.partial(qsam.SQuAT, rho=0.05),  # qsam: round the Trainer's own AdamW
+            qsam_method=functools.partial(qsam.SQuAT, rho=0.05),  # qsam: wraps the Trainer's own AdamW
         )
         trainer.train()
-        trainer.save_model(folder)  # qsam.json and qsam.safetensors too
+        trainer.save_model(folder)  # writes qsam.json and qsam.safetensors too
         deployed = BertForSequenceClassification.from_pretrained(folder)
         qsam.quantize_(deployed, spec=folder)  # qsam
         batch = {key: value[None] for key, value in Sentences(1)[0].items()}
         with torch.no_grad():
             expected, got = (m.eval()(**batch).logits.float() for m in (model, deployed))
-        assert torch.allclose(expected, got, atol=0.05)  # bf16 autocast stays on the Trainer's model
+        assert torch.allclose(expected, got, atol=0.05)  # the Trainer's model still computes in bf16 autocast
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     return {"first": logs[0]["loss"], "last": logs[-1]["loss"], "rise": logs[-1]["qsam_rise"]}
 

@@ -106,8 +106,8 @@ def norms(tensors: Sequence[Tensor]) -> Tensor:
     for i, tensor in enumerate(tensors):
         if groups := _shard_groups(tensor):
             places.setdefault(tuple(groups), []).append(i)
-    for groups, indices in places.items():
-        stacked[indices] = _sum_(stacked[indices].square(), groups).sqrt()
+    for owners, indices in places.items():
+        stacked[indices] = _sum_(stacked[indices].square(), owners).sqrt()
     return stacked
 
 

@@ -258,13 +258,13 @@ def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradien
     return dx, torch.where(scale < 0, -ds, ds).to(scale.dtype)
 
 
-def lsq_grad_scale(count: int, quant_max: int) -> float:
+def lsq_grad_scale(count: int, quant_max: float) -> float:
     """Return LSQ's gradient scale ``gs = 1 / sqrt(N * Qp)``.
 
     Args:
         count: N, how many entries of ONE sample share the step size: the weights of the tensor, channel or group;
             for activations the features of one sample.
-        quant_max: Qp.
+        quant_max: Qp, the highest level in units of s.
 
     Returns:
         The factor of the step size's gradient.

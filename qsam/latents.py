@@ -94,7 +94,8 @@ class Slot:
         """Note what p holds now; a layer that multiplies integers asks its quantizer whether p is on the grid."""
         if holds != self.p_holds:
             self.p_holds = holds
-            self.quantizer.off_grid = holds != "quantized"
+            # Q(w + e) is on the grid too.
+            self.quantizer.off_grid = holds == "latent" or (holds == "perturbed" and self.inner_e is None)
 
     def point(self) -> Tensor:
         """Return where Q was evaluated: w, or ``w + e``; where w has no scale yet, any e would be beyond the grid."""
@@ -432,9 +433,12 @@ class Latents:
             self.write()
 
     def move_input_noise(self) -> None:
-        """Go on to the next draw of the inputs' noise; the weights' is moved by ``update``, and here there is no w."""
+        """Move the state of the inputs' quantizers: the next draw of noise, and ranges by what was seen."""
         for noise in self._input_noises:
             noise.advance()
+        for row in self.coverage.inputs if self.coverage is not None else ():
+            if row.quantizer is not None:
+                row.quantizer.take_observations()
 
     # --- other writers and owners ---------------------------------------------------------------------------------
 

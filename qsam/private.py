@@ -54,7 +54,6 @@ STABLE = {
     "_fsdp_flattened": "Tells FSDP1's Parameters, which are refused; asked for with a default.",
     "_mp_policy": "Goes with FSDPModule._get_fsdp_state.",
     "_BatchNorm": "The base class of all BatchNorms, so that subclasses count.",
-    "_NormBase": "As _BatchNorm, of BatchNorms and InstanceNorms: what may keep running statistics.",
     "_ConvNd": "As _BatchNorm, of convolutions.",
     "_ConvTransposeNd": "As _ConvNd.",
     "_result": "Lightning's closure: the losses of its calls.",

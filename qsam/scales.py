@@ -19,13 +19,13 @@ _SEARCH_ENTRIES = 2**18
 """Entries of one row that the MSE search looks at; of a longer row, a sample."""
 
 
-def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Tensor:
+def initial_scale(rows: Tensor, quant_min: float, quant_max: float, init: str) -> Tensor:
     """Return the initial step size of each row.
 
     Args:
         rows: Shape ``(R, n)``, any floating dtype; each row shares one scale.
-        quant_min: Qn.
-        quant_max: Qp.
+        quant_min: Qn, the lowest level in units of the step.
+        quant_max: Qp, the highest. The levels between are one step apart: whole numbers, or halves between them.
         init: ``"mse"`` (least squared error), ``"lsq"`` (``2 * mean|x| / sqrt(Qp)``, the LSQ paper's), ``"absmax"``
             (``max|x| / Qp``) or ``"percentile"`` (99.9 % of ``|x|``, over Qp).
 
@@ -54,15 +54,15 @@ def initial_scale(rows: Tensor, quant_min: int, quant_max: int, init: str) -> Te
     return scale.masked_fill(empty.squeeze(1), 0.0).to(torch.float32)
 
 
-def _lsq(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def _lsq(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
     return 2 * rows.abs().mean(dim=1) / math.sqrt(quant_max)
 
 
-def _absmax(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def _absmax(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
     return rows.abs().amax(dim=1) / quant_max if rows.numel() else rows.new_ones(rows.shape[0])
 
 
-def _percentile(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def _percentile(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
     if not rows.numel():
         return rows.new_ones(rows.shape[0])
     rank = max(1, round(0.999 * rows.shape[1]))
@@ -70,15 +70,16 @@ def _percentile(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
     return torch.where(value > 0, value, 1.0) / quant_max
 
 
-def _mse(rows: Tensor, quant_min: int, quant_max: int) -> Tensor:
+def _mse(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
     """Search 24 log-spaced steps, then 48 between the neighbours of the best, then alternate as Lloyd's algorithm does.
 
     Its two halves, "round" and "best step for these codes", are least-squares solutions: neither raises the error.
     """
     rows = _sampled(rows)
+    offset = quant_min % 1  # 1/2 where the levels are halves between whole numbers
 
     def codes(step: Tensor) -> Tensor:
-        return torch.round((rows / step).clamp(quant_min, quant_max))
+        return torch.round((rows / step).clamp(quant_min, quant_max) - offset) + offset
 
     def better(best: Tensor, least: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         found = (codes(step) * step - rows).square().sum(dim=1, keepdim=True)
@@ -107,7 +108,7 @@ def _sampled(rows: Tensor) -> Tensor:
     return rows[:, chosen.to(rows.device)]
 
 
-INIT_RULES: dict[str, Callable[[Tensor, int, int], Tensor]] = {
+INIT_RULES: dict[str, Callable[[Tensor, float, float], Tensor]] = {
     "mse": _mse,
     "lsq": _lsq,
     "absmax": _absmax,

@@ -12,7 +12,7 @@ import argparse
 import json
 import statistics
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,18 +40,15 @@ class Group:
 
 def report(folder: Path, task: str) -> list[Path]:
     """Print and draw the comparison of a task, one for each set of rows that was measured on; return the pictures."""
-    found = read_results(folder, task)
-    pictures: list[Path] = []
-    for evaluated_on in dict.fromkeys(result["config"]["evaluated_on"] for result in found):
-        groups = grouped(result for result in found if result["config"]["evaluated_on"] == evaluated_on)
-        title, stem = f"{task}, measured on {evaluated_on}", task
-        if "holdout" in groups[0].results[0]["dev"]:
-            stem += "-holdout"
-        number = sum(path.stem.startswith(stem) for path in pictures)
-        pictures.append(folder / f"{stem}{f'-{number + 1}' if number else ''}.png")
+    sets: dict[str, list[Json]] = {}
+    for result in read_results(folder, task):
+        sets.setdefault(result["config"]["evaluated_on"], []).append(result)
+    pictures = []
+    for number, (evaluated_on, found) in enumerate(sets.items(), 1):
+        groups, title = grouped(found), f"{task}, measured on {evaluated_on}"
+        pictures.append(folder / f"{task}{f'-{number}' if number > 1 else ''}.png")
         draw(groups, title, pictures[-1])
-        lines = ["", title, "", *table(groups), "", *notes(groups), f"picture: {pictures[-1]}"]
-        print("\n".join(lines), flush=True)
+        print("\n".join(["", title, "", *table(groups), "", *notes(groups), f"picture: {pictures[-1]}"]), flush=True)
     return pictures
 
 
@@ -67,29 +64,34 @@ def grouped(results: Iterable[Json]) -> list[Group]:
     for result in results:
         key = json.dumps({name: value for name, value in result["config"].items() if name != "seed"}, sort_keys=True)
         groups.setdefault(key, []).append(result)
-    named = [(_name(found[0]["config"]), _flat(found[0]["config"]), found) for found in groups.values()]
-    order = []
-    for name, flat, found in named:
-        rest = [other for other_name, other, _ in named if other_name == name]
-        differing = [key for key in flat if any(other.get(key) != flat[key] for other in rest)]
+    entries = []
+    for found in groups.values():
         config = found[0]["config"]
-        rank = ({"fp32": 0, "rtn": 1}.get(config["method"], 2), config.get("bits", 0))
-        order.append((rank, name + "".join(f" {key}={flat[key]}" for key in differing), found))
-    return [Group(label, found) for _, label, found in sorted(order, key=lambda entry: entry[:2])]
+        name = config["method"] + (f" W{config['bits']}A{config['activation_bits']}" if "bits" in config else "")
+        rank = ({"fp32": 0, "rtn": 1}.get(config["method"], 2), config.get("bits", 0), name)
+        entries.append((rank, flat(config, NOT_IN_LABELS), found))
+    named = []
+    for rank, settings, found in sorted(entries, key=lambda entry: entry[0]):
+        others = [other for other_rank, other, _ in entries if other_rank == rank]
+        differing = [f" {key}={value}" for key, value in settings.items() if any(o.get(key) != value for o in others)]
+        named.append(Group(rank[2] + "".join(differing), found))
+    return named
 
 
-def _name(config: Mapping[str, Any]) -> str:
-    return config["method"] + (f" W{config['bits']}A{config['activation_bits']}" if "bits" in config else "")
+def flat(config: Mapping[str, Any], without: Container[str] = (), prefix: str = "") -> Json:
+    """Return settings without nesting.
 
-
-def _flat(config: Mapping[str, Any], prefix: str = "") -> Json:
-    flat: Json = {}
+    Example:
+        >>> flat({"lr": 1e-5, "seed": 0, "fp32": {"epochs": 5}}, without={"seed"})
+        {'lr': 1e-05, 'fp32.epochs': 5}
+    """
+    found: Json = {}
     for key, value in config.items():
         if isinstance(value, Mapping):
-            flat.update(_flat(value, f"{prefix}{key}."))
-        elif key not in NOT_IN_LABELS:
-            flat[prefix + key] = value
-    return flat
+            found |= flat(value, without, f"{prefix}{key}.")
+        elif key not in without:
+            found[prefix + key] = value
+    return found
 
 
 def table(groups: Sequence[Group]) -> list[str]:
@@ -108,15 +110,15 @@ def table(groups: Sequence[Group]) -> list[str]:
         cells += [f"{statistics.mean(group.values(name)):.0f}" for name in ("steps", "passes", "seconds")]
         rows.append([*cells, str(len(group.results))])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first_cell, *numbers in rows:
-        right = (f"{cell:>{width}}" for cell, width in zip(numbers, widths[1:], strict=True))
-        lines.append("  ".join([f"{first_cell:<{widths[0]}}", *right]))
+    lines = [
+        "  ".join(f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
+        for row in rows
+    ]
     return [lines[0], "-" * len(lines[0]), *lines[1:]]
 
 
 def notes(groups: Sequence[Group]) -> list[str]:
-    """Return what a reader of the table must know."""
+    """Return the lines below the table."""
     lines = ["metrics in percent; a pass is one forward and backward over a batch; seconds are of the steps alone"]
     seeds = [len(group.results) for group in groups]
     lines += ["mean ± standard error over the seeds"] if max(seeds) > 1 else []

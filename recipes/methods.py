@@ -23,25 +23,17 @@ from qsam.optim import OPTIMIZERS
 PASSES = {"same_batch": 3.0, "next_batch": 1.5, "fused": 2.0}
 """Forward-backward passes per step of SQuAT, by schedule."""
 
-LEVELS = {"fp32": "full precision", "rtn": "rounded to nearest, without training"}
-"""The two rows of a table that are no methods of qsam."""
+LEVELS = ("fp32", "rtn")
+"""The rows of a table that no optimizer of qsam trains: full precision, and its weights rounded to nearest."""
 
-_ALIASES = {"lsq": "qat"}
 _QUANTIZATION = ("weights", "activations", "bits", "activation_bits", "granularity", "group_size", "init")
-_SHARED = ("rho", "schedule", "scale_lr")
-_NOT_SETTINGS = {"params", "scale_optimizer", "perturbation_scope", "ddp"}
+_SHARED = {"rho": 0.1, "schedule": "fused", "scale_lr": 0.1}  # with values to try them with
+_NOT_SETTINGS = ("params", "scale_optimizer", "perturbation_scope", "ddp")
 
 
 @dataclass(frozen=True)
 class Method:
-    """One method with its settings.
-
-    Attributes:
-        text: The method as it was written; it names folders and rows of tables.
-        name: ``"fp32"``, ``"rtn"``, or the registered name of an optimizer.
-        factor: How many times the usual number of steps.
-        settings: The settings after the colon.
-    """
+    """One method: as it was written, its registered name, how many times the usual steps, and its settings."""
 
     text: str
     name: str
@@ -49,33 +41,23 @@ class Method:
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     @property
-    def quantizes(self) -> bool:
-        """Whether the result is a quantized model."""
-        return self.name == "rtn" or (self.trains and OPTIMIZERS.get(self.name).quantizes)
-
-    @property
     def trains(self) -> bool:
         """Whether an optimizer of qsam runs."""
         return self.name not in LEVELS
 
+    @property
+    def quantizes(self) -> bool:
+        """Whether the result is a quantized model."""
+        return self.name == "rtn" or (self.trains and OPTIMIZERS.get(self.name).quantizes)
+
     def configured(self, shared: Mapping[str, Any]) -> dict[str, Any]:
-        """Return all settings of this method: its own, and those of ``shared`` that it takes.
-
-        Which it takes is tried on a model of one layer.
-
-        Raises:
-            ValueError: with the method's text, if a setting does not exist or makes no sense.
-        """
-        own = {key: value for key, value in shared.items() if self.quantizes and key in _QUANTIZATION} | dict(
-            self.settings
-        )
-        for key in _SHARED if self.trains else ():
-            if key in shared and key not in own and self._takes({key: shared[key]}):
-                own[key] = shared[key]
-        for key, value in self.settings.items():
-            known = self.quantizes if key in _QUANTIZATION else self.trains and key not in _NOT_SETTINGS
-            if not known or (key not in _QUANTIZATION and not self._takes({key: value})):
+        """Return all settings of this method: its own, and those of ``shared`` that it takes (a small model tells)."""
+        for key in self.settings:
+            if key in _NOT_SETTINGS or not (self.quantizes if key in _QUANTIZATION else self.trains):
                 raise ValueError(f"`--method {self.text}`: {self.name} has no setting {key!r}.")
+        own = {key: value for key, value in shared.items() if self.quantizes and key in _QUANTIZATION}
+        own |= {key: shared[key] for key in _SHARED if key in shared and self._takes(key)}
+        own |= self.settings
         try:
             self._try(own)
         except (TypeError, ValueError) as error:
@@ -89,44 +71,33 @@ class Method:
     def optimizer(
         self, model: nn.Module, base: type[torch.optim.Optimizer], config: Mapping[str, Any], **arguments: Any
     ) -> torch.optim.Optimizer:
-        """Return the method's optimizer over a model.
-
-        Args:
-            model: The model, quantized if the method quantizes.
-            base: The base optimizer's class.
-            config: Settings by name: the shared ones, and the method's own.
-            arguments: Keywords of the base; the method's own settings go before them.
-        """
-        names = [key for key in (*_SHARED, *self.settings) if key in config and key not in _QUANTIZATION]
-        settings = {key: config[key] for key in names}
-        rates = settings.get("scale_lr")
-        if isinstance(rates, list):
-            settings["scale_lr"] = tuple(rates) if len(rates) == 2 else rates[0] if rates else None
+        """Return the method's optimizer around a base with these arguments; the base itself for fp32 and rtn."""
+        if not self.trains:
+            return base(**{"params": model.parameters(), **arguments})
+        settings = {
+            key: config[key] for key in (*_SHARED, *self.settings) if key in config and key not in _QUANTIZATION
+        }
+        if isinstance(rates := settings.get("scale_lr"), list):
+            settings["scale_lr"] = tuple(rates) if len(rates) > 1 else rates[0]
         optimizer: torch.optim.Optimizer = OPTIMIZERS.get(self.name)(model, base, **{**arguments, **settings})
         return optimizer
 
-    def _takes(self, setting: Mapping[str, Any]) -> bool:
+    def _takes(self, key: str) -> bool:
         try:
-            self._try(setting)
+            self._try({key: _SHARED[key]})
         except TypeError:
             return False
-        except ValueError:  # it exists, and the value is wrong or wants another setting beside it
-            return True
-        return True
+        return self.trains
 
     def _try(self, config: Mapping[str, Any]) -> None:
         model = nn.Sequential(nn.Linear(int(config.get("group_size") or 8), 8))
         if self.quantizes:
             self.quantize_(model, config, rules=[("*", {})])
-        if self.trains:
-            self.optimizer(model, torch.optim.Adam, config, lr=1e-3)
+        self.optimizer(model, torch.optim.Adam, config, lr=1e-3)
 
 
 def parse_method(text: str) -> Method:
-    """Read one method as the command line writes it.
-
-    Raises:
-        ValueError: if there is no such method, or a setting has no value.
+    """Read one method as the command line writes it; ValueError if there is none, or a setting has no value.
 
     Example:
         >>> parse_method("saq:case=1,rho=.02")
@@ -136,22 +107,26 @@ def parse_method(text: str) -> Method:
     """
     head, _, tail = text.partition(":")
     match = re.fullmatch(r"([a-z][a-z0-9_]*?)(?:(\d+(?:\.\d+)?)x)?", head)
-    name = _ALIASES.get(match[1], match[1]) if match else head
+    name = {"lsq": "qat"}.get(match[1], match[1]) if match else head
     if match is None or (name not in LEVELS and name not in OPTIMIZERS):
-        raise ValueError(f"`--method {text}`: the methods are {', '.join([*LEVELS, *_ALIASES, *OPTIMIZERS])}.")
+        raise ValueError(f"`--method {text}`: the methods are {', '.join([*LEVELS, 'lsq', *OPTIMIZERS])}.")
     factor = float(match[2] or 1)
     if factor <= 0 or (factor != 1 and name in LEVELS):
         raise ValueError(f"`--method {text}`: {name} cannot have {factor:g} times the steps.")
-    return Method(text, name, factor, dict(_setting(text, word) for word in tail.split(",") if tail))
+    settings = {}
+    for word in tail.split(",") if tail else ():
+        key, _, value = word.partition("=")
+        if not (key and value):
+            raise ValueError(f"`--method {text}`: after the colon comes setting=value, got {word!r}.")
+        settings[key.replace("-", "_")] = _read(value)
+    return Method(text, name, factor, settings)
 
 
-def _setting(text: str, word: str) -> tuple[str, Any]:
-    key, _, value = word.partition("=")
-    if not (key and value):
-        raise ValueError(f"`--method {text}`: after the colon comes setting=value, got {word!r}.")
-    for read in (json.loads, float, str):  # 2, false and null; .5; any other word
+def _read(value: str) -> Any:
+    """Return 2, false or null; .5; or any other word as it is."""
+    for read in (json.loads, float):
         try:
-            return key.replace("-", "_"), read(value)
+            return read(value)
         except ValueError:
             continue
-    raise AssertionError("str() reads any word")
+    return value

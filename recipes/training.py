@@ -1,13 +1,11 @@
-"""Everything that both recipes share: options, run folders, the Hugging Face Trainer, and the comparison at the end.
+"""What both recipes share: options, run folders, the Hugging Face Trainer, and the results.
 
 A run is a folder of the output folder, named after task, method, bits and seed:
 
     run.json        the settings, written first; a run of other settings in the same folder is refused
     checkpoint-N/   the Trainer's checkpoints, with `whole.json` once they are complete; removed at the end
-    model/          the trained model, `qsam.json` and the course of the training; complete as soon as it is there
+    model/          the trained model: an ordinary checkpoint with `qsam.json`
     results.json    written last: a run that has it is finished, and skipped
-
-The lines that qsam needs are marked. Hugging Face's Trainer is the loop; examples/by_hand.py shows one by hand.
 """
 
 from __future__ import annotations
@@ -26,7 +24,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal
@@ -38,35 +36,46 @@ from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
 
 import qsam
 from qsam.integrations.trainer import TrainerMixin
-from recipes.compare import RESULTS, report
+from recipes.compare import RESULTS, flat, report
 from recipes.methods import PASSES, parse_method
 from recipes.offline import fixed_order
 from recipes.voice import voice
 
 Json = dict[str, Any]
-CONFIG, WHOLE, MODEL, COURSE, FIT = "run.json", "whole.json", "model", "course.json", "fit.json"
-PART_ROWS = 1_000
-"""Rows of the fixed part of the training set that the final training loss and the sharpness are measured on."""
-
+CONFIG, WHOLE, FIT = "run.json", "whole.json", "fit.json"
+PART_ROWS = 1_000  # of the training set: the final training loss and the sharpness are measured on them
 CALIBRATION_BATCHES, SHARPNESS_STEPS = 8, 8
-FIT_STEPS, FIT_SECONDS, FIT_MARGIN = 8, 10.0, 1.3
-"""Steps that `--fit-minutes` times per method after the first one, seconds after which two are enough, and the factor
-by which later steps may take longer."""
+FIT_STEPS, FIT_SECONDS, FIT_MARGIN = 9, 10.0, 1.3  # timed per method, or fewer in so many seconds; later steps may slow
+TIMEOUT = int(os.environ.get("QSAM_TIMEOUT", "600"))  # seconds that a process waits for the others
+HAS_BF16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else (
+    torch.cpu.get_capabilities().get("avx512_bf16", False))  # fmt: skip
+MAY_BE_0 = {"rho", "lr", "fp32_lr", "scale_lr", "seed", "fit_minutes", "momentum", "weight_decay", "warmup_epochs",
+            "workers", "reestimate_batchnorm"}  # fmt: skip
+PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "scikit-learn", "scipy")
+VERSIONS = {"python": platform.python_version(), "qsam": qsam.__version__,
+            **{name: version(name) for name in PACKAGES if list(distributions(name=name))}}  # fmt: skip
+DESCRIBE = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40", "--match="]
 
-TIMEOUT = int(os.environ.get("QSAM_TIMEOUT", "600"))
-"""Seconds that a process waits for the others."""
+Experiment = Any
+"""A recipe's part: one data set and one kind of model. It has
 
+    facts                        its own settings that decide results, "task" and "evaluated_on" among them
+    train, part, dev             datasets: training rows, a fixed part of them, and by name those that are measured on
+    collate(rows), lengths       makes a batch, a dict with "labels"; tokens per training row, or None
+    warmup_epochs, workers       epochs over which the rates rise; processes that load rows
+    model(folder)                the float model of a folder; None: the one to start from
+    prepare(model, config, batches)           quantizes the model if the method does, and returns the optimizer
+    loss(model, batch)           the mean loss over the rows, and the outputs
+    metric, metrics(predictions, labels)      the name of the main metric; all of them
+    after_training_(model, config, batches)
+    save(folder, model, weights)              writes an ordinary checkpoint, on the grid
+"""
 
-def default_precision() -> str:
-    """Return "bf16" if the hardware computes in it, else "fp32"."""
-    if torch.cuda.is_available():
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    return "bf16" if torch.cpu.get_capabilities().get("avx512_bf16", False) else "fp32"
+# --- options ----------------------------------------------------------------------------------------------------------
 
 
 def option(default: Any, words: str) -> Any:
@@ -98,11 +107,9 @@ class Options:
     holdout: float | None = option(None, "set this fraction of the training rows apart, and measure there")
     sharpness: list[float] = option([], "radii: how far can the training loss rise within each (SQuAT's Algorithm 2)")
     threads: int | None = option(None, "threads of torch; a resumed run is exact with the same number")
-    precision: Literal["fp32", "bf16"] = option(default_precision(), "bf16 is autocast over fp32 weights")
+    precision: Literal["fp32", "bf16"] = option("bf16" if HAS_BF16 else "fp32", "bf16 is autocast over fp32 weights")
     output_dir: Path = option(Path("runs"), "folder of the runs")
-    tag: str | None = option(None, "a word in the names of the runs' folders, to keep settings apart (fp32 is shared)")
     save_every: int = option(500, "steps between checkpoints; each epoch ends with one too")
-    resume: bool = option(True, "continue unfinished runs and skip finished ones; --no-resume refuses them")
     fit_minutes: float = option(0.0, "shorten the training to about so many minutes in all, after timing its steps")
     demo: bool = option(False, "fp32, rtn, squat, and lsq at squat's passes, in minutes")
 
@@ -112,100 +119,99 @@ class Options:
         return shared | ({"scale_lr": self.scale_lr} if self.scale_lr else {})
 
 
-def parse_options(
-    options_class: type[Options], demo: Json, arguments: Sequence[str] | None, ranges: Sequence[Range] = ()
-) -> Any:
-    """Read and check a command line; with `--demo`, the options that it leaves out have the values in `demo`.
-
-    Raises:
-        ValueError: with the flag, the values that it takes and the one that was given.
-    """
+def parse_options(options_class: type[Options], demo: Json, arguments: Sequence[str] | None) -> Any:
+    """Read and check a command line; with `--demo`, the options that it leaves out have the values in `demo`."""
     parser: Any = HfArgumentParser(options_class, allow_abbrev=False)  # type: ignore[arg-type]
     (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     if options.demo:
         methods = ["fp32", "rtn", f"lsq{PASSES[demo.get('schedule', options.schedule)]:g}x", "squat"]
         parser.set_defaults(**{"method": methods, "fit_minutes": 8.0, **demo})
         (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
-    for names, fits, words in (*RANGES, *ranges):
-        for name in names:
-            if not fits(getattr(options, name)):
-                raise ValueError(f"`--{name.replace('_', '-')}` must be {words}, got {getattr(options, name)}.")
+    for name, value in vars(options).items():
+        is_fine = (lambda v: 0 <= v < math.inf) if name in MAY_BE_0 else (lambda v: 0 < v < math.inf)
+        numbers = [v for v in (value if isinstance(value, list) else [value]) if type(v) in {int, float}]
+        if not all(map(is_fine, numbers)):
+            words = "finite and not negative" if name in MAY_BE_0 else "finite and above 0"
+            raise ValueError(f"`--{name.replace('_', '-')}` must be {words}, got {value}.")
     for method in options.method:
         parse_method(method).configured(options.method_settings())
     return options
 
 
-Range = tuple[tuple[str, ...], Callable[[Any], bool], str]
-RANGES: list[Range] = [
-    (("bits", "activation_bits"), lambda v: 2 <= v <= 8, "an integer in [2, 8]"),
-    (("batch_size", "max_steps", "train_rows", "threads", "save_every"), lambda v: v is None or v >= 1, "at least 1"),
-    (("epochs", "fp32_epochs"), lambda v: 0 < v < math.inf, "finite and above 0"),
-    (("rho", "lr", "fp32_lr", "fit_minutes"), lambda v: 0 <= v < math.inf, "finite and not negative"),
-    (("scale_lr",), lambda v: len(v) <= 2 and all(0 <= rate < math.inf for rate in v),
-     "one rate, or two (weights, activations), not negative"),
-    (("sharpness",), lambda v: all(0 < rho < math.inf for rho in v), "radii above 0"),
-    (("holdout",), lambda v: v is None or 0 < v < 1, "a fraction between 0 and 1"),
-    (("tag",), lambda v: v is None or bool(re.fullmatch(r"[\w.=-]+", v)), "letters, digits and . _ = - only"),
-    (("seed",), lambda v: min(v) >= 0, "no negative number"),
-]  # fmt: skip
-"""Which values the options take: names, test, and words for the error."""
-
-
-Experiment = Any
-"""A recipe's part: one data set and one kind of model. It has
-
-    facts                        its own settings that decide results, "task" and "evaluated_on" among them
-    train, part, dev             datasets: training rows, a fixed part of them, and by name those that are measured on
-    collate(rows), lengths       makes a batch, a dict with "labels"; tokens per training row, or None
-    rules, warmup_epochs, workers, metric                  metric: the name of the main one
-    new_model(config), load_model(folder), save_model(folder, model)          an ordinary checkpoint, on the grid
-    base(model, config)          the base optimizer's class and its keywords, "params" among them if it has groups
-    loss(model, batch)           the mean loss over the rows, and the outputs
-    metrics(predictions, labels)
-    after_training_(model, config, batches)
-"""
-
-
-def held_out(count: int, fraction: float) -> tuple[list[int], list[int]]:
-    """Return which of `count` rows stay, and a fixed random part that is set apart.
-
-    Raises:
-        ValueError: if one of them would be empty.
-    """
-    held = round(fraction * count)
-    if not 0 < held < count:
-        raise ValueError(f"`--holdout` {fraction} of {count} training rows leaves nothing on one side.")
-    order = fixed_order(count)
-    return sorted(order[held:]), sorted(order[:held])
-
-
-def chosen_rows(count: int, options: Options) -> tuple[list[int], list[int], list[int], str]:
-    """Return of `count` training rows those to train on, those held out, a part for the final loss, and words."""
-    rows, held, words = list(range(count)), [], ""
+def choose_rows(count: int, options: Options, measured: str) -> tuple[list[int], list[int], list[int], str, str]:
+    """Return of `count` training rows those to train on, those held out, and a part for the final loss; and words."""
+    rows, words = list(range(count)), ""
+    held: list[int] = []
     if options.train_rows is not None and options.train_rows < count:
-        rows = sorted(fixed_order(count)[: options.train_rows])
+        rows, _ = cut(rows, options.train_rows)
         words = f" Training uses a fixed random part of {len(rows):,} training rows."
     if options.holdout is not None:
-        kept, apart = held_out(len(rows), options.holdout)
-        rows, held = [rows[row] for row in kept], [rows[row] for row in apart]
-    return rows, held, [rows[row] for row in sorted(fixed_order(len(rows))[:PART_ROWS])], words
+        held, rows = cut(rows, round(options.holdout * len(rows)))
+        measured = f"{len(held):,} training rows that are held out of training (a fixed random part), not the dev set"
+        if not (held and rows):
+            raise ValueError(f"`--holdout` {options.holdout} of {count} training rows leaves nothing on one side.")
+    return rows, held, cut(rows, PART_ROWS)[0], words, measured
 
 
-def held_out_words(held: list[int]) -> str:
-    """Say on which rows a run with `--holdout` is measured."""
-    return f"{len(held):,} training rows that are held out of training (a fixed random part), not the dev set"
+def cut(rows: Sequence[int], count: int) -> tuple[list[int], list[int]]:
+    """Return a fixed random part of so many rows, and the others."""
+    order = [rows[index] for index in fixed_order(len(rows))]
+    return sorted(order[:count]), sorted(order[count:])
 
 
-def command(name: str, run_all: Callable[[], None]) -> int:
-    """Run a recipe's command line; say what went wrong in a sentence.
+# --- runs -------------------------------------------------------------------------------------------------------------
 
-    Returns:
-        The exit code: 0; 2 for mistakes that the user can mend; 130 after an interruption.
-    """
+
+@dataclass(frozen=True)
+class Run:
+    """One method with one seed: its folder, and all settings that decide its result."""
+
+    folder: Path
+    config: Json
+
+    def check(self) -> None:
+        """Refuse to continue a run of other settings."""
+        if (self.folder / CONFIG).is_file():
+            there, here = flat(read_json(self.folder / CONFIG)), flat(json.loads(json.dumps(self.config)))
+            changed = [name for name in {**there, **here} if there.get(name) != here.get(name)]
+            words = "; ".join(f"{name} is {there.get(name)!r} there and {here.get(name)!r} here" for name in changed)
+            if changed:
+                raise ValueError(
+                    f"{self.folder} holds a run of other settings: {words}. Give the same settings, another "
+                    "--output-dir, or the setting after the method's name (squat:rho=.2), which names the folder too."
+                )
+
+
+def read_json(path: Path) -> Json:
+    """Read a JSON file."""
+    content: Json = json.loads(path.read_text(encoding="utf-8"))
+    return content
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a JSON file as a whole, or not at all; NaN and infinity are refused, because JSON has none."""
+    unfinished = path.with_name(f"{path.name}.partial")
+    with unfinished.open("w", encoding="utf-8") as handle:
+        handle.write(json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(unfinished, path)
+
+
+def command(name: str, read_options: Callable[[], Options], experiment: Callable[[Any], Experiment]) -> int:
+    """Run a recipe's command line, say what went wrong in a sentence, and return the exit code."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        run_all()
+        options = read_options()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT))
+        if options.batch_size % processes():
+            raise ValueError(f"`--batch-size` must be a multiple of {processes()} processes, got {options.batch_size}.")
+        voice.begin(f"{name}: reading the data.")
+        run_all(options, experiment(options))
     except (ValueError, OSError, SafetensorError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):  # torch.save on a full disk
             raise
@@ -215,20 +221,10 @@ def command(name: str, run_all: Callable[[], None]) -> int:
         print(f"{name}: interrupted; the same command goes on.", file=sys.stderr)
         return 130
     finally:
-        voice.end()
+        voice.activity = ""
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     return 0
-
-
-def prepare(options: Options) -> None:
-    """Set the number of threads, and join the processes that `torchrun` started."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        PartialState(cpu=not torch.cuda.is_available(), timeout=timedelta(seconds=TIMEOUT))
-        if options.batch_size % processes():
-            raise ValueError(f"`--batch-size` must be a multiple of {processes()} processes, got {options.batch_size}.")
 
 
 def processes() -> int:
@@ -242,126 +238,45 @@ def wait() -> None:
         torch.distributed.barrier()
 
 
-# --- runs -------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Run:
-    """One method with one seed: its folder, and all settings that decide its result."""
-
-    folder: Path
-    config: Json
-
-    def check(self, resume: bool) -> None:
-        """Refuse whatever would lose or mix results; write nothing.
-
-        Raises:
-            ValueError: if the folder holds a run of other settings, something else, or any run without `resume`.
-        """
-        if not (self.folder / CONFIG).is_file():
-            if self.folder.is_dir() and any(path.suffix != ".partial" for path in self.folder.iterdir()):
-                raise ValueError(f"{self.folder} holds files but no {CONFIG}: it is not a run. Choose another folder.")
-            return
-        try:
-            there = json.loads((self.folder / CONFIG).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self.folder / CONFIG} is not JSON ({error}): delete the folder.") from error
-        if changes := differences(there, json.loads(json.dumps(self.config))):
-            raise ValueError(
-                f"{self.folder} holds a run of other settings: {'; '.join(changes)}. Give the same settings, or "
-                "another --output-dir or --tag."
-            )
-        if not resume:
-            raise ValueError(f"{self.folder} holds this run already: leave --no-resume out, or delete the folder.")
-
-    @property
-    def is_finished(self) -> bool:
-        """Whether the results are there."""
-        return (self.folder / RESULTS).is_file()
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Say where two settings differ, one sentence per entry.
-
-    Example:
-        >>> differences({"lr": 1e-5, "fp32": {"epochs": 5}}, {"lr": 1e-5, "fp32": {"epochs": 3}})
-        ['fp32.epochs is 5 there and 3 here']
-    """
-    found = []
-    for key in dict.fromkeys([*old, *new]):
-        there, here = old.get(key), new.get(key)
-        if isinstance(there, Mapping) and isinstance(here, Mapping):
-            found += differences(there, here, f"{prefix}{key}.")
-        elif there != here:
-            found.append(f"{prefix}{key} is {there!r} there and {here!r} here")
-    return found
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write a JSON file as a whole, or not at all; NaN and infinity are refused, because JSON has none."""
-    partial_path = path.with_name(f"{path.name}.partial")
-    try:
-        with partial_path.open("w", encoding="utf-8") as handle:
-            handle.write(json.dumps(content, indent=1, allow_nan=False, default=str) + "\n")
-            handle.flush()
-            os.fsync(handle.fileno())
-        os.replace(partial_path, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial_path.unlink()
-        raise OSError(error.errno, f"{path} cannot be written: {error.strerror}") from error
-
-
-def planned_runs(options: Options, facts: Json) -> dict[tuple[str, int], Run]:
-    """Return one run per method and seed, the full-precision ones first."""
-    fp32: Json = {"epochs": options.fp32_epochs, "lr": options.fp32_lr, "max_steps": options.max_steps}
-    own: Json = {"epochs": options.epochs, "lr": options.lr, "max_steps": options.max_steps}
-    runs = {}
-    for text in dict.fromkeys(["fp32", *options.method]):
-        for seed in options.seed:
-            config = {**facts, "method": text, "seed": seed, "model": options.model, "batch_size": options.batch_size}
-            config |= {"precision": options.precision, "sharpness": options.sharpness, "processes": processes()}
-            if text == "fp32":
-                config |= fp32
-            else:
-                method = parse_method(text)
-                config |= {
-                    **(own if method.trains else {}),
-                    **method.configured(options.method_settings()),
-                    "fp32": fp32,
-                }
-            tag = f"-{options.tag}" if options.tag and text != "fp32" else ""
-            bits = f"-w{config['bits']}a{config['activation_bits']}" if "bits" in config else ""
-            name = f"{facts['task']}-{re.sub('[:,]', '-', text)}{bits}{tag}-seed{seed}"
-            runs[text, seed] = Run(Path(options.output_dir) / name, config)
-    return runs
-
-
 def run_all(options: Options, experiment: Experiment) -> None:
     """Run every method with every seed that is not finished, then print and draw the comparison."""
     if options.fit_minutes:
         fit_(options, experiment)
     runs = planned_runs(options, experiment.facts)
-    for (text, _), run in runs.items():
-        run.check(options.resume or (text == "fp32" and "fp32" not in options.method and run.is_finished))
+    for run in runs.values():
+        run.check()
     wait()
     for (text, seed), run in runs.items():
-        if run.is_finished:
+        if (run.folder / RESULTS).is_file():
             voice.say(f"{run.folder.name}: finished before.")
             continue
         if voice.is_first and not (run.folder / CONFIG).is_file():
             run.folder.mkdir(parents=True, exist_ok=True)
             write_json(run.folder / CONFIG, run.config)
         wait()
-        start = None if text == "fp32" else runs["fp32", seed].folder / MODEL
-        if not (run.folder / MODEL).is_dir():
-            train_(run, experiment, start, options.save_every)
-        wait()
-        measure(run, experiment)
-        wait()
+        start = None if text == "fp32" else runs["fp32", seed].folder / "model"
+        measure(run, experiment, train(run, experiment, start, options.save_every))
     if voice.is_first:
         report(options.output_dir, experiment.facts["task"])
     wait()
+
+
+def planned_runs(options: Options, facts: Json) -> dict[tuple[str, int], Run]:
+    """Return one run per method and seed, the full-precision ones first."""
+    fp32: Json = {"epochs": options.fp32_epochs, "lr": options.fp32_lr, "max_steps": options.max_steps}
+    own: Json = {"epochs": options.epochs, "lr": options.lr, "max_steps": options.max_steps}
+    same = {name: getattr(options, name) for name in ("model", "batch_size", "precision", "sharpness")}
+    runs = {}
+    for text in dict.fromkeys(["fp32", *options.method]):
+        method = parse_method(text)
+        settings = (own if method.trains else {}) | method.configured(options.method_settings()) | {"fp32": fp32}
+        for seed in options.seed:
+            config = {**facts, "method": text, "seed": seed, **same, "processes": processes()}
+            config |= fp32 if text == "fp32" else settings
+            bits = f"-w{config['bits']}a{config['activation_bits']}" if "bits" in config else ""
+            name = f"{facts['task']}-{re.sub('[:,]', '-', text)}{bits}-seed{seed}"
+            runs[text, seed] = Run(Path(options.output_dir) / name, config)
+    return runs
 
 
 def fit_(options: Options, experiment: Experiment) -> None:
@@ -371,43 +286,32 @@ def fit_(options: Options, experiment: Experiment) -> None:
     """
     path = Path(options.output_dir) / FIT
     if not path.is_file():
-        runs = [run for (_, seed), run in planned_runs(options, experiment.facts).items() if seed == options.seed[0]]
         begin, minutes, each = time.perf_counter(), 0.0, {}
-        with TemporaryDirectory() as scratch:
-            start = Path(scratch) / "start"
-            start.mkdir()
-            experiment.save_model(start, experiment.new_model(runs[0].config))
-            for run in runs:
-                method = parse_method(run.config["method"])
-                if method.name == "rtn":
-                    continue
-                voice.begin(f"Timing the first steps of {method.text} on this machine.")
-                course = train_(Run(Path(scratch) / run.folder.name, run.config), experiment, start, 0, FIT_STEPS + 1)
-                each[method.text] = float(np.mean(course.times[1:]))
-                minutes += len(options.seed) * steps_of(run.config, len(experiment.train)) * each[method.text] / 60
+        for (text, seed), run in planned_runs(options, experiment.facts).items():
+            if seed == options.seed[0] and text != "rtn":
+                voice.begin(f"Timing the first steps of {text} on this machine.")
+                with TemporaryDirectory() as scratch:
+                    course = train(Run(Path(scratch), run.config), experiment, None, 0, FIT_STEPS)
+                each[text] = float(np.mean(course.times[1:]))
+                minutes += len(options.seed) * steps_of(run.config, len(experiment.train)) * each[text] / 60
         left = max(options.fit_minutes / 4, options.fit_minutes - (time.perf_counter() - begin) / 60)
-        fraction = min(1.0, left / (FIT_MARGIN * minutes))
         if voice.is_first:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_json(path, {"fraction": round(fraction, 3), "minutes": minutes, "seconds_per_step": each})
+            fraction = round(min(1.0, left / (FIT_MARGIN * minutes)), 3)
+            write_json(path, {"fraction": fraction, "minutes": minutes, "seconds_per_step": each})
         wait()
-    kept = json.loads(path.read_text(encoding="utf-8"))
+    kept = read_json(path)
     options.epochs *= kept["fraction"]
     options.fp32_epochs *= kept["fraction"]
+    words = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in kept["seconds_per_step"].items())
     voice.say(
-        f"Training would take about {kept['minutes']:.1f} minutes on this machine ("
-        + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in kept["seconds_per_step"].items())
-        + f" per step). --fit-minutes gives {options.fit_minutes:g}: {kept['fraction']:.1%} of its epochs are run."
+        f"Training would take about {kept['minutes']:.1f} minutes on this machine ({words} per step). --fit-minutes "
+        f"gives {options.fit_minutes:g}: {kept['fraction']:.1%} of its epochs are run."
     )
 
 
 def steps_of(config: Json, rows: int) -> int:
-    """Return the number of steps of a run: its epochs, capped; a method like `lsq3x` takes 3 times as many.
-
-    Example:
-        >>> steps_of({"method": "lsq1.5x", "epochs": 2, "batch_size": 4, "max_steps": None}, rows=10)
-        9
-    """
+    """Return the number of steps of a run: its epochs, capped; a method like `lsq3x` takes 3 times as many."""
     steps = math.ceil(config["epochs"] * math.ceil(rows / config["batch_size"]))
     return math.ceil(parse_method(config["method"]).factor * min(steps, config["max_steps"] or steps))
 
@@ -417,8 +321,9 @@ def steps_of(config: Json, rows: int) -> int:
 
 @dataclass
 class Course:
-    """How far a training is, beside what the Trainer keeps: passes, seconds, losses, and the history per epoch."""
+    """How far a training is, beside what the Trainer keeps: losses since the last epoch, and the history per epoch."""
 
+    steps: int = 0
     passes: int = 0
     seconds: float = 0.0
     losses: list[float] = field(default_factory=list)
@@ -426,30 +331,23 @@ class Course:
     times: list[float] = field(default_factory=list)
 
 
-class PassCounter(Trainer):
+class RecipeTrainer(Trainer):
     """A Trainer that takes its batches and its loss from an experiment, and counts forward-backward passes."""
 
     def __init__(self, experiment: Experiment, precision: str, **options: Any) -> None:
         self.experiment, self.precision, self.course, self.starts_step = experiment, precision, Course(), False
         super().__init__(data_collator=experiment.collate, compute_metrics=self._metrics, **options)
+        self.remove_callback(transformers.PrinterCallback)
 
     def get_train_dataloader(self) -> DataLoader:
         """Return batches whose order follows from the seed and the epoch alone: a resumed run sees the same ones."""
-        size = self.args.per_device_train_batch_size
-        order = Shuffled(len(self.experiment.train), size * processes(), self.args.seed, self.experiment.lengths)
-        loader = DataLoader(
-            self.experiment.train,
-            size,
-            sampler=order,
-            collate_fn=self.data_collator,
-            num_workers=self.experiment.workers,
-        )
+        size, rows, workers = self.args.per_device_train_batch_size, self.experiment.train, self.experiment.workers
+        order = Shuffled(len(rows), size * processes(), self.args.seed, self.experiment.lengths)
+        loader = DataLoader(rows, size, sampler=order, collate_fn=self.data_collator, num_workers=workers)
         prepared: DataLoader = self.accelerator.prepare(loader)
         return prepared
 
-    def compute_loss(
-        self, model: nn.Module, inputs: Json, return_outputs: bool = False, num_items_in_batch: Any = None
-    ) -> Any:
+    def compute_loss(self, model: nn.Module, inputs: Json, return_outputs: bool = False, *_: Any, **__: Any) -> Any:
         """Return the experiment's loss, under autocast if asked for."""
         with torch.autocast(self.args.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
             loss, outputs = self.experiment.loss(model, inputs)
@@ -469,30 +367,30 @@ class PassCounter(Trainer):
             self.starts_step = False
         return loss
 
+    def scores(self, rows: Any) -> dict[str, float]:
+        """Return loss and metrics over rows."""
+        found = {name.removeprefix("eval_"): float(value) for name, value in self.evaluate(rows).items()}
+        return {
+            name: value
+            for name, value in found.items()
+            if not name.endswith(("epoch", "runtime", "_per_second", "_time"))
+        }
+
     def _metrics(self, found: EvalPrediction) -> dict[str, float]:
         if not np.isfinite(found.predictions).all():
             raise ValueError("the model's outputs hold NaN or infinity: the training has diverged. Lower --lr.")
         return self.experiment.metrics(found.predictions, found.label_ids)
 
 
-class QsamTrainer(TrainerMixin, PassCounter):  # qsam
+class QsamTrainer(TrainerMixin, RecipeTrainer):  # qsam
     """The same, which runs all passes of a step."""
 
 
 class Follower(TrainerCallback):
     """Keeps the course of a training, says how far it is, and makes checkpoints that a kill cannot spoil."""
 
-    def __init__(self, trainer: PassCounter, name: str, save_every: int) -> None:
-        self.trainer, self.name, self.save_every = trainer, name, save_every
-        self.bar: Any = None
-        self.begin = 0.0
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Show a bar on a terminal."""
-        hidden = None if voice.is_first else True  # None: no bar where there is no terminal
-        self.bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self.name, disable=hidden)
-        voice.has_bar = not self.bar.disable
-        torch.manual_seed(args.seed + 1_000_003 * args.process_index)  # each process drops out on its own
+    def __init__(self, trainer: RecipeTrainer, name: str, save_every: int) -> None:
+        self.trainer, self.name, self.save_every, self.begin = trainer, name, save_every, 0.0
 
     def on_step_begin(self, *_: Any, **__: Any) -> None:
         """Start the clock."""
@@ -500,63 +398,40 @@ class Follower(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Stop the clock; ask for a checkpoint, but at an epoch's end, which asks for one after its evaluation."""
-        course, epoch = self.trainer.course, self._steps_per_epoch(args)
+        course, step = self.trainer.course, state.global_step
+        course.steps = step
         course.times.append(time.perf_counter() - self.begin)
         course.seconds += course.times[-1]
-        left = np.mean(course.times) * (state.max_steps - state.global_step)
-        loss = np.mean(course.losses[-10:])
-        self.bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        self.bar.update()
-        voice.activity = (
-            f"{self.name}: step {state.global_step}/{state.max_steps}, loss {loss:.3f}, {left:.0f} s of training left"
-        )
-        timed = self.save_every == 0 and processes() == 1 and len(course.times) > 2
-        if timed and course.seconds > FIT_SECONDS:
-            control.should_training_stop = True
-        last = state.global_step >= state.max_steps
-        control.should_save = self.save_every > 0 and not last and state.global_step % self.save_every == 0
-        control.should_save &= state.global_step % epoch != 0
+        loss, left = np.mean(course.losses[-10:]), np.mean(course.times) * (state.max_steps - step)
+        said = f"{self.name}: step {step}/{state.max_steps}, loss {loss:.3f}, {left:.0f} s of training left"
+        voice.activity = said if args.disable_tqdm else ""  # on a terminal the Trainer's bar says it
+        if not self.save_every:  # the first steps are timed
+            control.should_training_stop |= processes() == 1 and len(course.times) > 2 and course.seconds > FIT_SECONDS
+        elif step < state.max_steps:
+            epoch = math.ceil(len(self.trainer.experiment.train) / (args.per_device_train_batch_size * processes()))
+            control.should_save = step % self.save_every == 0 and step % epoch != 0
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Begin an entry of the history."""
-        course = self.trainer.course
-        counts = {"epoch": len(course.history) + 1, "step": state.global_step, "passes": course.passes}
-        mean = float(np.mean(course.losses)) if course.losses else None
-        course.history.append({**counts, "seconds": course.seconds, "mean_loss": mean, "dev": {}})
+        """Add an entry to the history; the last evaluation is that of the saved model."""
+        course, goes_on = self.trainer.course, bool(self.save_every) and state.global_step < state.max_steps
+        entry = {"epoch": len(course.history) + 1, "step": state.global_step, "passes": course.passes,
+                 "seconds": course.seconds, "mean_loss": float(np.mean(course.losses)), "dev": {}}  # fmt: skip
+        course.history.append(entry)
         course.losses = []
-        goes_on = state.global_step < state.max_steps
-        control.should_evaluate = control.should_evaluate and goes_on  # the last evaluation is that of the saved model
-        control.should_save = self.save_every > 0 and goes_on
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **options: Any) -> None:
-        """Add to the entry what was measured."""
-        entry, metrics = self.trainer.course.history[-1], options["metrics"]
-        for key in self.trainer.experiment.dev:
-            prefix = f"eval_{key}_"
-            if f"{prefix}loss" in metrics:
-                entry["dev"][key] = clean(metrics, prefix)
-                words = " ".join(f"{name} {value:.4f}" for name, value in entry["dev"][key].items())
-                voice.say(
-                    f"{self.name}: step {state.global_step}/{state.max_steps}, training loss {entry['mean_loss']:.4f}, "
-                    f"{key} {words}, {entry['passes']} passes, {entry['seconds']:.0f} s"
-                )
+        for key, rows in self.trainer.experiment.dev.items() if goes_on else ():
+            entry["dev"][key] = self.trainer.scores(rows)
+            words = " ".join(f"{name} {value:.4f}" for name, value in entry["dev"][key].items())
+            said = f"training loss {entry['mean_loss']:.4f}, {key} {words}, {course.passes} passes"
+            voice.say(f"{self.name}: step {state.global_step}/{state.max_steps}, {said}, {course.seconds:.0f} s")
+        control.should_save = goes_on
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Write, last of all, what says that a checkpoint is complete."""
         wait()
         if voice.is_first:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            course = {**asdict(self.trainer.course), "times": []}
-            write_json(folder / WHOLE, {"files": checksums(folder), "course": course})
+            write_json(folder / WHOLE, {"files": checksums(folder), "course": asdict(self.trainer.course)})
         wait()
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Take the bar away."""
-        self.bar.close()
-        voice.has_bar = False
-
-    def _steps_per_epoch(self, args: Any) -> int:
-        return math.ceil(len(self.trainer.experiment.train) / (args.per_device_train_batch_size * processes()))
 
 
 class Shuffled(Sampler[int]):
@@ -566,8 +441,7 @@ class Shuffled(Sampler[int]):
     augmentation from it.
     """
 
-    CHUNK = 50
-    """Batches that are sorted by length together: most of the padding goes, most of the randomness stays."""
+    CHUNK = 50  # batches that are sorted by length together: most padding goes, most of the randomness stays
 
     def __init__(self, rows: int, batch_size: int, seed: int, lengths: Sequence[int] | None) -> None:
         self.rows, self.batch_size, self.seed, self.lengths, self.epoch = rows, batch_size, seed, lengths, 0
@@ -585,85 +459,65 @@ class Shuffled(Sampler[int]):
         if self.lengths is None:
             return iter(((self.seed * 100_000 + self.epoch) * self.rows + order).tolist())
         lengths, size = np.asarray(self.lengths), self.batch_size
-        chunks = [order[i : i + self.CHUNK * size] for i in range(0, self.rows, self.CHUNK * size)]
+        chunks = np.split(order, range(self.CHUNK * size, self.rows, self.CHUNK * size))
         order = np.concatenate([chunk[np.argsort(lengths[chunk], kind="stable")] for chunk in chunks])
         full = self.rows // size * size  # the smaller batch stays last
-        batches = chance.permutation(order[:full].reshape(-1, size))
-        return iter([*batches.ravel().tolist(), *order[full:].tolist()])
+        return iter([*chance.permutation(order[:full].reshape(-1, size)).ravel().tolist(), *order[full:].tolist()])
 
 
-def train_(
+def train(
     run: Run, experiment: Experiment, start: Path | None, save_every: int, max_steps: int | None = None
 ) -> Course:
-    """Train a method from its checkpoint if there is one, and save the model; `max_steps` only times the first steps.
-
-    Args:
-        run: The run.
-        experiment: Data, model, loss and metrics.
-        start: Folder of the full-precision model; None: a new model is trained in full precision.
-        save_every: Steps between checkpoints.
-        max_steps: Number of steps, without evaluation, checkpoint or result.
-    """
-    config, method = run.config, parse_method(run.config["method"])
-    voice.begin(f"{run.folder.name}: loading the model.")
+    """Train a method from its checkpoint if there is one, and save the model; `max_steps` only times first steps."""
+    config, method, name = run.config, parse_method(run.config["method"]), run.folder.name
+    voice.begin(f"{name}: preparing the model; the first time on a machine, qsam compiles its kernels.")
     arguments = trainer_arguments(run, experiment, max_steps)
     torch.manual_seed(config["seed"])  # what is not pretrained is drawn here
-    model = (experiment.new_model(config) if start is None else experiment.load_model(start)).to(arguments.device)
-    coverage = None
-    if method.quantizes:
-        voice.begin(f"{run.folder.name}: quantizing the model; the first time on a machine, kernels are compiled.")
-        coverage = method.quantize_(model, config, experiment.rules)  # qsam
-        if any(row.quantizer is not None for row in coverage.inputs):
-            qsam.calibrate(
-                model, list(first_batches(experiment, config, CALIBRATION_BATCHES, arguments.device))
-            )  # qsam
-    base, keywords = experiment.base(model, config)
-    if method.trains:
-        optimizer = method.optimizer(model, base, config, **keywords)  # qsam
-    else:
-        optimizer = base(**{"params": model.parameters(), **keywords})
-    trainer = (QsamTrainer if method.trains else PassCounter)(
+    model = experiment.model(start).to(arguments.device)
+    optimizer = experiment.prepare(model, config, batches_of(experiment, config, arguments.device))
+    trainer = (QsamTrainer if method.trains else RecipeTrainer)(
         experiment, config["precision"], model=model, args=arguments, train_dataset=experiment.train,
-        eval_dataset=experiment.dev, optimizers=(optimizer, None),
+        optimizers=(optimizer, None),
     )  # fmt: skip
-    trainer.remove_callback(transformers.PrinterCallback)
-    trainer.add_callback(Follower(trainer, run.folder.name, 0 if max_steps else save_every))
+    trainer.add_callback(Follower(trainer, name, 0 if max_steps else save_every))
+    torch.manual_seed(config["seed"] + 1_000_003 * arguments.process_index)  # each process drops out on its own
     if method.name == "rtn":
         qsam.write_(model)  # qsam
     else:
         trainer.train(resume_from_checkpoint=whole_checkpoint(run.folder, trainer))
-    if max_steps:
-        return trainer.course
-    if trainer.course.passes:
-        experiment.after_training_(model, config, first_batches(experiment, config, None, arguments.device))
-    if voice.is_first:
-        save_trained(run, experiment, model, coverage, trainer)
+        experiment.after_training_(model, config, batches_of(experiment, config, arguments.device))
+    if voice.is_first and not max_steps:
+        (run.folder / "model").mkdir(exist_ok=True)
+        weights = {name: value for name, value in model.state_dict().items() if "_quantizer." not in name}
+        experiment.save(run.folder / "model", model, weights)
+        if (coverage := qsam.coverage_of(model)) is not None:
+            coverage.save(run.folder / "model")  # qsam
+    wait()
     return trainer.course
 
 
 def trainer_arguments(run: Run, experiment: Experiment, max_steps: int | None) -> TrainingArguments:
-    """Return the Trainer's settings: the cosine schedule, no clipping, an evaluation after each epoch."""
-    config, rows = run.config, len(experiment.train)
+    """Return the Trainer's settings: the cosine schedule and no clipping."""
+    config, rows, has_gpu = run.config, len(experiment.train), torch.cuda.is_available()
     steps = max_steps or (steps_of(config, rows) if "epochs" in config else 1)
     warmup = min(steps // 4, round(experiment.warmup_epochs * math.ceil(rows / config["batch_size"])))
     return TrainingArguments(
         output_dir=str(run.folder), seed=config["seed"], max_steps=steps, warmup_steps=0 if max_steps else warmup,
         per_device_train_batch_size=config["batch_size"] // processes(), per_device_eval_batch_size=64,
-        lr_scheduler_type="cosine", learning_rate=config.get("lr", 0.0), max_grad_norm=0.0,
-        eval_strategy="no" if max_steps else "epoch", save_strategy="no", save_total_limit=2, logging_strategy="no",
-        report_to="none", disable_tqdm=True, label_names=["labels"], remove_unused_columns=False,
-        average_tokens_across_devices=False, dataloader_pin_memory=torch.cuda.is_available(),
-        use_cpu=not torch.cuda.is_available(), ddp_timeout=TIMEOUT,
-        dataloader_num_workers=experiment.workers,
+        lr_scheduler_type="cosine", learning_rate=config.get("lr", 0.0), max_grad_norm=0.0, save_strategy="no",
+        save_total_limit=2, logging_strategy="no", report_to="none", label_names=["labels"],
+        disable_tqdm=not (voice.is_first and sys.stderr.isatty()), remove_unused_columns=False,
+        average_tokens_across_devices=False, ddp_timeout=TIMEOUT, dataloader_pin_memory=has_gpu,
+        use_cpu=not has_gpu, dataloader_num_workers=experiment.workers,
     )  # fmt: skip
 
 
-def first_batches(experiment: Experiment, config: Json, count: int | None, device: Any) -> Iterator[Json]:
-    """Yield the inputs of the first training batches."""
-    order = list(Shuffled(len(experiment.train), config["batch_size"], config["seed"], experiment.lengths))
-    size = config["batch_size"]
-    for begin in range(0, len(order), size)[:count]:
-        batch = experiment.collate([experiment.train[row] for row in order[begin : begin + size]])
+def batches_of(experiment: Experiment, config: Json, device: Any) -> Iterator[Json]:
+    """Yield the inputs of the training batches."""
+    size, rows = config["batch_size"], experiment.train
+    order = list(Shuffled(len(rows), size, config["seed"], experiment.lengths))
+    for begin in range(0, len(order), size):
+        batch = experiment.collate([rows[row] for row in order[begin : begin + size]])
         yield {name: value.to(device) for name, value in batch.items() if name != "labels"}
 
 
@@ -673,20 +527,17 @@ def checksums(folder: Path) -> dict[str, int]:
     return {path.name: zlib.crc32(path.read_bytes()) for path in files}
 
 
-def whole_checkpoint(folder: Path, trainer: PassCounter) -> str | None:
+def whole_checkpoint(folder: Path, trainer: RecipeTrainer) -> str | None:
     """Return the newest complete checkpoint, and give the trainer its course; torn ones are told and removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]), reverse=True)
     for path in found:
-        try:
-            whole = json.loads((path / WHOLE).read_text(encoding="utf-8"))
-            torn = whole["files"] != checksums(path)
-        except (OSError, ValueError, KeyError):
-            torn = True
-        if not torn:
-            trainer.course = Course(**whole["course"])
-            voice.say(f"{folder.name}: going on from {path.name}.")
-            wait()
-            return str(path)
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            whole = read_json(path / WHOLE)
+            if whole["files"] == checksums(path):
+                trainer.course = Course(**{**whole["course"], "times": []})
+                voice.say(f"{folder.name}: going on from {path.name}.")
+                wait()
+                return str(path)
         voice.say(f"{folder.name}: {path.name} is not complete, or was changed; an older one or the start is taken.")
         wait()  # all processes have looked at it
         if voice.is_first:
@@ -694,48 +545,29 @@ def whole_checkpoint(folder: Path, trainer: PassCounter) -> str | None:
     return None
 
 
-def save_trained(run: Run, experiment: Experiment, model: Any, coverage: Any, trainer: PassCounter) -> None:
-    """Write the model, its quantizers and the course into a folder that appears when it is complete."""
-    unfinished = run.folder / f"{MODEL}.partial"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    experiment.save_model(unfinished, model)
-    if coverage is not None:
-        coverage.save(unfinished)  # qsam
-    course = {**asdict(trainer.course), "steps": trainer.state.global_step, "times": []}
-    write_json(unfinished / COURSE, course)
-    for path in unfinished.iterdir():
-        with path.open("rb") as handle:
-            os.fsync(handle.fileno())
-    os.replace(unfinished, run.folder / MODEL)
-
-
 # --- the results ------------------------------------------------------------------------------------------------------
 
 
-def measure(run: Run, experiment: Experiment) -> None:
+def measure(run: Run, experiment: Experiment, course: Course) -> None:
     """Load the saved model as anybody will, evaluate it in fp32, and write the results."""
     voice.begin(f"{run.folder.name}: measuring the saved model.")
-    config, folder = run.config, run.folder / MODEL
-    model = load_quantized(experiment, folder)
-    arguments = trainer_arguments(run, experiment, 1)
-    trainer = PassCounter(experiment, "fp32", model=model, args=arguments)
-    trainer.remove_callback(transformers.PrinterCallback)
-    dev = {}
-    for key, rows in experiment.dev.items():
-        dev[key] = clean(trainer.evaluate(rows, metric_key_prefix=key), f"{key}_")
-    training = clean(trainer.evaluate(experiment.part, metric_key_prefix="part"), "part_")
-    course = json.loads((folder / COURSE).read_text(encoding="utf-8"))
-    first = next(iter(dev.values()))
-    if course["history"]:
-        course["history"][-1]["dev"] = dev
+    config, folder = run.config, run.folder / "model"
+    git = shutil.which("git")
+    commit = subprocess.run(DESCRIBE, capture_output=True, text=True, check=False).stdout.strip() if git else None
+    model = experiment.model(folder)
+    if (folder / "qsam.json").is_file():
+        qsam.quantize_(model, spec=folder)  # qsam
+    trainer = RecipeTrainer(experiment, "fp32", model=model, args=trainer_arguments(run, experiment, 1))
+    dev = {key: trainer.scores(rows) for key, rows in experiment.dev.items()}
+    train_loss, first = trainer.scores(experiment.part)["loss"], next(iter(dev.values()))
+    if course.history:
+        course.history[-1]["dev"] = dev
     results = {
         "metric_name": experiment.metric, "metric": first[experiment.metric], "dev": dev, "dev_loss": first["loss"],
-        "train_loss": training["loss"], "train_loss_rows": len(experiment.part),
-        "sharpness": [sharpness(trainer, model, rho) for rho in config["sharpness"]], "epochs": course["history"],
-        "steps": course["steps"], "passes": course["passes"], "seconds": course["seconds"],
-        "threads": torch.get_num_threads(), "device": arguments.device.type, "config": config, "versions": versions(),
-        "commit": git_commit(),
+        "train_loss": train_loss, "train_loss_rows": len(experiment.part),
+        "sharpness": [sharpness(trainer, model, rho) for rho in config["sharpness"]], "epochs": course.history,
+        "steps": course.steps, "passes": course.passes, "seconds": course.seconds, "threads": torch.get_num_threads(),
+        "device": trainer.args.device.type, "config": config, "versions": VERSIONS, "commit": commit or None,
     }  # fmt: skip
     wait()
     if voice.is_first:
@@ -743,64 +575,23 @@ def measure(run: Run, experiment: Experiment) -> None:
         for path in run.folder.glob("checkpoint-*"):
             shutil.rmtree(path, ignore_errors=True)
     words = " ".join(f"{name} {value:.4f}" for name, value in first.items())
-    voice.say(f"{run.folder.name}: finished, {words}, training loss {training['loss']:.4f}.")
+    voice.say(f"{run.folder.name}: finished, {words}, training loss {train_loss:.4f}.")
     wait()
 
 
-def load_quantized(experiment: Experiment, folder: Path) -> nn.Module:
-    """Return the model of a finished run, with its quantizers if it has any."""
-    model = experiment.load_model(folder)
-    if (folder / "qsam.json").is_file():
-        qsam.quantize_(model, spec=folder)  # qsam
-    return model
-
-
-def clean(metrics: Mapping[str, float], prefix: str) -> dict[str, float]:
-    """Return loss and metrics without the Trainer's prefix and times."""
-    names = {name.removeprefix(prefix): value for name, value in metrics.items() if name.startswith(prefix)}
-    return {name: float(v) for name, v in names.items() if not name.endswith(("runtime", "_per_second", "_time"))}
-
-
-def sharpness(trainer: PassCounter, model: nn.Module, rho: float) -> Json:
+def sharpness(trainer: RecipeTrainer, model: nn.Module, rho: float) -> Json:
     """Return how far the training loss can rise within a ball of this radius around the model's weights."""
-    rows = trainer.experiment.part
-    loader = (
-        trainer.get_eval_dataloader(rows)
-        if processes() == 1
-        else DataLoader(rows, 64, collate_fn=trainer.data_collator)
-    )
+    rows, device = trainer.experiment.part, trainer.args.device
 
     def closure() -> Tensor:
         model.zero_grad()
-        total = torch.zeros((), device=trainer.args.device)
-        for batch in loader:
-            inputs = {name: value.to(trainer.args.device) for name, value in batch.items()}
-            share = len(inputs["labels"]) / len(rows)
-            loss = trainer.compute_loss(model, inputs) * share
+        total = torch.zeros((), device=device)
+        for batch in DataLoader(rows, 64, collate_fn=trainer.data_collator):
+            inputs = {name: value.to(device) for name, value in batch.items()}
+            loss = trainer.compute_loss(model, inputs) * len(inputs["labels"]) / len(rows)
             loss.backward()
             total += loss.detach()
         return total
 
-    model.eval()
     said = f"{len(rows):,} training rows, not augmented, in evaluation mode"
-    return asdict(qsam.sharpness(model, closure, rho=rho, steps=SHARPNESS_STEPS, data=said, progress=False))  # qsam
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that decide results."""
-    found = {"python": platform.python_version(), "qsam": qsam.__version__}
-    for name in ("torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "scikit-learn", "scipy"):
-        with contextlib.suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
-
-
-def git_commit() -> str | None:
-    """Return the commit of this file's repository, with "-dirty" if it was changed since; None outside of one."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--match="]
-    with contextlib.suppress(OSError, subprocess.SubprocessError):
-        folder = Path(__file__).parent
-        return subprocess.run(
-            command, cwd=folder, capture_output=True, text=True, check=True, timeout=10
-        ).stdout.strip()
-    return None
+    return asdict(qsam.sharpness(model.eval(), closure, rho=rho, steps=SHARPNESS_STEPS, data=said, progress=False))

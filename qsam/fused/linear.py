@@ -164,7 +164,7 @@ def _of_integers(  # noqa: PLR0917
     x: Tensor, grid: Grid, weight: Tensor, bias: Tensor | None, weights: Quantizer | None, out: Tensor
 ) -> bool:
     """Write y; return False if an operand is not on its grid, or this processor has no use for integers."""
-    if weights is None or getattr(weights, "off_grid", False) or not _has_instructions() or not weight.is_contiguous():
+    if weights is None or weights.off_grid or not _has_instructions() or not weight.is_contiguous():
         return False
     of_weight = weights.grid(weight)
     if of_weight is None or of_weight.quant_max >= OFFSET or of_weight.rows not in {1, len(weight)}:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from qsam.coverage import Coverage
+from qsam.coverage import Coverage, Input, Weight
 from qsam.distributed import follow_fsdp, local
 from qsam.latents import pointed_at_latents
 from qsam.optim.scale_optimizer import restore_balance_, take_balance_
@@ -155,7 +155,8 @@ def _set_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> N
 
 
 def _quantizers(coverage: Coverage | None) -> Iterator[tuple[str, Quantizer]]:
-    for row in (*coverage.inputs, *coverage.quantized) if coverage is not None else ():
+    rows: tuple[Weight | Input, ...] = () if coverage is None else (*coverage.inputs, *coverage.quantized)
+    for row in rows:
         if row.quantizer is not None:
             yield row.name, row.quantizer
 

@@ -621,6 +621,8 @@ class QuantizedOptimizer(Optimizer):
         self._latents.complete_scales()
         for slot in self._latents.slots:
             slot.move_state()
+        if any(slot.quantizer.moves_grid for slot in self._latents.slots):
+            self._latents.write()
         self._latents.move_input_noise()
         self.param_groups[0]["qsam_step"] += 1
         self.ranks.refuse_unequal(self._latents)
@@ -825,8 +827,11 @@ class QuantizedOptimizer(Optimizer):
         return any(p.grad is not None for p in self._parameters())
 
     def _rho_of(self) -> Callable[[nn.Parameter], float]:
-        radii = {id(p): float(group.get("qsam_rho", 0.0)) for group in self.param_groups for p in group["params"]}
-        return lambda p: radii.get(id(p), float(self.param_groups[0]["qsam_rho"]))
+        follows_lr = self.perturbation is not None and self.perturbation.direction.follows_lr
+        units = [float(group.get("lr") or 0.0) if follows_lr else 1.0 for group in self.param_groups]
+        radius = [float(group.get("qsam_rho", 0.0)) * u for group, u in zip(self.param_groups, units, strict=True)]
+        radii = {id(p): r for group, r in zip(self.param_groups, radius, strict=True) for p in group["params"]}
+        return lambda p: radii.get(id(p), radius[0])
 
     def _ascent_sign(self) -> float:
         return -1.0 if self.param_groups[0].get("maximize", False) else 1.0

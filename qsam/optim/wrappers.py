@@ -75,7 +75,8 @@ class ScaleFacade(Optimizer):
         Raises:
             RuntimeError: It has been thrown away.
         """
-        if (owner := self._owner()) is None:
+        owner: QuantizedOptimizer | None = self._owner()
+        if owner is None:
             raise RuntimeError("the optimizer of these scales is gone: keep it, and use its `optimizer.scales`.")
         return owner
 

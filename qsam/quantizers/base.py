@@ -89,11 +89,25 @@ class Quantizer(nn.Module):
             kind of averaging gives something that can be read: the sign is ``limits[0] < 0``, calibrated is
             ``limits[1] > limits[0]``; the integers themselves follow from ``bits``.
         init: The initial-scale rule that ``quantize_`` was given, for a quantizer that wants one; set before ``init_``.
+        off_grid: Whether an optimizer has left something else than Q(w) in the weight.
         batch_first: Of an activation with three or more dimensions: whether the samples of a batch lie along dimension
             0 or 1; None, where no layer says so: dimension 0, with two dimensions too.
     """
 
+    offset: float = 0.0
+    """The shift of the codes, in steps: the levels of a uniform grid are ``(code + offset) * scale + shift``."""
+
+    shift: Tensor | None = None
+    """The shift of the levels, in the unit of the data, broadcastable as ``scale`` is; None for 0."""
+
+    dynamic: bool = False
+    """Whether the scale follows from each input as it comes; ``step_size(x)`` tells it."""
+
+    moves_grid: bool = False
+    """Whether :meth:`update` changes Q: the optimizer then writes the weights again."""
+
     init: str = "mse"
+    off_grid: bool = False
     batch_first: bool | None = None
     limits: Tensor
 
@@ -202,6 +216,14 @@ class Quantizer(nn.Module):
         """Whether the parameters have been set from data, or loaded."""
         low, high = self._numbers(self._was_calibrated)
         return high > low
+
+    def take_observations(self) -> None:
+        """Move the state of an input's quantizer by what ``forward`` has seen; called once per optimizer step."""
+
+    @property
+    def stops(self) -> tuple[float, float]:
+        """The ``(x - shift) / scale`` between which the gradient of x passes: the outermost levels; or infinities."""
+        return self.quant_min + self.offset, self.quant_max + self.offset
 
     @property
     def quant_min(self) -> int:

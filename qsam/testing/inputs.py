@@ -70,7 +70,7 @@ class Case:
         q.init = "lsq"
         q.observe_((self.x if x is None else x).clone())  # a copy, because a class under test may write its data
         if self.scale is not None and holds_scale(q) and scale_of(q).numel() == self.scale.numel():
-            set_scale(q, self.scale)
+            set_grid(q, self.scale)
         return q
 
     def __str__(self) -> str:
@@ -80,10 +80,10 @@ class Case:
 
 
 def is_uniform(q: Quantizer) -> bool:
-    """Whether ``q`` shows a symmetric uniform grid: a tensor ``scale``, codes or a step size, and no ``zero_point``."""
+    """Whether ``q`` shows a uniform grid: a tensor ``scale``, or a dynamic one, and codes or a step size."""
     own_codes = getattr(type(q), "codes", None) is not getattr(Quantizer, "codes", None)
     own_grid = own_codes or (hasattr(q, "codes") and type(q).step_size is not Quantizer.step_size)
-    return isinstance(getattr(q, "scale", None), Tensor) and own_grid and not hasattr(q, "zero_point")
+    return (q.dynamic or isinstance(getattr(q, "scale", None), Tensor)) and own_grid and not hasattr(q, "zero_point")
 
 
 def holds_scale(q: Quantizer) -> bool:
@@ -95,6 +95,25 @@ def scale_of(q: Quantizer) -> Tensor:
     """Return a copy of ``q.scale``."""
     assert isinstance(q.scale, Tensor)
     return q.scale.detach().clone()
+
+
+def shift_of(q: Quantizer) -> Tensor | None:
+    """Return a copy of the shift of all levels, or None."""
+    return None if q.shift is None else q.shift.detach().clone()
+
+
+@torch.no_grad()
+def set_shift(q: Quantizer, values: Tensor) -> None:
+    """Write ``values``, one per row, into the shift of all levels."""
+    assert q.shift is not None
+    getattr(q, "set_shift_")(values.reshape(q.shift.shape))  # noqa: B009  (not every quantizer has this method)
+
+
+def set_grid(q: Quantizer, values: Tensor) -> None:
+    """Write step sizes, and with them the shift by which the lowest level is that of LSQ in the same setting."""
+    set_scale(q, values)
+    if q.shift is not None:
+        set_shift(q, (_limits(q)[0] - q.quant_min) * scale_of(q))
 
 
 @torch.no_grad()

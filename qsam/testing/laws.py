@@ -26,7 +26,10 @@ from qsam.testing.inputs import (
     owners,
     row_count,
     scale_of,
+    set_grid,
     set_scale,
+    set_shift,
+    shift_of,
 )
 
 _TOLERANCE = 1e-5
@@ -88,7 +91,11 @@ def _every(q: Quantizer) -> bool:
 
 
 def _learns_scale(q: Quantizer) -> bool:
-    return is_uniform(q) and isinstance(q.scale, nn.Parameter)
+    return holds_scale(q) and isinstance(q.scale, nn.Parameter)
+
+
+def _learns_shift(q: Quantizer) -> bool:
+    return _learns_scale(q) and isinstance(q.shift, Tensor) and q.shift.grad_fn is not None
 
 
 def _draws_noise(q: Quantizer) -> bool:
@@ -160,15 +167,22 @@ def same_in_train_and_eval(case: Case) -> None:
 
 @law(_every)
 def idempotent(case: Case) -> None:
-    """Q(Q(x)) must be Q(x) at fixed parameters."""
+    """Q(Q(x)) must be Q(x) at fixed parameters; where the scale follows from the input, but for its rounding."""
     once = case.quantizer(case.x)
+    if case.quantizer.dynamic:
+        again = case.quantizer(once)
+        hold((again - once).abs() <= 4 * torch.finfo(once.dtype).eps * once.abs(), x=case.x, once=once, twice=again)
+        return
     agree(case.quantizer(once), once, x=case.x)
 
 
 @law(_every)
 def monotone(case: Case) -> None:
-    """A larger entry must not become a smaller one than its neighbour, if all share one set of parameters."""
-    if case.quantizer.granularity == "per_tensor":
+    """A larger entry must not become a smaller one than its neighbour, if both share one set of parameters."""
+    if case.quantizer.dynamic:
+        tokens = case.x.sort(-1).values
+        hold(case.quantizer(tokens).diff(dim=-1) >= 0, x=tokens[..., 1:])
+    elif case.quantizer.granularity == "per_tensor":
         x = case.x.flatten().sort().values
         out = case.quantizer(x.reshape(case.x.shape)).flatten()
         hold(out[1:] >= out[:-1], x=x[1:], got=out[1:], before=out[:-1])
@@ -246,19 +260,45 @@ def update_keeps_it_finite(case: Case) -> None:
 
 
 class Grid(NamedTuple):
-    """The grid by its definition: v = x / s and s of each entry, in fp32 (fp64 for fp64), and the limits."""
+    """The grid by its definition, in fp32 (fp64 for fp64): v = (x - shift) / s, s and shift of each entry; limits."""
 
     v: Tensor
     s: Tensor
     low: int
     high: int
+    offset: float
+    shift: Tensor | None
+
+    @property
+    def codes(self) -> Tensor:
+        """Return round(clip(v - offset)), ties to even."""
+        return torch.round((self.v - self.offset).clip(self.low, self.high))
+
+    def levels(self, codes: Tensor) -> Tensor:
+        """Return (codes + offset) * s + shift."""
+        levels = (codes.to(self.s.dtype) + self.offset) * self.s
+        return levels if self.shift is None else levels + self.shift
 
 
 def grid_of(q: Quantizer, x: Tensor) -> Grid:
     """Return the grid of ``q`` at ``x``."""
     wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-    s = scale_of(q).to(wide).abs().clamp_min(_TINY).flatten()[owners(q, x)]
-    return Grid(x.to(wide) / s, s, q.quant_min, q.quant_max)
+    rows, shift = owners(q, x), shift_of(q)
+    if q.dynamic:
+        step = q.step_size(x)
+        assert step is not None
+        s = step.to(wide).expand(x.shape)
+    else:
+        s = scale_of(q).to(wide).abs().clamp_min(_TINY).flatten()[rows]
+    b = None if shift is None else shift.to(wide).flatten()[rows]
+    v = (x.to(wide) if b is None else x.to(wide) - b) / s
+    return Grid(v, s, q.quant_min, q.quant_max, q.offset, b)
+
+
+def clips(q: Quantizer, grid: Grid) -> Tensor:
+    """Return where no gradient of x passes: at ``stops`` or beyond."""
+    low, high = q.stops
+    return (grid.v <= low) | (grid.v >= high)
 
 
 def codes_of(q: Quantizer, x: Tensor) -> Tensor:
@@ -269,14 +309,15 @@ def codes_of(q: Quantizer, x: Tensor) -> Tensor:
 
 @law(is_uniform, "edges")
 def limits_fit_in_the_bits(case: Case) -> None:
-    """[Qn, Qp] must hold zero and lie in [-2^(bits-1), 2^(bits-1) - 1]; if unsigned, in [0, 2^bits - 1]."""
+    """[Qn, Qp] must hold zero and lie in [-2^(bits-1), 2^(bits-1) - 1]; unsigned or shifted, in [0, 2^bits - 1]."""
     q = case.quantizer
     half = 2 ** (q.bits - 1)
-    low, high = (0, 2 * half - 1) if q.signed is False else (-half, half - 1)
+    unsigned = q.signed is False or (q.shift is not None and q.quant_min == 0)
+    low, high = (0, 2 * half - 1) if unsigned else (-half, half - 1)
     assert low <= q.quant_min <= 0 < q.quant_max <= high, f"Got {q.quant_min} and {q.quant_max}."
 
 
-@law(is_uniform, *SHORT, "zeros", "subnormal", "huge")
+@law(holds_scale, *SHORT, "zeros", "subnormal", "huge")
 def one_positive_fp32_scale_a_row(case: Case) -> None:
     """`scale` must be fp32, not 0-dimensional, of one entry per row, and positive unless the row is all zeros."""
     rows, scale = row_count(case.quantizer, case.x), scale_of(case.quantizer)
@@ -297,9 +338,9 @@ def codes_are_integers_in_range(case: Case) -> None:
 
 @law(is_uniform)
 def on_the_grid(case: Case) -> None:
-    """Q(x) must be codes * scale, bit for bit, rounded once to the dtype of x: change no value to scale a gradient."""
-    s = grid_of(case.quantizer, case.x).s
-    agree(case.quantizer(case.x), (codes_of(case.quantizer, case.x).to(s.dtype) * s).to(case.x.dtype), x=case.x)
+    """Q(x) must be (codes + offset) * scale + shift, bit for bit, rounded once: change no value to scale a gradient."""
+    levels = grid_of(case.quantizer, case.x).levels(codes_of(case.quantizer, case.x))
+    agree(case.quantizer(case.x), levels.to(case.x.dtype), x=case.x)
 
 
 @law(is_uniform, *PLAIN, "edges")
@@ -313,40 +354,47 @@ def step_size_is_that_of_the_grid(case: Case) -> None:
 @law(is_uniform, "normal", "heavy", "zero_channel", "edges", "spread", "normal_float64")
 def error_within_half_a_step(case: Case) -> None:
     """Inside the limits |Q(x) - x| must be at most s / 2: round to the nearest level."""
-    v, s, low, high = grid_of(case.quantizer, case.x)
-    got = case.quantizer(case.x)
-    slack = 1 + 2 * (high - low) * torch.finfo(case.x.dtype).eps  # x and Q(x) carry one rounding each
-    near = (got - case.x).abs().to(s.dtype) <= s / 2 * slack
-    hold((v < low) | (v > high) | near, x=case.x, got=got, step=s)
+    grid, got, eps = grid_of(case.quantizer, case.x), case.quantizer(case.x), torch.finfo(case.x.dtype).eps
+    slack = 1 + 2 * (grid.high - grid.low + 1) * eps  # x and Q(x) carry one rounding each
+    lost = 0 if grid.shift is None else 4 * eps * grid.shift.abs()  # a sum with the shift is rounded as the shift is
+    near = (got - case.x).abs().to(grid.s.dtype) <= grid.s / 2 * slack + lost
+    outside = (grid.v < grid.low + grid.offset) | (grid.v > grid.high + grid.offset)
+    hold(outside | near, x=case.x, got=got, step=grid.s)
 
 
 @law(holds_scale, "edges", "edges_float64")
 def ties_go_to_even(case: Case) -> None:
     """An exact tie k + 1/2 must go to the even neighbour, as in ONNX and torch: use torch.round."""
     q = case.build()
-    set_scale(q, 2.0 ** scale_of(q).log2().round().clamp(-100, 100))  # a power of two, so that ties are exact
-    v, got = case.x.double() / grid_of(q, case.x).s.double(), codes_of(q, case.x)
+    set_grid(q, 2.0 ** scale_of(q).log2().round().clamp(-100, 100))  # a power of two, so that ties are exact
+    grid, got = grid_of(q, case.x), codes_of(q, case.x)
+    v = (case.x.double() - (0 if grid.shift is None else grid.shift.double())) / grid.s.double() - q.offset
     tie = (v.frac().abs() == 0.5) & (v > q.quant_min) & (v < q.quant_max)
     hold(~tie | (got.double() == 2 * torch.round(v / 2)), v=v, got=got)
 
 
 @law(is_uniform)
 def codes_by_true_division(case: Case) -> None:
-    """Codes must be round(clip(x / s, Qn, Qp)) in fp32 (fp64 for fp64): divide, do not multiply by 1 / s."""
-    v, _, low, high = grid_of(case.quantizer, case.x)
-    agree(codes_of(case.quantizer, case.x).to(v.dtype), torch.round(v.clip(low, high)), x=case.x, v=v)
+    """Codes must be round(clip((x - shift) / s - offset, Qn, Qp)) in fp32 or fp64: do not multiply by 1 / s."""
+    grid = grid_of(case.quantizer, case.x)
+    agree(codes_of(case.quantizer, case.x).to(grid.v.dtype), grid.codes, x=case.x, v=grid.v)
 
 
 @law(holds_scale, *SHORT)
 def powers_of_two_factor_out(case: Case) -> None:
-    """Q(2^k x, 2^k s) must be 2^k Q(x, s), bit for bit."""
+    """Q(2^k x, 2^k s) must be 2^k Q(x, s), bit for bit, with 2^k times the shift if there is one."""
     q = case.build()
-    scale, out = scale_of(q), q(case.x)
+    scale, shift, out = scale_of(q), shift_of(q), q(case.x)
     size = torch.cat([case.x[case.x != 0].abs().double(), scale.flatten().double()])
     if case.x.dtype == torch.float16 or bool(((size < 1e-20) | (size > 1e20)).any()):
         return  # a factor of 2^5 would overflow or leave the normal numbers
     for factor in (2.0**-3, 2.0**5):
         set_scale(q, scale * factor)
+        if shift is not None:
+            set_shift(q, shift * factor)
+            kept = shift_of(q)
+            if kept is None or not torch.equal(kept, shift * factor):
+                return  # it is not kept as it is, and was rounded
         agree(q(case.x * factor), out * factor, x=case.x)
 
 
@@ -356,8 +404,11 @@ def channels_commute(case: Case) -> None:
     q = case.build()
     if q.granularity == "per_tensor" or q.axis is None:
         return
+    assert isinstance(q.axis, int)
     out = q(case.x)
     set_scale(q, scale_of(q).reshape(case.x.shape[q.axis], -1).flip(0).flatten())
+    if (shift := shift_of(q)) is not None:
+        set_shift(q, shift.reshape(case.x.shape[q.axis], -1).flip(0).flatten())
     agree(q(case.x.flip(q.axis)), out.flip(q.axis), x=case.x.flip(q.axis))
 
 
@@ -373,6 +424,8 @@ def one_channel_is_per_tensor(case: Case) -> None:
         return
     one = case.build(x, group_size=x.numel() if case.config.get("group_size") else None)
     set_scale(one, scale_of(tensor))
+    if (shift := shift_of(tensor)) is not None:
+        set_shift(one, shift)
     agree(one(x), tensor(x), x=x)
     grad = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
     slack = 1e-5 * (x.numel() * one.quant_max) ** 0.5  # of the largest sum that a gradient in [-1, 1] can give
@@ -407,10 +460,17 @@ def row_sums(q: Quantizer, x: Tensor, terms: Tensor) -> Tensor:
 
 
 def slope_terms(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
-    """Return g * dQ/ds of each entry: round(v) - v inside, Qn where v <= Qn, Qp where v >= Qp."""
-    v, _, low, high = grid_of(q, x)
-    inside = (torch.round(v) - v).double()
-    return grad.double() * torch.where(v <= low, low, torch.where(v >= high, high, inside))
+    """Return g * dQ/ds of each entry: level - v inside, the outermost level outside, in steps from the shift."""
+    grid = grid_of(q, x)
+    level = (grid.codes + grid.offset).double()
+    return grad.double() * torch.where(clips(q, grid), level, level - grid.v.double())
+
+
+def gradient_factor(q: Quantizer, x: Tensor) -> float:
+    """Return LSQ's 1 / sqrt(N * Qp), Qp being the highest level in steps."""
+    row = int((owners(q, x) == 0).sum())
+    count = row // len(x) if q.axis is None and x.dim() > 1 else row
+    return float((count * (q.quant_max + q.offset)) ** -0.5)
 
 
 def gradient_of_scale(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
@@ -421,10 +481,9 @@ def gradient_of_scale(q: Quantizer, x: Tensor, grad: Tensor) -> Tensor:
 
 @law(is_uniform, *GRADIENT)
 def ste_mask_is_exact(case: Case) -> None:
-    """The gradient of x must be g where Qn < x/s < Qp and 0 elsewhere: decide on x/s, not on its rounding."""
-    v, _, low, high = grid_of(case.quantizer, case.x)
-    grad = upstream(case.x)
-    agree(gradients(case.quantizer, case.x, grad)[0], torch.where((v > low) & (v < high), grad, 0), v=v)
+    """The gradient of x must be g where x/s is between `stops` and 0 elsewhere: decide on x/s, not on its rounding."""
+    q, grid, grad = case.quantizer, grid_of(case.quantizer, case.x), upstream(case.x)
+    agree(gradients(q, case.x, grad)[0], torch.where(clips(q, grid), 0, grad), v=grid.v)
 
 
 @law(_learns_scale, *GRADIENT)
@@ -444,10 +503,19 @@ def scale_gradient_has_the_slope(case: Case) -> None:
 def scale_gradient_is_scaled(case: Case) -> None:
     """The gradient of s must carry 1 / sqrt(N Qp), with N entries of one row, or of one sample of an activation."""
     q, x, grad = case.quantizer, case.x, upstream(case.x)
-    row = int((owners(q, x) == 0).sum())
-    factor = ((row // len(x) if q.axis is None and x.dim() > 1 else row) * q.quant_max) ** -0.5
-    terms = factor * slope_terms(q, x, grad)
+    terms = gradient_factor(q, x) * slope_terms(q, x, grad)
     got, expected = gradient_of_scale(q, x, grad), row_sums(q, x, terms)
+    hold((got - expected).abs() <= _TOLERANCE * row_sums(q, x, terms.abs()) + _TINY, got=got, expected=expected)
+
+
+@law(_learns_shift, *GRADIENT)
+def shift_gradient_is_of_the_clipped(case: Case) -> None:
+    """What moves all levels together must have the gradient of the clipped entries, scaled as that of s."""
+    q, x, grad = case.quantizer, case.x, upstream(case.x)
+    index = next(i for i, (name, _) in enumerate(q.named_parameters(), start=1) if name != "scale")
+    got = gradients(q, x, grad)[index].double()
+    terms = gradient_factor(q, x) * torch.where(clips(q, grid_of(q, x)), grad.double(), 0)
+    expected = row_sums(q, x, terms)
     hold((got - expected).abs() <= _TOLERANCE * row_sums(q, x, terms.abs()) + _TINY, got=got, expected=expected)
 
 
@@ -457,7 +525,8 @@ def scale_never_dies(case: Case) -> None:
     q, x = case.build(), case.x
     scale, due = scale_of(q), -gradient_of_scale(q, x, upstream(x))
     set_scale(q, -scale)
-    agree(gradient_of_scale(q, x, upstream(x)), due)
+    got = gradient_of_scale(q, x, upstream(x))
+    hold((got == due) | (scale == 0), got=got, expected=due)  # 0, of a row of zeros, is no scale yet
     outward = x.sign() * (x.abs() > 1e-20) * (x > 0 if q.quant_min == 0 else 1)  # wants larger magnitudes
     alive = row_sums(q, x, outward.abs()) > 0
     for value in (0.0, -1e-40):

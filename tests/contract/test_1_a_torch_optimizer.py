@@ -310,41 +310,19 @@ def bare_rates(scheduler_of, base, steps=5):
     return found, optimizer.param_groups[0]
 
 
-@pytest.mark.parametrize("name", RELATIVE)
-def test_a_relative_scheduler_scales_all_rates_alike(name):
-    model, optimizer = built(SQUAT, MLP)
+@pytest.mark.parametrize("name", RELATIVE | ABSOLUTE)
+@pytest.mark.parametrize(("base", "options"), [(AdamW, {}), (SGD, {"momentum": 0.9})], ids=["AdamW", "SGD"])
+def test_a_scheduler_drives_the_base_as_it_does_alone_and_a_relative_one_scales_all_rates_alike(name, base, options):
+    scheduler_of = (RELATIVE | ABSOLUTE)[name]
+    model, optimizer = built(SQUAT, MLP, base, **options)
     first = [group["lr"] for group in optimizer.param_groups]
-    found = rates(RELATIVE[name], model, optimizer)
-    expected, _ = bare_rates(RELATIVE[name], AdamW)
+    found = rates(scheduler_of, model, optimizer)
+    expected, group = bare_rates(scheduler_of, lambda params, lr: base(params, lr=lr, **options))
     assert [row[0] for row in found] == expected
-    for row in found:
+    assert all(optimizer.param_groups[0].get(key) == group.get(key) for key in ("betas", "momentum"))
+    for row in found if name in RELATIVE else ():
         for rate, start in zip(row, first, strict=True):
             assert rate == pytest.approx(start * row[0] / first[0], rel=1e-6, abs=1e-12)  # torch rounds in float64
-
-
-@pytest.mark.parametrize("name", ABSOLUTE)
-@pytest.mark.parametrize("base", [AdamW, SGD])
-def test_an_absolute_scheduler_sets_the_base_s_rate_and_momentum(name, base):
-    model = SQUAT.model(MLP)
-    options = {"momentum": 0.9} if base is SGD else {}
-    optimizer = SQUAT(model, base, **options)
-    found = rates(ABSOLUTE[name], model, optimizer)
-    expected, group = bare_rates(ABSOLUTE[name], lambda params, lr: base(params, lr=lr, **options))
-    assert [row[0] for row in found] == expected
-    for key in ("betas", "momentum"):
-        assert optimizer.param_groups[0].get(key) == group.get(key)
-
-
-@each_kind
-def test_a_rate_of_zero_moves_nothing(method):
-    """The scales' own optimizer reads the scheduled rate."""
-    model, optimizer = built(method, MLP, AdamW, weight_decay=0.0)
-    LambdaLR(optimizer, lambda step: 0.0)
-    w, s = latents(optimizer, model), {name: t.clone() for name, t in scales_of(model).items()}
-    train(optimizer, model, MLP, 4)
-    assert_same(latents(optimizer, model), w)
-    assert_same(scales_of(model), s)
-    assert optimizer.steps == (2 if method.schedule == "next_batch" else 4)
 
 
 @each_quantizing

@@ -131,6 +131,7 @@ def test_channels_of_zeros_stay_zeros_have_no_scale_and_break_nothing(build, dea
     with torch.no_grad():
         layer.weight[dead] = 0
     model = nn.Sequential(layer, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 2))
+    nn.init.uniform_(model[1].bias, 0.1, 1)  # so that the head's input is not zeros, which would not calibrate it
     qsam.quantize_(model, granularity=granularity, init=init)
     scale = layer.weight_quantizer.scale
     alive = [granularity == "per_tensor" and len(dead) < 4] if len(scale) == 1 else [i not in dead for i in range(4)]

@@ -26,7 +26,7 @@ LAYERS = {
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     kind=st.sampled_from(sorted(LAYERS)),
     bits=st.integers(2, 8),

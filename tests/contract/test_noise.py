@@ -24,7 +24,7 @@ from tests.models import CONV, EVERYWHERE, MLP
 
 NOISY = ["diffq", "stochastic"]
 QUANTIZING = [method for method in METHODS if method.quantizes]
-QAT = QUANTIZING[0]
+QAT = next(method for method in METHODS if method.name == "qat")
 SAQ = Method("saq", qsam.SAQ)
 PAIRS = list(zip(itertools.cycle(NOISY), QUANTIZING))
 

@@ -10,15 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
-from recipes import offline, training, vision
+from recipes import training, vision
 from recipes.training import Shuffled, parse_options
 from recipes.vision import (
-    EMBEDDED_LITE0,
     ImageClassification,
     VisionOptions,
     build,
+    load_images,
     load_model,
-    load_pictures,
     look_of,
     main,
 )
@@ -42,7 +41,7 @@ def options_of(*arguments: object) -> VisionOptions:
 @pytest.fixture(scope="module")
 def comparison(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("vision")
-    more = ["--method", *COSTS, "--rho", 0.01, "--sharpness", 0.01, "--label-smoothing", 0.1, "--warmup-epochs", 1]
+    more = ["--method", *COSTS, "--rho", 0.01, "--sharpness", 0.01, "--warmup-epochs", 1]
     assert main(words(out, *more)) == 0
     return out
 
@@ -90,9 +89,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(tmp_path: Path, monkeypatch
 
 
 def test_an_augmented_image_follows_from_its_number_alone() -> None:
-    source = vision.Arrays(np.arange(3 * 64, dtype=np.uint8).reshape(3, 8, 8), [0, 1, 2])
-    transform = vision.transform_of(look_of("resnet20", 8, None), "crop")
-    pictures = vision.Pictures(source, [2, 0], transform)
+    source = [(Image.fromarray(np.full((8, 8), i, np.uint8) * np.arange(8, dtype=np.uint8)), i) for i in range(3)]
+    pictures = vision.Pictures(source, [2, 0], vision.transform_of(look_of("resnet20", 8, None), "crop"))
     before = torch.get_rng_state()
     numbers = [0, 1, 2, 3, 20, 21]
     first = [pictures[number][0] for number in numbers]
@@ -117,7 +115,7 @@ def test_each_row_comes_once_per_epoch_in_an_order_of_the_seed_and_the_epoch(len
 @pytest.mark.long
 @pytest.mark.parametrize("model", ["vit_small_image", "mobilenetv3_small_050"])
 def test_other_models_train_too(model: str, tmp_path: Path) -> None:
-    more = ["--optimizer", "adamw", "--model", model, "--augment", "timm", "--auto-augment", "rand-m3-n1"]
+    more = ["--optimizer", "adamw", "--model", model, "--augment", "timm"]
     more += ["--image-size", 32, "--granularity", "per_channel", "--method", "squat", "--workers", 1]
     assert main(words(tmp_path, *more, steps=2)) == 0
     folder = tmp_path / f"digits-{model}-squat-w4a4-seed0"
@@ -137,40 +135,21 @@ def test_batchnorm_may_be_measured_again_after_training(tmp_path: Path) -> None:
 # --- images -----------------------------------------------------------------------------------------------------------
 
 
-def npz(path: Path, **changes: np.ndarray | None) -> Path:
-    chance = np.random.default_rng(0)
-    arrays = {"images": chance.integers(0, 256, (20, 10, 12, 3), dtype=np.uint8), "labels": np.arange(20) % 3} | changes
-    np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
+def npz(path: Path, value: int = 7) -> Path:
+    images = np.full((20, 10, 12, 3), value, np.uint8) + np.arange(20, dtype=np.uint8).reshape(-1, 1, 1, 1)
+    np.savez(path, images=images, labels=np.arange(20) % 3)
     return path
 
 
-def test_an_npz_file_is_split_and_its_pixels_are_kept(tmp_path: Path) -> None:
-    found = load_pictures(options_of("--data", npz(tmp_path / "own.npz", names=np.array(["a", "b", "c"]))))
-    assert (len(found.train), len(found.dev), found.names) == (16, 4, ["a", "b", "c"])
-    assert sorted([*found.train.rows, *found.dev.rows]) == list(range(20))
-    images = np.load(tmp_path / "own.npz")["images"]
-    for some in (found.train, found.dev):
-        for i, row in enumerate(some.rows):
-            image, label = some[i]
-            assert (np.array(image) == images[row]).all()
-            assert label == row % 3
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"labels": None}, "has no array 'labels'; it has images"),
-        ({"images": np.zeros((20, 3, 8, 8), np.float32)}, "must be uint8 of shape .* got float32 of shape"),
-        ({"labels": np.zeros(3, int)}, r"must be 20 integers >= 0, got int64 of shape \(3,\)"),
-        ({"labels": np.full(20, -1)}, "must be 20 integers >= 0"),
-        ({"names": np.array(["a"])}, "has labels up to 2, but 1 names"),
-    ],
-)
-def test_an_npz_file_of_something_else_is_refused(
-    changes: dict[str, np.ndarray | None], message: str, tmp_path: Path
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        load_pictures(options_of("--data", npz(tmp_path / "own.npz", **changes)))
+def test_an_npz_file_keeps_its_pixels_and_a_fixed_fifth_is_the_dev_set(tmp_path: Path) -> None:
+    found, dev, classes, _, digest = load_images(str(npz(tmp_path / "own.npz")))
+    assert (len(found), dev, classes) == (20, None, ["0", "1", "2"])
+    assert [(np.array(image)[0, 0, 0], label) for image, label in found] == [(7 + i, i % 3) for i in range(20)]
+    assert digest != load_images(str(npz(tmp_path / "other.npz", value=8)))[-1]
+    experiment = ImageClassification(options_of("--data", tmp_path / "own.npz"))
+    parts = [experiment.train.rows, experiment.dev["dev"].source.indices]
+    assert [len(part) for part in parts] == [16, 4]
+    assert sorted(parts[0] + parts[1]) == list(range(20))
 
 
 def class_folders(path: Path, **classes: int) -> None:
@@ -180,30 +159,20 @@ def class_folders(path: Path, **classes: int) -> None:
             Image.new("RGB", (9, 7), (i, 0, 0)).save(path / name / f"{i}.png")
 
 
-def test_folders_keep_their_classes_also_if_the_second_part_lacks_one(tmp_path: Path) -> None:
-    class_folders(tmp_path / "train", ant=3, bee=2, cow=2)
-    class_folders(tmp_path / "val", cow=2)
-    found = load_pictures(options_of("--data", tmp_path))
-    assert (len(found.train), found.names, found.key) == (7, ["ant", "bee", "cow"], "val")
-    assert [found.dev[i][1] for i in range(2)] == [2, 2]
-    class_folders(tmp_path / "val", dog=1)
-    with pytest.raises(ValueError, match=r"has the class 'dog', which .*train has not"):
-        load_pictures(options_of("--data", tmp_path))
-
-
-def test_a_folder_without_parts_is_split_and_an_empty_one_refused(tmp_path: Path) -> None:
-    class_folders(tmp_path / "all", ant=6, bee=4)
-    found = load_pictures(options_of("--data", tmp_path / "all"))
-    assert (len(found.train), len(found.dev), found.names) == (8, 2, ["ant", "bee"])
+def test_folders_are_split_by_name_and_have_the_same_classes(tmp_path: Path) -> None:
+    class_folders(tmp_path / "train", ant=3, bee=2)
+    for path in (tmp_path, tmp_path / "train"):  # nothing beside `train`: a part of it is set apart
+        found, dev, classes, *_ = load_images(str(path))
+        assert (len(found), dev, classes) == (5, None, ["ant", "bee"])
+    class_folders(tmp_path / "val", bee=2)
+    with pytest.raises(ValueError, match=r"val has not the classes of .*train: bee\."):
+        load_images(str(tmp_path))
+    class_folders(tmp_path / "val", ant=1)
+    found, dev, classes, *_ = load_images(str(tmp_path))
+    assert (len(found), len(dev), classes) == (5, 3, ["ant", "bee"])
     (tmp_path / "none").mkdir()
-    with pytest.raises(ValueError, match="is not a folder of class folders with images"):
-        load_pictures(options_of("--data", tmp_path / "none"))
-
-
-def test_other_pixels_are_other_data(tmp_path: Path) -> None:
-    paths = [npz(tmp_path / "a.npz"), npz(tmp_path / "b.npz", images=np.zeros((20, 10, 12, 3), np.uint8))]
-    digests = [load_pictures(options_of("--data", path)).digest.hexdigest() for path in paths]
-    assert digests[0] != digests[1]
+    with pytest.raises(FileNotFoundError, match=r"Couldn't find any class folder in .*none"):
+        load_images(str(tmp_path / "none"))
 
 
 # --- models and bad input ---------------------------------------------------------------------------------------------
@@ -215,32 +184,14 @@ def test_resnet20_has_the_papers_size() -> None:
     assert sum(isinstance(m, nn.Conv2d | nn.Linear) for m in model.modules()) == 20
 
 
-@pytest.mark.skipif(not (offline.cache_dir() / offline.LITE0).is_file(), reason="the archive is not in the cache")
-def test_the_embedded_network_has_its_weights() -> None:
-    model = build(EMBEDDED_LITE0, 1000, 224, pretrained=False).eval()
-    with torch.no_grad():
-        assert model(torch.zeros(1, 3, 224, 224)).isfinite().all()
-    assert sum((p == 0).all().item() for p in model.parameters() if p.dim() == 4) == 0
-
-
-def test_label_smoothing_is_of_the_training_only() -> None:
-    experiment = ImageClassification(options_of("--data", "digits", "--label-smoothing", 0.5))
-    batch = experiment.collate([experiment.part[i] for i in range(8)])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 10))
-    losses = [experiment.loss(model.train(mode), batch)[0].item() for mode in (True, False)]
-    assert losses[0] != losses[1]
-
-
 @pytest.mark.parametrize(
     "case",
     [
         (["--data", "nowhere"], r"`--data nowhere` is no folder, no \.npz file, and none of mnist5k, digits, cifar10"),
         (["--model", "resnet21"], r"`--model resnet21`: neither ours nor timm's\. Near: resnet"),
         (["--pretrained"], r"there are no pretrained weights of resnet20: leave `--pretrained` out\."),
-        (["--momentum", "1"], r"`--momentum` must be in \[0, 1\), got 1\.0\."),
-        (["--weight-decay", "-1"], r"`--weight-decay` must be not negative, got -1\.0\."),
-        (["--image-size", "4"], r"`--image-size` must be at least 8, got 4\."),
-        (["--auto-augment", "rand"], r"`--auto-augment` needs `--augment timm`, got `--augment crop`\."),
+        (["--weight-decay", "-1"], r"`--weight-decay` must be finite and not negative, got -1\.0\."),
+        (["--image-size", "0"], r"`--image-size` must be finite and above 0, got 0\."),
         (["--method", "lsq:group_size=3"], r"`--method lsq:group_size=3`: "),
     ],
 )

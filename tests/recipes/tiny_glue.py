@@ -14,22 +14,19 @@ TRAIN_ROWS, DEV_ROWS = 22, 10
 MNLI = "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse"
 STSB = "index genre filename year old_index source1 source2 sentence1 sentence2 score"
 
-# folder, train header (None: there is none), dev header where it differs, how a text or label cell is recognised
-FORMATS: dict[str, tuple[str, str | None, str | None]] = {
-    "cola": ("CoLA", None, None),
-    "sst2": ("SST-2", "sentence label", None),
-    "mrpc": ("MRPC", "Quality #1_ID #2_ID #1_String #2_String", None),
-    "stsb": ("STS-B", STSB, None),
-    "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate", None),
-    "mnli": (
-        "MNLI",
-        f"{MNLI} sentence1 sentence2 label1 gold_label",
-        f"{MNLI} sentence1 sentence2 label1 label2 gold_label",
-    ),
-    "qnli": ("QNLI", "index question sentence label", None),
-    "rte": ("RTE", "index sentence1 sentence2 label", None),
-}
 COLA = "source label star sentence"
+
+# folder, header of train; CoLA's files have none
+FORMATS = {
+    "cola": ("CoLA", COLA),
+    "sst2": ("SST-2", "sentence label"),
+    "mrpc": ("MRPC", "Quality #1_ID #2_ID #1_String #2_String"),
+    "stsb": ("STS-B", STSB),
+    "qqp": ("QQP", "id qid1 qid2 question1 question2 is_duplicate"),
+    "mnli": ("MNLI", f"{MNLI} sentence1 sentence2 label1 gold_label"),
+    "qnli": ("QNLI", "index question sentence label"),
+    "rte": ("RTE", "index sentence1 sentence2 label"),
+}
 TWO = ["entailment", "not_entailment"]
 LABELS = {"mnli": ["entailment", "neutral", "contradiction"], "qnli": TWO, "rte": TWO}
 METRICS = {"cola": ["matthews"], "stsb": ["pearson", "spearman"], "mrpc": ["accuracy", "f1"], "qqp": ["accuracy", "f1"]}
@@ -38,17 +35,14 @@ METRICS = {"cola": ["matthews"], "stsb": ["pearson", "spearman"], "mrpc": ["accu
 def cell(column: str, task: str, chance: random.Random) -> str:
     if column in {"label", "Quality", "is_duplicate", "gold_label", "score"}:
         return f"{chance.uniform(0, 5):.3f}" if task == "stsb" else chance.choice(LABELS.get(task, ["0", "1"]))
-    return (
-        " ".join(chance.choices(WORDS, k=chance.randint(2, 9)))
-        if "entence" in column or "String" in column or "question" in column
-        else "x"
-    )
+    is_text = any(word in column for word in ("entence", "String", "question"))
+    return " ".join(chance.choices(WORDS, k=chance.randint(2, 9))) if is_text else "x"
 
 
-def write_rows(path: Path, task: str, header: str | None, count: int, chance: random.Random) -> None:
-    columns = (header or COLA).split()
+def write_rows(path: Path, task: str, header: str, count: int, chance: random.Random) -> None:
+    columns = header.split()
     lines = ["\t".join(cell(column, task, chance) for column in columns) for _ in range(count)]
-    if header is not None:
+    if header != COLA:
         lines.insert(0, "\t".join(column.replace("_String", " String").replace("_ID", " ID") for column in columns))
     path.write_text("\n".join(lines) + "\n", encoding="utf-8-sig" if task == "mrpc" else "utf-8")
 
@@ -57,12 +51,13 @@ def write_rows(path: Path, task: str, header: str | None, count: int, chance: ra
 def glue(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the GLUE download makes it, with a few rows of nonsense a task."""
     root = tmp_path_factory.mktemp("glue")
-    for task, (folder, train, dev) in FORMATS.items():
+    for task, (folder, header) in FORMATS.items():
         (root / folder).mkdir()
         chance = random.Random(task)
-        write_rows(root / folder / "train.tsv", task, train, TRAIN_ROWS, chance)
+        write_rows(root / folder / "train.tsv", task, header, TRAIN_ROWS, chance)
         for name in ["dev_matched", "dev_mismatched"] if task == "mnli" else ["dev"]:
-            write_rows(root / folder / f"{name}.tsv", task, dev or train, DEV_ROWS, chance)
+            dev = header.replace("label1", "label1 label2")  # MNLI's
+            write_rows(root / folder / f"{name}.tsv", task, dev, DEV_ROWS, chance)
     return root
 
 
@@ -97,6 +92,5 @@ def weights(out: Path, name: str) -> bytes:
 def comparable(found: dict[str, Any]) -> dict[str, Any]:
     """Everything but the time that it took, and the commit, which may have changed since."""
     epochs = [{key: value for key, value in entry.items() if key != "seconds"} for entry in found["epochs"]]
-    return {key: value for key, value in found.items() if key not in {"seconds", "versions", "commit"}} | {
-        "epochs": epochs
-    }
+    rest = {key: value for key, value in found.items() if key not in {"seconds", "versions", "commit"}}
+    return rest | {"epochs": epochs}

@@ -1,5 +1,6 @@
 """Each law is proved by quantizers that break it, wrong in one place each; `check_quantizer` names law, input and values."""
 
+import contextlib
 import dataclasses
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from qsam.functional import from_groups, positive, to_groups
-from qsam.quantizers import LSQ, QUANTIZERS, DiffQ, FixedStep, Identity, Quantizer
+from qsam.quantizers import LSQ, QUANTIZERS, DiffQ, FixedStep, Identity, LSQPlus, Quantizer, Stretched
 from qsam.testing import LAWS, Case, check_quantizer
 from qsam.testing.inputs import battery, owners
 from qsam.testing.laws import gradients, grid_of, row_sums, slope_terms, upstream
@@ -138,6 +139,13 @@ NAMES = [name for name in QUANTIZERS if not QUANTIZERS.options(name)]
 ROWS = {"granularities": ["per_channel"], "axes": [0]}
 TENSOR = {"granularities": ["per_tensor"]}
 FORWARD = LSQ.forward
+
+
+def moving_under_every_entry(self, x):
+    out = LSQPlus.forward(self, x)
+    return out if self.shift is None else out + (self.shift - self.shift.detach()).to(x.dtype)
+
+
 PLANTS = [
     # the law, the mistake, the class that makes it, its methods, the setting in which the law sees it
     ("shape_and_dtype_kept", "returns fp32", LSQ, {"forward": lambda self, x: FORWARD(self, x.float())}, {}),
@@ -179,6 +187,9 @@ PLANTS = [
     ("scale_gradient_has_the_slope", "ascends", Twin, {"slope": lambda self, v: -Twin.slope(self, v)}, {}),
     ("scale_gradient_is_scaled", "counts the tensor", Twin, {"count": lambda self, x: x.numel()}, ROWS),
     ("scale_gradient_is_scaled", "counts one token", Twin, {"count": lambda self, x: x.shape[-1] if self.axis is None else Twin.count(self, x)}, TENSOR),
+    ("shift_gradient_is_of_the_clipped", "moves under every entry", LSQPlus, {"forward": moving_under_every_entry}, TENSOR),
+    ("on_the_grid", "says nothing of its half", Stretched, {"offset": 0.0, "forward": lambda self, x: Stretched.forward(self, x) + (self.scale.detach() / 2).to(x.dtype)}, TENSOR),
+    ("ste_mask_is_exact", "stops where it does not say", Stretched, {"rule": lambda self, x: Stretched.rule(self, x)._replace(low=self.quant_min + 0.5, high=self.quant_max + 0.5)}, TENSOR),
     ("scale_never_dies", "clamps s", Twin, {"step": lambda self: self.scale.clamp_min(1e-8)}, {}),
     ("noise_is_finite", "divides its noise", DiffQ, {"noisy_codes": dividing_its_noise}, {}),
     ("noise_is_drawn_once_a_step", "draws at each call", DiffQ, {"forward": drawing_at_each_call}, {}),
@@ -208,9 +219,11 @@ def test_without_a_mistake_the_plants_keep_all_laws():
 
 @pytest.mark.parametrize("name", ["lsq", *(pytest.param(n, marks=pytest.mark.long) for n in NAMES if n != "lsq")])
 def test_every_registered_quantizer_keeps_all_laws(name):
-    asked = check_quantizer(name, bits=2)
-    q = QUANTIZERS.get(name)(bits=4, axis=0)
-    assert set(asked) == {law.name for law in LAWS.values() if law.applies(q)}
+    asked, cls, meant = check_quantizer(name, bits=2), QUANTIZERS.get(name), set()
+    for axis in (0, None):  # some are for weights only, or for inputs only
+        with contextlib.suppress(ValueError):
+            meant |= {law.name for law in LAWS.values() if law.applies(cls(bits=4, axis=axis))}
+    assert set(asked) == meant
 
 
 @pytest.mark.long
@@ -224,8 +237,10 @@ def test_a_negative_axis_counts_from_the_end():
 
 
 def test_which_laws_apply_follows_from_what_a_quantizer_shows():
-    laws = {cls: {name for name, law in LAWS.items() if law.applies(cls(bits=4))} for cls in (LSQ, DiffQ, FixedStep)}
-    assert laws[DiffQ] == set(LAWS)
+    classes = (LSQ, DiffQ, FixedStep, LSQPlus)
+    laws = {cls: {name for name, law in LAWS.items() if law.applies(cls(bits=4))} for cls in classes}
+    assert laws[DiffQ] | laws[LSQPlus] == set(LAWS)
+    assert laws[LSQPlus] - laws[LSQ] == {"shift_gradient_is_of_the_clipped"}
     assert laws[DiffQ] - laws[LSQ] == {"noise_is_finite", "noise_is_drawn_once_a_step"}
     of_the_scale = {"scale_gradient_has_the_slope", "scale_gradient_is_scaled", "scale_never_dies"}
     assert laws[LSQ] - laws[FixedStep] == of_the_scale

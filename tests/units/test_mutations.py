@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests import mutations
+from tests import mutations, variations
 from tests.mutations import MUTATIONS, ROOT, Mutation, run, run_all
 
 CAUGHT = Mutation("toy.py", "a + b", "a - b")
@@ -76,3 +76,7 @@ def test_the_old_text_of_every_mutation_occurs_once():
     counts = {str(m): (ROOT / m.file).read_text(encoding="utf-8").count(m.old) for m in MUTATIONS}
     assert {name for name, count in counts.items() if count != 1} == set()
     assert len(counts) == len(MUTATIONS) and all(m.old != m.new for m in MUTATIONS)
+
+
+def test_the_variations_run_files_that_are_there():
+    assert [path for path in variations.CORE if not (ROOT / path).exists()] == []

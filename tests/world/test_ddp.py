@@ -234,6 +234,18 @@ def scaler_between_the_passes(rank: int) -> None:
         scaler.step(ours.scales)
 
 
+def scales_of_unsynchronized_passes(rank: int) -> None:
+    """A fused step of the scales comes from first passes that DDP has not averaged: it takes their mean."""
+    ends = []
+    for scope in ("rank", "global"):
+        ours, model, ddp = parallel(FUSED, MLP, perturbation_scope=scope, base=SGD, lr=0.05, scale_lr=0.1)
+        before = {name: s.clone() for name, s in scales_of(model).items()}
+        step_on_part(ours, ddp, MLP, 0, rank)
+        ends.append(scales_of(model))
+        assert not any(torch.equal(s, before[name]) for name, s in ends[-1].items())
+    close(*ends)
+
+
 def statistics_of_all_batches(rank: int) -> None:
     model, alone = CONV.quantized(), CONV.quantized()
     images = [CONV.batch(i)["x"] for i in range(3)]
@@ -367,6 +379,10 @@ def a_wrapper_of_another_model(rank: int) -> None:
     ddp = DistributedDataParallel(MLP.quantized())
     with pytest.raises(ValueError, match="`ddp` must be around the model that the optimizer is given"):
         qsam.SAQ(MLP.quantized(), AdamW, ddp=ddp)
+
+
+def test_the_scales_of_a_fused_step_take_the_mean_of_the_ranks_first_passes(two: Processes) -> None:
+    two(scales_of_unsynchronized_passes)
 
 
 def test_ddp_round_another_model_is_refused(two: Processes) -> None:

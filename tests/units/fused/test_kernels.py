@@ -222,6 +222,8 @@ def test_a_channels_last_tensor_is_for_a_kernel_and_stays_it():
 )
 def test_transforms_of_torch_func_agree_with_each_other(backend, kind):
     """The tangent is the straight-through one: jvp and jacfwd are jacrev, per-sample gradients those of a loop."""
+    if backend == "compiled":
+        needs_kernels()
     x, t = values((6, 4)), values((6, 4), seed=3)
     q = LSQ(bits=3, **kind)
     q.observe_(x)
@@ -248,6 +250,7 @@ def test_transforms_of_torch_func_agree_with_each_other(backend, kind):
 @TANGENTS
 def test_a_quantized_model_has_a_tangent(backend="compiled"):
     """The derivative along t, against one column of the Jacobian at a time."""
+    needs_kernels()
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3))
     qsam.quantize_(model, rules=[("*", {})])

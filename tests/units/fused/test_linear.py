@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qsam
 from qsam.functional import fake_quantize
-from qsam.fused import linear
+from qsam.fused import linear, native
 from qsam.fused.kernels import using
 from tests.methods import QUANTIZING
 
@@ -25,6 +25,10 @@ needs_instructions = pytest.mark.skipif(not linear._has_instructions(), reason="
 
 @pytest.fixture(autouse=True)
 def _compiled():
+    try:
+        native.library()
+    except OSError as error:
+        pytest.skip(f"no kernels here: {error}")
     with using("compiled"):
         yield
 
@@ -84,6 +88,7 @@ def gradients(module: nn.Linear, x: Tensor, run) -> list[Tensor]:
 
 
 @needs_instructions
+@settings(max_examples=20)
 @given(
     bits=st.integers(2, 8), activation_bits=st.integers(2, 8), signed=st.booleans(), bias=st.booleans(),
     granularity=st.sampled_from(["per_tensor", "per_channel"]), rows=st.integers(128, 200),

@@ -112,9 +112,12 @@ def test_leaving_them_out_changes_no_bit(make: Callable[..., Any]) -> None:
     assert all(torch.equal(value, expected[name]) for name, value in thrifty.everything().items())
 
 
-def test_a_perturbation_of_nothing_that_has_a_gradient_leaves_the_backward_something_to_do() -> None:
+@pytest.mark.parametrize("steps_before", [0, 2])
+def test_a_perturbation_of_nothing_that_has_a_gradient_leaves_the_backward_something_to_do(steps_before: int) -> None:
     training = Training(saq)
-    training.model.layer.weight.requires_grad_(False)  # as LoRA does
+    for _ in range(steps_before):
+        training.step()
+    training.model.layer.weight.requires_grad_(False)  # as LoRA does, or a layer that is frozen in mid-run
     with pytest.warns(UserWarning, match="nothing is perturbed"):
         training.step()
     assert training.step()[0] == ALL - WEIGHT

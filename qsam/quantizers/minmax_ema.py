@@ -1,0 +1,97 @@
+"""Min-max with an average: Q8BERT's ranges. Nothing is learned, and the gradient passes everywhere.
+
+    Q(x; s) = s * round(clip(x / s, -Qp, Qp)),   dQ/dx = 1
+    weights: s = max|w| / Qp of every step;   inputs: s <- .9999 s + .0001 max|x| / Qp, from the first batch
+
+References:
+    Zafrir et al., Q8BERT: Quantized 8Bit BERT, arXiv 1910.06188, section 2.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qsam.functional import SCALE_FLOOR, wide_dtype
+from qsam.quantizers.affine import NOWHERE, Affine
+from qsam.quantizers.base import register_quantizer
+
+DECAY = 0.9999
+"""Of the average of an input's largest magnitude: the paper's."""
+
+
+@register_quantizer("minmax_ema")
+class MinMaxEMA(Affine):
+    """A symmetric range that holds the largest magnitude. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
+
+    The scale is a buffer. A weight's is renewed at every optimizer step. An input's moves at every optimizer step that
+    followed a forward in training mode, by what the first pass saw; in evaluation it stands still.
+
+    Example:
+        >>> q = MinMaxEMA(bits=8, axis=0)
+        >>> q.observe_(torch.tensor([[-127.0, 5.2]]))
+        >>> q(torch.tensor([[-127.0, 5.2]])).tolist(), list(q.parameters())
+        ([[-127.0, 5.0]], [])
+        >>> q.update(torch.tensor([[-254.0, 5.2]]))
+        >>> q.scale
+        tensor([2.])
+
+    Differs from the paper: an input without negative entries uses the unsigned grid; under DistributedDataParallel the
+    average is that of process 0.
+    """
+
+    moves_grid = True
+    seen: Tensor
+
+    def __init__(self, **setting: Any) -> None:
+        super().__init__(**setting)
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
+        # A buffer, for the optimizers put those back after every pass but the first; the step makes state of it.
+        self.register_buffer("seen", torch.zeros(1, dtype=torch.float32), persistent=False)
+
+    @property
+    def quant_min(self) -> int:
+        """-Qp, or 0 for unsigned data."""
+        return 0 if self.signed is False else -self.quant_max
+
+    @property
+    def stops(self) -> tuple[float, float]:
+        """Nowhere."""
+        return NOWHERE
+
+    @torch.no_grad()
+    def init_(self, x: Tensor) -> None:
+        """Set the range from data; a row of zeros takes the mean of the others.
+
+        Raises:
+            ValueError: the data hold NaN or infinity.
+        """
+        rows = self._rows(x).detach().to(wide_dtype(x.dtype))
+        largest = rows.abs().amax(1).double() if rows.numel() else torch.zeros(len(rows), dtype=torch.float64)
+        if not bool(largest.isfinite().all()):
+            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
+        filled = largest[largest > 0]
+        largest[largest == 0] = filled.mean() if filled.numel() else float(self.quant_max)
+        self._put("scale", self._shaped((largest / self.quant_max).clamp_min(SCALE_FLOOR), x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return Q(x); of an input in training, note the largest magnitude."""
+        if self.axis is None and self.training and x.numel():
+            with torch.no_grad():
+                self.seen.copy_(torch.maximum(self.seen, x.detach().abs().amax().to(torch.float32)))
+        return super().forward(x)
+
+    @torch.no_grad()
+    def update(self, w: Tensor) -> None:
+        """Renew a weight's range."""
+        if self.axis is not None:
+            self.init_(w)
+
+    @torch.no_grad()
+    def take_observations(self) -> None:
+        """Move an input's range by what was seen since the last step; what is not finite is left out."""
+        moved = DECAY * self.scale + (1 - DECAY) * self.seen / self.quant_max
+        self.scale.copy_(torch.where(torch.isfinite(self.seen) & (self.seen > 0), moved, self.scale))
+        self.seen.zero_()
