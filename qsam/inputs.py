@@ -254,10 +254,19 @@ def _is_ready(module: nn.Module, quantizer: Quantizer, x: Tensor) -> bool:
     if not x.numel():
         return False
     if not module.training or _CALIBRATION.forbidden:
-        _warn_uncalibrated(quantizer)
+        if not _is_zero(x):
+            _warn_uncalibrated(quantizer)
         return False
     _observe_first_batch(quantizer, x)
     return quantizer.calibrated
+
+
+def _is_zero(x: Tensor) -> bool:
+    """Whether x is known to hold nothing but zeros, which every grid leaves as they are."""
+    try:
+        return not bool((_flat(x) != 0).any())
+    except RuntimeError:  # under vmap, or a tensor without values
+        return False
 
 
 def _watch_sign(place: Place, x: Tensor) -> None:

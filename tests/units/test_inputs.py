@@ -414,6 +414,15 @@ class TestFirstForward:
             assert [cure in str(warning.message) for warning in seen] == [True] * (action != "error")
             assert none_calibrated(each)
 
+    def test_zeros_which_every_grid_leaves_as_they_are_say_nothing_and_set_no_scale(self, x):
+        model = nn.Linear(6, 3)
+        qsam.quantize_(model)
+        for mode in (True, False):
+            assert torch.equal(model.train(mode)(torch.zeros_like(x)), model.bias.expand(5, 3))
+        assert not model.input_quantizer.calibrated
+        model.train()(x)
+        assert model.input_quantizer.calibrated
+
     def test_never_in_a_perturbed_pass_even_if_those_of_two_threads_overlap(self, model, x):
         first, second = frozen(), frozen()
         first.__enter__()

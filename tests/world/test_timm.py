@@ -23,6 +23,9 @@ EXCEPTIONS = {
 }
 """Architectures of whose matrices less is quantized: the share at least, and why."""
 
+STEPS = {"test_nfnet": 2}
+"""Its branches end in a gain of 0, so that some inputs are zeros in the first step, which set no scale."""
+
 each = pytest.mark.parametrize(
     "architecture",
     [a if a.default else pytest.param(a, marks=pytest.mark.long) for a in ARCHITECTURES],
@@ -31,7 +34,7 @@ each = pytest.mark.parametrize(
 
 
 def trained(architecture: Architecture, x: torch.Tensor):
-    """Return the model after one step, its optimizer, its coverage and the loss."""
+    """Return the model after one step, or the least that sets all scales, its optimizer, its coverage and the loss."""
     model = architecture.build()
     few = pytest.warns(UserWarning, match="of the matrices' entries are quantized")
     with few if architecture.name in EXCEPTIONS else contextlib.nullcontext():
@@ -44,7 +47,8 @@ def trained(architecture: Architecture, x: torch.Tensor):
         loss.backward()
         return loss
 
-    return model, optimizer, coverage, optimizer.step(closure)
+    losses = [optimizer.step(closure) for _ in range(STEPS.get(architecture.name, 1))]
+    return model, optimizer, coverage, losses[-1]
 
 
 @each
