@@ -53,6 +53,7 @@ STABLE = {
     "_compiled_call_impl": "Whether module.compile() was called, whose graph would be compiled again.",
     "_fsdp_flattened": "Tells FSDP1's Parameters, which are refused; asked for with a default.",
     "_mp_policy": "Goes with FSDPModule._get_fsdp_state.",
+    "_NormBase": "As _BatchNorm, with InstanceNorm: whether running statistics have seen a batch.",
     "_BatchNorm": "The base class of all BatchNorms, so that subclasses count.",
     "_ConvNd": "As _BatchNorm, of convolutions.",
     "_ConvTransposeNd": "As _ConvNd.",
