@@ -62,12 +62,14 @@ class Place:
         said: What has been warned of once; one set for all inputs of a model.
         samples: What calibration has collected so far; None outside calibration.
         looks: How many forwards have come since the input was calibrated, up to :data:`_LOOKS`.
+        passed: Whether the layer has been called and its input passed in float, because no scale could be set from it.
     """
 
     path: str
     said: set[str]
     samples: list[Tensor] | None = None
     looks: int = 0
+    passed: bool = False
 
 
 def attach_input_(module: nn.Module, quantizer: Quantizer, place: Place) -> None:
@@ -253,6 +255,7 @@ def _is_ready(module: nn.Module, quantizer: Quantizer, x: Tensor) -> bool:
         _refuse_unknown_sign(quantizer)
     if not x.numel():
         return False
+    place.passed = True
     if not module.training or _CALIBRATION.forbidden:
         if not _is_zero(x):
             _warn_uncalibrated(quantizer)
@@ -376,8 +379,8 @@ def _place(quantizer: Quantizer) -> Place:
 
 
 def was_passed_as_float(quantizer: Quantizer) -> bool:
-    """Whether a warning has told already that inputs pass through in float, this one or others of its model."""
-    return "uncalibrated" in _place(quantizer).said
+    """Whether the layer has been called with an input that could set no scale: zeros, or outside of training mode."""
+    return _place(quantizer).passed
 
 
 def _warn_uncalibrated(quantizer: Quantizer) -> None:

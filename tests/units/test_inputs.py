@@ -479,6 +479,13 @@ class TestNeverCalled:
         qsam.quantize_(model, rules=[("borrowed", {"activations": None})])
         self.step(model, x)
 
+    def test_a_layer_that_was_called_with_zeros_is_no_matter(self, model, x):
+        with torch.no_grad():
+            model[0].weight.zero_()
+            model[0].bias.zero_()
+        self.step(model, x)
+        assert [q.calibrated for q in quantizers(model)] == [True, False, True]
+
     def test_a_layer_that_no_batch_has_reached_and_gradients_without_a_forward_are_no_matter(self, model, x):
         whole = nn.ModuleDict({"mlp": mlp(), "rest": nn.Linear(6, 6)})
         qsam.quantize_(whole)
