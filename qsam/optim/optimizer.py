@@ -686,7 +686,7 @@ class QuantizedOptimizer(Optimizer):
 
     @property
     def coverage(self) -> Any:
-        """What is quantized, what is not and why; None for a method without quantizers."""
+        """The table of what is quantized, what is not, and why; None for a method without quantizers."""
         return self._latents.coverage
 
     @contextlib.contextmanager

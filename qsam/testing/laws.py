@@ -510,7 +510,7 @@ def scale_gradient_is_scaled(case: Case) -> None:
 
 @law(_learns_shift, *GRADIENT)
 def shift_gradient_is_of_the_clipped(case: Case) -> None:
-    """What moves all levels together must have the gradient of the clipped entries, scaled as that of s."""
+    """A parameter that moves all levels together must have the gradient of the clipped entries, scaled as that of s."""
     q, x, grad = case.quantizer, case.x, upstream(case.x)
     index = next(i for i, (name, _) in enumerate(q.named_parameters(), start=1) if name != "scale")
     got = gradients(q, x, grad)[index].double()
