@@ -31,6 +31,7 @@ class Grid(NamedTuple):
         quant_max: Qp.
         grad_scale: LSQ's gs.
         rows: How many contiguous rows the tensor has, with one step size each: as many as there are step sizes.
+        offset: Of the levels from the integers, in steps: 0 or 1/2.
     """
 
     scale: Tensor
@@ -38,6 +39,7 @@ class Grid(NamedTuple):
     quant_max: int
     grad_scale: float
     rows: int
+    offset: float = 0.0
 
 
 Limit = int | Tensor

@@ -105,7 +105,7 @@ class _Affine(torch.autograd.Function):
 class Affine(LSQ):
     """A uniform grid by the formulas of this file. Not registered; a subclass sets ``scale``, and may set the rest.
 
-    LSQ lends it what rows, groups and shapes are, and nothing else: the fused kernels do not compute it.
+    LSQ lends it what rows, groups and shapes are. The fused kernels compute it only where ``_has_grid`` says so.
 
     Attributes:
         scale: s; a Parameter, a buffer or a property.
@@ -141,8 +141,9 @@ class Affine(LSQ):
         """Return LSQ's factor where the gradient carries it."""
         return lsq_grad_scale(count, self.quant_max + self.offset) if self.normalizes else 1.0
 
-    def grid(self, x: Tensor) -> None:
-        """Return None: the fused kernels compute LSQ's grid and gradient, and this is another."""
+    @property
+    def _has_grid(self) -> bool:
+        return False
 
     @torch.no_grad()
     def complete_(self, w: Tensor) -> bool:
