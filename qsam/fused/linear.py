@@ -167,11 +167,9 @@ def _of_integers(  # noqa: PLR0917
     if weights is None or weights.off_grid or not _has_instructions() or not weight.is_contiguous():
         return False
     of_weight = weights.grid(weight)
-    if of_weight is None or of_weight.offset or of_weight.quant_max >= OFFSET:
+    if of_weight is None or of_weight.offset or of_weight.quant_max >= OFFSET or of_weight.scale.dtype != torch.float32:
         return False
-    if of_weight.rows not in {1, len(weight)}:
-        return False
-    if len(out) < SMALLEST or x.shape[-1] not in COLUMNS or of_weight.scale.dtype != torch.float32:
+    if len(out) < SMALLEST or x.shape[-1] not in COLUMNS or of_weight.rows not in {1, len(weight)}:
         return False
     w_codes, gap = codes(weight, of_weight)
     if gap != 0:

@@ -20,7 +20,7 @@ from qsam.functional import Grid, fake_quantize
 from qsam.fused import formulas, kernels, native
 from qsam.fused.kernels import SMALLEST, Weight, using
 from qsam.quantizers import LSQ, build_quantizer
-from tests.methods import QUANTIZING, assert_on_grid, latents, train
+from tests.methods import QUANTIZING, assert_on_grid, latents, needs_kernels, train
 from tests.models import CONV, MLP
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,13 +33,6 @@ def _backend() -> object:
     """Leave the process as it was."""
     with using("auto"):
         yield
-
-
-def needs_kernels() -> None:
-    try:
-        native.library()
-    except OSError as error:
-        pytest.skip(f"no kernels here: {error}")
 
 
 @pytest.fixture
