@@ -52,10 +52,10 @@ LATE = 0.7
 """The share of the steps after which the late phase begins."""
 
 START_RATE = 1e-4
-START_PASSES = {"cola": 480, "sst2": 240, "stsb": 240, "mrpc": 240, "rte": 240}
-"""Passes of the full-precision start, and the order in which the tasks are run: the cheapest first."""
+START_PASSES = {"cola": 480, "stsb": 240, "sst2": 240, "mrpc": 240, "rte": 240}
+"""Passes of the full-precision start, and the order in which the tasks are run."""
 
-PASSES = {"cola": 360, "sst2": 360, "stsb": 240, "mrpc": 240, "rte": 240}
+PASSES = {"cola": 360, "stsb": 240, "sst2": 360, "mrpc": 240, "rte": 240}
 """Passes of every quantized arm."""
 
 SEEDS = (0, 1, 2)
