@@ -61,7 +61,7 @@ STABLE = {
 }
 """Attributes without a public counterpart, and why each is read or overridden."""
 
-_SAID: set[str] = set()
+_WARNED: set[str] = set()
 
 
 def ask(name: str, question: Callable[[], _T], otherwise: _T) -> _T:
@@ -75,8 +75,8 @@ def ask(name: str, question: Callable[[], _T], otherwise: _T) -> _T:
     try:
         return question()
     except Exception as error:
-        if name not in _SAID:
-            _SAID.add(name)
+        if name not in _WARNED:
+            _WARNED.add(name)
             warnings.warn(
                 f"this release of torch does not offer {name} as qsam knows it ({error!r}). {WITH_FALLBACK[name]} "
                 "A newer qsam may know this torch.",

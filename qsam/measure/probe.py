@@ -174,10 +174,10 @@ def probing(subject: Subject, closure: Closure, caller: str, count: int, progres
         try:
             yield probe
         finally:
-            _leave(probe, latents, grads, modes)
+            _restore(probe, latents, grads, modes)
 
 
-def _leave(
+def _restore(
     probe: Probe,
     latents: Latents | None,
     grads: list[tuple[nn.Parameter, Tensor | None]],

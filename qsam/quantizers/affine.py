@@ -197,5 +197,5 @@ class Affine(LSQ):
             setattr(self, name, values)
 
 
-NOWHERE = (-math.inf, math.inf)
+NO_STOPS = (-math.inf, math.inf)
 """The stops of a straight-through gradient without a mask."""

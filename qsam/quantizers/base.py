@@ -306,7 +306,7 @@ class Quantizer(nn.Module):
             self._set_from = digest
 
     @torch.no_grad()
-    def settle_(self, w: Tensor) -> None:
+    def set_from_weight_(self, w: Tensor) -> None:
         """Set the parameters from a weight, if no checkpoint or step has, and keep them from here on.
 
         A weight of zeros says nothing: it stays open until it differs from 0 (:meth:`complete_`).

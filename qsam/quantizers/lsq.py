@@ -29,10 +29,10 @@ from qsam.functional import (
 from qsam.quantizers.base import QUANTIZERS, Quantizer, register_quantizer
 from qsam.scales import initial_scale
 
-_FOLLOWED = 1.01
+_LARGEST_GROWTH = 1.01
 """A growth per step that the scales' optimizer can follow by itself: its own steps are at most this long."""
 
-_ROOM = 2.0
+_HEADROOM = 2.0
 """Of a weight that grows from zeros, the scale is so many times the one that fits: what is clipped cannot grow."""
 
 
@@ -94,9 +94,9 @@ class LSQ(Quantizer):
                 self.scale.copy_(new.view_as(self.scale))
         elif bool(rows.any()):
             new = initial_scale(rows, self.quant_min, self.quant_max, self.init).to(old.device)
-            grows = new > _FOLLOWED * old / _ROOM
+            grows = new > _LARGEST_GROWTH * old / _HEADROOM
             if bool(grows.any()):
-                self.scale.copy_(torch.where(grows, _ROOM * new, old).view_as(self.scale))
+                self.scale.copy_(torch.where(grows, _HEADROOM * new, old).view_as(self.scale))
             else:
                 self.scale.copy_(new.view_as(self.scale))
                 self.set_sign_(self.signed is not False)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qsam.functional import SCALE_FLOOR, wide_dtype
-from qsam.quantizers.affine import NOWHERE, Affine
+from qsam.quantizers.affine import NO_STOPS, Affine
 from qsam.quantizers.base import register_quantizer
 
 DECAY = 0.9999
@@ -59,7 +59,7 @@ class MinMaxEMA(Affine):
     @property
     def stops(self) -> tuple[float, float]:
         """Nowhere."""
-        return NOWHERE
+        return NO_STOPS
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsam.functional import SCALE_FLOOR
-from qsam.quantizers.affine import NOWHERE, Affine
+from qsam.quantizers.affine import NO_STOPS, Affine
 from qsam.quantizers.base import register_quantizer
 
 RUNS = 128
@@ -88,7 +88,7 @@ class QBert(Affine):
     @property
     def stops(self) -> tuple[float, float]:
         """Nowhere: the range holds all weights."""
-        return NOWHERE
+        return NO_STOPS
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
