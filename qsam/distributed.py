@@ -48,6 +48,7 @@ DataParallel = DistributedDataParallel | bool | None
 
 
 def in_process_group() -> bool:
+    """Whether this process belongs to a process group."""
     return distributed.is_available() and distributed.is_initialized()
 
 

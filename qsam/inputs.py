@@ -212,7 +212,7 @@ def _quantized(module: nn.Module, x: Tensor) -> Tensor:
         return x
     if x.is_nested:
         return torch.nested.as_nested_tensor([quantizer(part) for part in x.unbind()], layout=x.layout)
-    found = linear.pending(module, quantizer, x)  # a stand-in that only nn.Linear will use
+    found = linear.deferred(module, quantizer, x)  # a stand-in that only nn.Linear will use
     return quantizer(x) if found is None else found  # type: ignore[return-value]
 
 

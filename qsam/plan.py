@@ -189,7 +189,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Choice:
+class _Decision:
     """The decision for one parameter: ``settings``, or None for float, with the reason or a remark.
 
     Without ``input_requested`` the input of a layer that qsam does not know stays float, because the hook would
@@ -217,7 +217,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     choices = []
     for site in sites:
         if unquantizable := _cannot_be_quantized(site):
-            choices.append(_Choice(site, None, unquantizable))
+            choices.append(_Decision(site, None, unquantizable))
             continue
         hits = [i for i, (selector, _) in enumerate(checked) if _matches(selector, site)]
         for i in hits:
@@ -237,35 +237,35 @@ def _cannot_be_quantized(site: Site) -> str:
     return "" if site.parameter.is_floating_point() else f"not floating ({site.parameter.dtype})"
 
 
-def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> _Choice:
+def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> _Decision:
     if overrides is None:
-        return _Choice(site, None, "a rule keeps it float")
-    return _Choice(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
+        return _Decision(site, None, "a rule keeps it float")
+    return _Decision(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
 
 
-def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> _Choice:
+def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> _Decision:
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module, _ in site.owners()):
-        return _Choice(site, None, ", ".join(["embedding", *site.ties]))
+        return _Decision(site, None, ", ".join(["embedding", *site.ties]))
     if is_lora(site.name):
-        return _Choice(site, None, "LoRA factor")
+        return _Decision(site, None, "LoRA factor")
     if all(id(module) in aside for _, module, _ in site.owners()):
-        return _Choice(site, None, aside[id(site.module)])
+        return _Decision(site, None, aside[id(site.module)])
     if channel_axis(site.module, site.attr) is None:
-        return _Choice(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
+        return _Decision(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
     role = next((boundary[id(module)] for _, module, _ in site.owners() if id(module) in boundary), None)
     if role is None:
-        return _Choice(site, call)
+        return _Decision(site, call)
     wide = dataclasses.replace(
         call, bits=max(call.bits, BOUNDARY_BITS), activation_bits=max(call.activation_bits, BOUNDARY_BITS)
     )
-    return _Choice(site, wide, role)
+    return _Decision(site, wide, role)
 
 
 NO_DEFAULT = "no default for a parameter"
 """The start of the reason if the policy leaves a matrix in float because it does not know its layer."""
 
 
-def _plan_weight(choice: _Choice) -> Entry | str:
+def _plan_weight(choice: _Decision) -> Entry | str:
     site, settings = choice.site, choice.settings
     if settings is None:
         return choice.reason
@@ -302,7 +302,7 @@ def _axis(site: Site, settings: Settings) -> Axis:
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _plan_inputs(choices: Sequence[_Choice], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
+def _plan_inputs(choices: Sequence[_Decision], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
     """Yield one row per module that uses a quantized weight; a tied weight has several."""
     seen: set[int] = set()
     for choice in choices:
@@ -312,7 +312,7 @@ def _plan_inputs(choices: Sequence[_Choice], dead: Mapping[int, str]) -> Iterato
                 yield name, _plan_input(choice, module, attr, dead)
 
 
-def _plan_input(choice: _Choice, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
+def _plan_input(choice: _Decision, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
     settings = choice.settings
     assert settings is not None
     if settings.activations is None:

@@ -35,6 +35,7 @@ class RandomState:
 
     @staticmethod
     def now() -> RandomState:
+        """Return the present states."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() and torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
         numpy = sys.modules.get("numpy")  # Wav2Vec2 draws the spans that it masks from it
         return RandomState(random.getstate(), torch.get_rng_state(), cuda, numpy and numpy.random.get_state())
