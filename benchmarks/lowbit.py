@@ -250,7 +250,7 @@ class Run:
 
     @property
     def arm(self) -> str:
-        """What is compared: everything but task, seed, passes and rate."""
+        """The compared setting: everything but task, seed, passes and rate."""
         parts = [self.quantizer, "lookahead" if self.kappa else "", f"late {self.late}" if self.late else ""]
         return " + ".join(filter(None, [*parts, self.teacher]))
 

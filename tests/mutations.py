@@ -102,7 +102,7 @@ MUTATIONS = [
     Mutation("qsam/coverage.py", "None if owner is None else weakref.ref(owner)", "None if owner is None else (lambda: owner)"),
     Mutation("qsam/coverage.py", "if lost <= kept:", "if lost <= 20 * kept:"),
     # attaching, writing, taking off
-    Mutation("qsam/attach.py", "row.quantizer.settle_(row.parameter)", "pass"),
+    Mutation("qsam/attach.py", "row.quantizer.set_from_weight_(row.parameter)", "pass"),
     Mutation("qsam/attach.py", "quantizer.requires_grad_(False)", "quantizer.requires_grad_(True)"),
     Mutation("qsam/attach.py", "        owner._release()\n", "        pass\n"),
     # the exported record

@@ -1,8 +1,8 @@
-"""The kernels as formulas: what ``torch.compile`` is given for a GPU, and what every kernel is tested against.
+"""The kernels as formulas, which ``torch.compile`` compiles for a GPU and with which every kernel is compared.
 
 Each takes rows ``(n,)`` with one scale ``(1,)``, or ``(R, n)`` with scales ``(R, 1)``, and ``(Qn, Qp, offset)``. It
-writes in place, and returns ``<grad, dQ/ds>`` of each row and the largest distance of Q(w) and p, or None for what it
-is not asked for. Arguments are in the order of ``sweeps.c``.
+writes in place, and returns ``<grad, dQ/ds>`` of each row and the largest distance between Q(w) and p, each of them
+None if the kernel does not compute it. Arguments are in the order of ``sweeps.c``.
 """
 
 from __future__ import annotations
@@ -54,7 +54,6 @@ def perturb(  # noqa: PLR0917 (tensors of one kernel)
 
 
 def _quantized(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Return Q(x) in the wide dtype."""
     s = positive(scale).to(wide_dtype(x.dtype))
     low, high, offset = limits.unbind()
     return _level(x.to(s.dtype) / s, low, high, offset) * s
@@ -77,5 +76,5 @@ def _level(v: Tensor, low: Tensor, high: Tensor, offset: Tensor) -> Tensor:
 
 
 def _farthest(q: Tensor, p: Tensor) -> Tensor:
-    """Return the largest distance of q and p; a NaN is no distance."""
+    """Return the largest distance between q and p, in which NaN counts as 0."""
     return (q - p).abs().nan_to_num(0.0, torch.inf).amax()

@@ -1,4 +1,4 @@
-"""How flat the loss is around the weights that a model is deployed with: sharpness, curvature, slices."""
+"""Flatness of the loss around the weights that a model is deployed with: sharpness, curvature, slices."""
 
 from qsam.measure.flatness import LossSlice, Sharpness, loss_slice, sharpness
 from qsam.measure.hessian import TopEigenvalue, hessian_top_eigenvalue

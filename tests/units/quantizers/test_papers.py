@@ -269,7 +269,7 @@ def test_gobo_has_less_l1_error_than_equal_population_alone_and_than_a_uniform_g
 def test_gobo_says_that_it_has_no_grid_and_is_for_weights_of_a_layer():
     q = built(GOBO, normal(4, 8))
     assert q.step_size(normal(4, 8)) is None and q.grid(normal(4, 8)) is None
-    with pytest.raises(ValueError, match=r"one set of centroids a layer.*'per_channel'"):
+    with pytest.raises(ValueError, match=r"one set of centroids per layer.*'per_channel'"):
         GOBO(bits=3, axis=0, granularity="per_channel")
     with pytest.raises(ValueError, match="is for weights: use activations=None"):
         GOBO(bits=3)
