@@ -23,13 +23,14 @@ SCALE_FLOOR = float(torch.finfo(torch.float32).tiny)
 
 
 class Grid(NamedTuple):
-    """LSQ's grid for a fused kernel: limits Qn and Qp, the factor gs, and one step size per contiguous row."""
+    """A grid for a fused kernel: limits Qn and Qp, the factor gs, one step size per contiguous row, and the offset."""
 
     scale: Tensor
     quant_min: int
     quant_max: int
     grad_scale: float
     rows: int
+    offset: float = 0.0
 
 
 Limit = int | Tensor

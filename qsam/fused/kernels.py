@@ -237,7 +237,7 @@ def _bind_native(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient: 
     if coefficient is not None:
         arguments.append(coefficient.item())  # type: ignore[arg-type]
     entries = x.numel()
-    limits = (grid.quant_min, grid.quant_max)
+    limits = (grid.quant_min, grid.quant_max, grid.offset)
     arguments += [grid.scale.data_ptr(), grid.rows, entries // grid.rows, *limits, thread_count(entries)]
     return functools.partial(_called, call, arguments, ds, (tensors, grid.scale))
 
@@ -260,7 +260,7 @@ def _bind_compiled(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient
     shape, column = ((-1,), (1,)) if grid.rows == 1 else ((grid.rows, -1), (grid.rows, 1))
     rows = [_flat(t.detach()).view(shape) for t in tensors]
     others = [] if coefficient is None else [coefficient.detach().view(1)]
-    others += [grid.scale.detach().view(column), _limits(grid.quant_min, grid.quant_max, x.device)]
+    others += [grid.scale.detach().view(column), _limits(grid.quant_min, grid.quant_max, grid.offset, x.device)]
     try:
         formula = _compiled(name, x.dtype, len(shape), x.device)
     except (RuntimeError, OSError, ImportError) as error:
@@ -291,7 +291,7 @@ def _compiled(name: str, dtype: torch.dtype, dims: int, device: torch.device) ->
     rows = [make(shape, dtype=dtype) for _ in range(native.ROWS[name])]
     others = [make(1, dtype=dtype)] if name == "perturb" else []
     with torch.inference_mode(False), torch.no_grad(), torch.autocast(device.type, enabled=False):
-        call(*rows, *others, make(column, dtype=torch.float32), _limits(-2, 1, device))
+        call(*rows, *others, make(column, dtype=torch.float32), _limits(-2, 1, 0.0, device))
     return call
 
 
@@ -301,8 +301,8 @@ def _flat(t: Tensor) -> Tensor:
 
 
 @functools.lru_cache(maxsize=256)
-def _limits(quant_min: int, quant_max: int, device: torch.device) -> Tensor:
-    return torch.tensor([float(quant_min), float(quant_max)], device=device, dtype=torch.float32)
+def _limits(quant_min: int, quant_max: int, offset: float, device: torch.device) -> Tensor:
+    return torch.tensor([float(quant_min), float(quant_max), offset], device=device, dtype=torch.float32)
 
 
 BINDERS = {"cpu": _bind_native, "cuda": _bind_compiled, "xpu": _bind_compiled}

@@ -68,7 +68,7 @@ def deferred(module: nn.Module, quantizer: Quantizer, x: Tensor) -> DeferredInpu
     if type(module).forward is not nn.Linear.forward or x.dtype != torch.float32 or not _is_private(module):
         return None
     grid = quantizer.grid(x)
-    if grid is None or grid.rows != 1 or x.device.type != "cpu" or x.dim() < 2 or not x.is_contiguous():
+    if grid is None or grid.rows != 1 or grid.offset or x.device.type != "cpu" or x.dim() < 2 or not x.is_contiguous():
         return None
     if not kernels.fuses(x, grid) or torch.is_autocast_enabled("cpu"):
         return None
@@ -166,9 +166,9 @@ def _of_integers(  # noqa: PLR0917
     if weights is None or weights.off_grid or not _has_instructions() or not weight.is_contiguous():
         return False
     of_weight = weights.grid(weight)
-    if of_weight is None or of_weight.quant_max >= OFFSET or of_weight.rows not in {1, len(weight)}:
+    if of_weight is None or of_weight.offset or of_weight.quant_max >= OFFSET or of_weight.scale.dtype != torch.float32:
         return False
-    if len(out) < SMALLEST or x.shape[-1] not in COLUMNS or of_weight.scale.dtype != torch.float32:
+    if len(out) < SMALLEST or x.shape[-1] not in COLUMNS or of_weight.rows not in {1, len(weight)}:
         return False
     w_codes, gap = codes(weight, of_weight)
     if gap != 0:
@@ -191,7 +191,7 @@ def codes(x: Tensor, grid: Grid) -> tuple[Tensor, float]:
     On a grid that ends above 127 ``OFFSET`` is subtracted from the integers.
     """
     out = torch.empty(x.shape, dtype=torch.int8)
-    sizes = grid.rows, x.numel() // grid.rows, grid.quant_min, grid.quant_max, kernels.thread_count(x.numel())
+    sizes = grid.rows, x.numel() // grid.rows, grid.quant_min, grid.quant_max, 0.0, kernels.thread_count(x.numel())
     return out, native.call("codes", x.dtype, x.data_ptr(), out.data_ptr(), grid.scale.data_ptr(), *sizes)
 
 

@@ -46,7 +46,7 @@ OpenMP runtime that the compiler needs (clang's on Linux, any on macOS). Without
 
 _SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _POINTER, _SIZE, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-_GRID = (_POINTER, _SIZE, _SIZE, _NUMBER, _NUMBER, _COUNT)
+_GRID = (_POINTER, _SIZE, _SIZE, _NUMBER, _NUMBER, _NUMBER, _COUNT)
 
 ROWS = {"write": 2, "backward": 3, "pull_back": 3, "scale_gradient": 3, "perturb": 3, "codes": 2}
 """The number of tensors that each kernel takes, all of one shape."""

@@ -102,7 +102,7 @@ class _Affine(torch.autograd.Function):
 class Affine(LSQ):
     """A uniform grid by the formulas of this file. Not registered; a subclass sets ``scale``, and may set the rest.
 
-    It inherits the handling of rows, groups and shapes from LSQ. The fused kernels do not compute it.
+    It inherits the handling of rows, groups and shapes from LSQ. The fused kernels compute it if ``_has_grid`` says so.
 
     Attributes:
         scale: s; a Parameter, a buffer or a property.
@@ -138,8 +138,9 @@ class Affine(LSQ):
         """Return LSQ's factor, or 1 if the gradient does not carry it."""
         return lsq_grad_scale(count, self.quant_max + self.offset) if self.normalizes else 1.0
 
-    def grid(self, x: Tensor) -> None:
-        """Return None, because the fused kernels compute LSQ's grid only."""
+    @property
+    def _has_grid(self) -> bool:
+        return False
 
     @torch.no_grad()
     def complete_(self, w: Tensor) -> bool:

@@ -137,24 +137,25 @@ class LSQ(Quantizer):
         """Return Q's grid for the fused kernels; None if the step sizes do not belong to contiguous rows of ``x``."""
         if torch.compiler.is_compiling() or (self.axis is None and not self._has_plain_limits()):
             return None
-        if not self._is_lsq or not (are_leading(self.axis) or self.granularity == "per_tensor"):
+        if not self._has_grid or not (are_leading(self.axis) or self.granularity == "per_tensor"):
             return None
         scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
         if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
             return None
         if self.granularity == "per_channel" and x.shape[:1] != scale.shape[:1]:
             return None
-        return Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
+        grad_scale = self.gradient_scale(self._count(x))
+        return Grid(scale, quant_min, quant_max, grad_scale, scale.numel(), self.offset)
 
     @property
-    def _is_lsq(self) -> bool:
-        """Whether Q is this class's, and no subclass has overridden it."""
+    def _has_grid(self) -> bool:
+        """Whether Q is the formula that the fused kernels compute, and no subclass has overridden it."""
         return type(self).forward is LSQ.forward
 
     @property
     def rowwise(self) -> bool:
         """Whether no entry depends on another row; False if a subclass has another Q."""
-        return self._is_lsq and (self.granularity == "per_tensor" or are_leading(self.axis))
+        return self._has_grid and (self.granularity == "per_tensor" or are_leading(self.axis))
 
     def gradient_scale(self, count: int) -> float:
         """Return LSQ's ``1 / sqrt(N * Qp)``."""

@@ -63,6 +63,10 @@ class Stretched(Affine):
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
 
     @property
+    def _has_grid(self) -> bool:
+        return type(self).forward is Affine.forward
+
+    @property
     def stops(self) -> tuple[float, float]:
         """The outer ends of the outermost cells, half a step beyond their levels."""
         return self.quant_min, self.quant_max + 1

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import qsam
 from qsam.functional import fake_quantize
-from qsam.fused import linear, native
+from qsam.fused import linear
 from qsam.fused.kernels import using
-from tests.methods import QUANTIZING
+from tests.methods import QUANTIZING, needs_kernels
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -25,10 +25,7 @@ needs_instructions = pytest.mark.skipif(not linear._has_instructions(), reason="
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    try:
-        native.library()
-    except OSError as error:
-        pytest.skip(f"no kernels here: {error}")
+    needs_kernels()
     with using("compiled"):
         yield
 

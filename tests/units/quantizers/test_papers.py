@@ -71,8 +71,8 @@ def test_dequantized_codes_are_the_output(cls, granularity):
         assert -(2 ** (bits - 1)) <= int(codes.min()) and int(codes.max()) < 2 ** (bits - 1)  # they pack
 
 
-@pytest.mark.parametrize("name", NOT_LSQ)
-def test_levels_that_are_no_integers_times_s_never_reach_the_fused_path(name):
+@pytest.mark.parametrize("name", sorted(set(NOT_LSQ) - {"stretched"}))  # whose levels the kernels know
+def test_levels_that_the_kernels_do_not_know_never_reach_them(name):
     model = small_model(weights=name, activations="lsq")
     optimizer = qsam.QAT(model, AdamW, lr=1e-3)
     steps(model, optimizer, 1)
