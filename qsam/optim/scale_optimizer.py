@@ -256,7 +256,7 @@ def follow_base_(
     """Give the scale optimizer the present rates: ``balance * mean(lr)`` if they are balanced, else the public ones.
 
     A balance of 0 is unknown, because the weights were all zero when the optimizer was built. It is computed as soon as
-    they are not, and again after 1, 2, 4, 8, ... steps because they have only begun to grow. The public groups of scales
+    they are not, and again after 1, 2, 4, 8, ... steps because they have only begun to grow. Public groups of scales
     have an entry ``qsam_scales``, the balanced ones ``qsam_balance``.
     """
     owned = _owned(base, slots)
