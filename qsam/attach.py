@@ -303,12 +303,7 @@ def _build(
 ) -> Quantizer:
     """Build one quantizer and set its state: a weight's from the weight, then from ``tensors`` if they are given.
 
-    Args:
-        entry: How to quantize.
-        module: The owner of the weight, or the layer whose input it is.
-        attr: The weight's name in its owner; None for an input.
-        path: Path at which the quantizer will be attached.
-        tensors: State of all quantizers by its key in the model's state_dict, or None.
+    ``attr`` is the weight's name in its module, None for an input; ``path`` is that of the quantizer.
     """
     name = path.removesuffix("_quantizer") if attr is not None else path.removesuffix(INPUT_NAME).removesuffix(".")
     where = repr(name) if attr is not None else input_of(name)

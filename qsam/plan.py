@@ -177,7 +177,6 @@ class Settings:
     axis: Axis | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad values before any layer is examined; the quantizers check the rest."""
         for name in ("bits", "activation_bits"):
             try:
                 integer_limits(getattr(self, name), signed=True)
@@ -203,13 +202,7 @@ class _Decision:
 
 
 def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan:
-    """Decide for every parameter: the first rule that matches, else the default policy.
-
-    Args:
-        model: The model, unwrapped.
-        call: The keywords of the call.
-        rules: The user's ``(selector, overrides)``, in order.
-    """
+    """Decide for every parameter by the first rule that matches, or else by the default policy."""
     checked = _checked_rules(rules, call)
     sites = find_sites(model)
     boundary, aside = boundary_modules(model), set_aside(model)
@@ -409,11 +402,7 @@ def _shown(selector: Selector) -> str:
 
 
 def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor] | None]:
-    """Return the plan, and the quantizers' tensors by name (None for a spec given as a dict).
-
-    Args:
-        spec: Path of a ``qsam.json`` or of the folder that holds it, or what ``Coverage.to_spec()`` returned.
-    """
+    """Return the plan of a file, a folder or a dict, and the quantizers' tensors by name (None for a dict)."""
     if isinstance(spec, Mapping):
         return Plan.from_spec(spec, "the given spec"), None
     if not isinstance(spec, str | os.PathLike):
