@@ -233,9 +233,9 @@ def _bind_native(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient: 
     if call is None:
         return None
     ds = torch.empty(grid.rows, dtype=torch.promote_types(x.dtype, torch.float32)) if name in native.SUMS else None
-    arguments = [*(t.data_ptr() for t in tensors), *([] if ds is None else [ds.data_ptr()])]
+    arguments: list[Any] = [*(t.data_ptr() for t in tensors), *([] if ds is None else [ds.data_ptr()])]
     if coefficient is not None:
-        arguments.append(coefficient.item())  # type: ignore[arg-type]
+        arguments.append(coefficient.item())
     entries = x.numel()
     limits = (grid.quant_min, grid.quant_max, grid.offset)
     arguments += [grid.scale.data_ptr(), grid.rows, entries // grid.rows, *limits, thread_count(entries)]
