@@ -197,7 +197,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Choice:
+class Choice:
     """Decision for one parameter: ``settings``, or None for float, with the reason or a remark.
 
     Without ``input_requested`` the input of a layer that qsam does not know stays float: its hook would quantize
@@ -211,6 +211,13 @@ class _Choice:
 
 
 def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan:
+    """Return the plan that follows from :func:`choices_by_rules`, whose arguments and errors it shares."""
+    choices = choices_by_rules(model, call, rules)
+    weights = {choice.site.name: _plan_weight(choice) for choice in choices}
+    return Plan(weights, dict(_plan_inputs(choices, never_called(model))))
+
+
+def choices_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> list[Choice]:
     """Decide for every parameter: the first rule that matches, else the default policy.
 
     Args:
@@ -229,7 +236,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     choices = []
     for site in sites:
         if unquantizable := _cannot_be_quantized(site):
-            choices.append(_Choice(site, None, unquantizable))
+            choices.append(Choice(site, None, unquantizable))
             continue
         hits = [i for i, (selector, _) in enumerate(checked) if _matches(selector, site)]
         for i in hits:
@@ -239,8 +246,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     for (selector, _), was_used in zip(checked, used, strict=True):
         if not was_used:
             raise ValueError(_no_match(selector, sites))
-    weights = {choice.site.name: _plan_weight(choice) for choice in choices}
-    return Plan(weights, dict(_plan_inputs(choices, never_called(model))))
+    return choices
 
 
 def _cannot_be_quantized(site: Site) -> str:
@@ -249,35 +255,35 @@ def _cannot_be_quantized(site: Site) -> str:
     return "" if site.parameter.is_floating_point() else f"not floating ({site.parameter.dtype})"
 
 
-def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> _Choice:
+def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> Choice:
     if overrides is None:
-        return _Choice(site, None, "a rule keeps it float")
-    return _Choice(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
+        return Choice(site, None, "a rule keeps it float")
+    return Choice(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
 
 
-def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> _Choice:
+def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> Choice:
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module, _ in site.owners()):
-        return _Choice(site, None, ", ".join(["embedding", *site.ties]))
+        return Choice(site, None, ", ".join(["embedding", *site.ties]))
     if is_lora(site.name):
-        return _Choice(site, None, "LoRA factor")
+        return Choice(site, None, "LoRA factor")
     if all(id(module) in aside for _, module, _ in site.owners()):
-        return _Choice(site, None, aside[id(site.module)])
+        return Choice(site, None, aside[id(site.module)])
     if channel_axis(site.module, site.attr) is None:
-        return _Choice(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
+        return Choice(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
     role = next((boundary[id(module)] for _, module, _ in site.owners() if id(module) in boundary), None)
     if role is None:
-        return _Choice(site, call)
+        return Choice(site, call)
     wide = dataclasses.replace(
         call, bits=max(call.bits, BOUNDARY_BITS), activation_bits=max(call.activation_bits, BOUNDARY_BITS)
     )
-    return _Choice(site, wide, role)
+    return Choice(site, wide, role)
 
 
 NO_DEFAULT = "no default for a parameter"
 """How the reason begins where the policy leaves a matrix in float because it does not know its layer."""
 
 
-def _plan_weight(choice: _Choice) -> Entry | str:
+def _plan_weight(choice: Choice) -> Entry | str:
     site, settings = choice.site, choice.settings
     if settings is None:
         return choice.reason
@@ -314,7 +320,7 @@ def _axis(site: Site, settings: Settings) -> Axis:
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _plan_inputs(choices: Sequence[_Choice], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
+def _plan_inputs(choices: Sequence[Choice], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
     """Yield one row per module that uses a chosen weight: a tied one has several."""
     seen: set[int] = set()
     for choice in choices:
@@ -324,7 +330,7 @@ def _plan_inputs(choices: Sequence[_Choice], dead: Mapping[int, str]) -> Iterato
                 yield name, _plan_input(choice, module, attr, dead)
 
 
-def _plan_input(choice: _Choice, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
+def _plan_input(choice: Choice, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
     settings = choice.settings
     assert settings is not None
     if settings.activations is None:
