@@ -89,7 +89,8 @@ class Options:
     """The options of every recipe."""
 
     method: list[str] = option(["lsq", "squat"], "fp32, rtn, lsq, q8bert, qbert, gobo, or an optimizer of qsam; lsq2x "
-                               "has twice the steps; saq:case=1,rho=.02 sets one method's own. fp32 is run in any case")  # fmt: skip
+                               "has twice the steps; saq:case=1,rho=.02 sets one method's own. "
+                               "fp32 is run in any case")  # fmt: skip
     bits: int = option(2, "bits of the weights")
     activation_bits: int = option(8, "bits of the layers' inputs")
     rho: float = option(0.1, "radius of the perturbation, for the methods that have one")
