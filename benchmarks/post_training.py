@@ -34,12 +34,16 @@ from qsam.scales import INIT_RULES
 
 NAME = "post-training"
 PAGE = ROOT / "docs" / "post-training.md"
-BITS = (4, 3, 2, 8)
+BITS = (8, 4, 3, 2)
 GRANULARITIES = ("per_tensor", "per_channel")
 NO_ROUNDING, OTHER_NAMES = "identity", ("per_channel",)
 ROWS, IMAGES, SIDE, CALIBRATION = 300, 150, 128, (8, 32)  # rows and images per cell; pixels; batches and rows of each
-FP32 = "--method fp32 --train-rows 2500 --fp32-epochs 1 --fp32-lr 1e-4 --threads 1 --precision bf16"
-BERT_TASKS = ("stsb", "movies")
+FP32 = {
+    "stsb": "--method fp32 --train-rows 2500 --fp32-epochs 2 --fp32-lr 1e-4 --threads 1 --precision bf16",
+    "movies": "--method fp32 --train-rows 2500 --fp32-epochs 1 --fp32-lr 1e-4 --threads 1 --precision bf16",
+}
+"""Options of the recipe by task."""
+
 INPUTS_OF = "stsb"  # the subject whose inputs are quantized too
 
 TEXT = """# Rounding after training
@@ -47,11 +51,12 @@ TEXT = """# Rounding after training
 `quantize_`, `calibrate` and `write_` alone, without a training step: the floor that training has to beat, and a map of
 what quantizers and initial scales differ in. Weights are quantized with float inputs, and inputs with float weights.
 
-- **MiniLM-L6, STS-B** and **movie reviews**: the recipe's full-precision run, made short (`{fp32}`); then the Linear
-  layers of the encoder. Pearson's correlation in percent, and accuracy in percent, on {rows} dev rows.
+- **MiniLM-L6, STS-B** and **movie reviews**: the recipe's full-precision run, made short (one epoch of 2,500 rows, two
+  for STS-B); then the Linear layers of the encoder. Pearson's correlation and accuracy, in percent, on {rows} dev rows.
 - **EfficientNet-Lite0**: ImageNet's weights, all layers by the default policy (8 bits in the first layer and the head).
   Its task is not at hand, so that the figure is no accuracy: it is the share of {images} images of CIFAR-10's test set,
-  {side} pixels wide, in percent, that get the same of 1,000 classes as from the float model.
+  {side} pixels wide, in percent, that get the same of 1,000 classes as from the float model. Once as it is, and once
+  with the statistics of its BatchNorms taken again on 64 images after `write_` (and in the float model).
 
 One model and one set of rows per table: differences below {error} points mean nothing (two standard errors of a share
 near 80 %). Quantizers that give the same values share a row. `python -m benchmarks.post_training` measures, and writes
@@ -61,7 +66,7 @@ this page from `benchmarks/results/post-training.json`.
 
 @dataclass(frozen=True)
 class Subject:
-    """A float model, batches to calibrate on, what measures it, and the layers to quantize."""
+    """A float model, batches to calibrate on, what measures it, the layers to quantize, and what follows `write_`."""
 
     name: str
     metric: str
@@ -71,6 +76,7 @@ class Subject:
     score: Callable[[nn.Module], float]
     rules: Any = None
     parts: tuple[str, ...] = ("weights",)
+    after: Callable[[nn.Module], object] | None = None
 
 
 # --- the subjects -----------------------------------------------------------------------------------------------------
@@ -80,7 +86,7 @@ def bert(task: str, cache: Path) -> Subject:
     """Return MiniLM-L6 after the recipe's full-precision run on a task, which is made if the folder lacks it."""
     from recipes import bert_glue, training
 
-    words = ["--task", task, *shlex.split(FP32), "--output-dir", str(cache)]
+    words = ["--task", task, *shlex.split(FP32[task]), "--output-dir", str(cache)]
     if code := bert_glue.main(words):
         raise SystemExit(code)
     experiment = bert_glue.BertOnGlue(bert_glue.read_options(words))
@@ -100,8 +106,13 @@ def bert(task: str, cache: Path) -> Subject:
     return Subject(f"MiniLM-L6, {task}", experiment.metric, ROWS, model, batches, score, qsam.presets.squat_bert, parts)
 
 
-def lite0(images: Path) -> Subject:
-    """Return EfficientNet-Lite0 with images of CIFAR-10; its score is the agreement with the float model."""
+def lite0(images: Path, *, norms: bool) -> Subject:
+    """Return EfficientNet-Lite0 with images of CIFAR-10; its score is the agreement with the float model.
+
+    Args:
+        images: The file.
+        norms: Whether the statistics of its BatchNorms are taken again after rounding, on two batches.
+    """
     import numpy as np
     import timm
 
@@ -127,7 +138,16 @@ def lite0(images: Path) -> Subject:
     def score(model: nn.Module) -> float:
         return 100 * float((classes(model) == expected).float().mean())
 
-    return Subject("EfficientNet-Lite0", "agreement with float", IMAGES, model, list(batches), score)
+    if not norms:
+        return Subject("EfficientNet-Lite0", "agreement with float", IMAGES, model, batches, score)
+    name, after = (
+        "EfficientNet-Lite0 with BatchNorm re-estimated",
+        partial(qsam.reestimate_batchnorm, batches=batches[:2]),
+    )
+    after(model)  # the statistics of these images, in float: what is compared with
+    with torch.no_grad():
+        expected = classes(model)
+    return Subject(name, "agreement with float", IMAGES, model, batches, score, after=after)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -192,6 +212,8 @@ def score(subject: Subject, part: str, granularity: str, bits: int, pair: tuple[
     if part == "inputs":
         qsam.calibrate(model, subject.batches)
     qsam.write_(model)
+    if subject.after is not None:
+        subject.after(model)
     return subject.score(model.eval())
 
 
@@ -230,7 +252,7 @@ def measure(subject: Subject, kept: Json, keep: Callable[[], object], until: flo
 def page(found: Json) -> Iterator[str]:
     """Yield the lines of the page."""
     error = round(200 * (0.16 / ROWS) ** 0.5)
-    yield TEXT.format(fp32=FP32, rows=ROWS, images=IMAGES, side=SIDE, error=error)
+    yield TEXT.format(rows=ROWS, images=IMAGES, side=SIDE, error=error)
     for name, entry in found["subjects"].items():
         yield f"## {name}"
         yield ""
@@ -278,6 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="keeps the full-precision runs; without it only the images are run")
     parser.add_argument("--images", type=Path, help="an .npz file with CIFAR-10's test images")
+    parser.add_argument("--only", help="a part of the subject's name: only this one")
     parser.add_argument("--minutes", type=float, default=15.0, help="of processor time at most, training not counted")
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args(arguments)
@@ -285,12 +308,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not options.tables:
         packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm"))
         kept |= {"commit": commit(), "processor": processor(), "packages": f"qsam {qsam.__version__}, {packages}"}
-        tasks = () if options.cache is None else BERT_TASKS
+        tasks = () if options.cache is None else FP32
         builders: list[Callable[[], Subject]] = [partial(bert, task, options.cache) for task in tasks]
-        builders += [] if options.images is None else [partial(lite0, options.images)]
+        images = () if options.images is None else (False, True)
+        builders += [partial(lite0, options.images, norms=norms) for norms in images]
         for build in builders:
             subject = build()
-            share = options.minutes * 60 / len(builders)
+            share = options.minutes * 60 / (len(builders) if options.only is None else 1)
+            if options.only is not None and options.only not in subject.name:
+                continue
             measure(subject, kept["subjects"], lambda: write_json(RESULTS, NAME, kept), time.process_time() + share)
     PAGE.write_text("\n".join(page(kept)) + "\n", encoding="utf-8")
     return 0
