@@ -25,7 +25,7 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def rewritten(text: str, results: Results) -> str:
-    """Return the page with every block made anew."""
+    """Return the page with every block written again."""
     for name, lines in blocks(results).items():
         begin, end = marks(name)
         before, rest = text.split(begin)
@@ -88,7 +88,7 @@ def target_table(results: Results) -> Iterator[str]:
     yield ""
     yield f"{sum(t.met for t in found)} of {len(found)} met. Where another way is ahead:"
     yield ""
-    yield from [f"- {sentence}" for sentence in ahead(results)] or ["- nowhere in what was measured."]
+    yield from [f"- {sentence}" for sentence in ahead(results)] or ["- No other way is ahead in any measured case."]
 
 
 def kernel_tables(result: Json) -> Iterator[str]:

@@ -3,7 +3,7 @@
     optimizer = qsam.SQuAT(model, AdamW, lr=2e-5, rho=0.1)
     loss = optimizer.step(closure)
 
-The optimizer owns the full-precision weights; the model always holds the weights it will be deployed with.
+The optimizer owns the full-precision weights, and the model always holds the weights that will be deployed.
 """
 
 from qsam import presets

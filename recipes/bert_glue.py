@@ -49,7 +49,7 @@ Metrics = dict[str, Callable[[Any, Any], float]]
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's rows are, in the GLUE download and on the hub, and how they are measured."""
+    """The location of a task's rows, in the GLUE download and on the hub, and its metrics."""
 
     folder: str  # in the download
     texts: tuple[str, ...]  # columns there

@@ -1,4 +1,4 @@
-"""What both recipes share: options, run folders, the Hugging Face Trainer, and the results.
+"""Shared parts of both recipes: options, run folders, the Hugging Face Trainer, and the results.
 
 A run is a folder of the output folder, named after task, method, bits and seed:
 
@@ -322,7 +322,7 @@ def steps_of(config: Json, rows: int) -> int:
 
 @dataclass
 class Course:
-    """How far a training is, beside what the Trainer keeps: losses since the last epoch, and the history per epoch."""
+    """The progress of a training beside the Trainer's state: losses since the last epoch, and the history per epoch."""
 
     steps: int = 0
     passes: int = 0

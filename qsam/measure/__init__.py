@@ -1,4 +1,4 @@
-"""How flat the loss is around the weights that a model is deployed with, and how many bits each can do with."""
+"""Flatness of the loss around the weights that a model is deployed with, and the bits that each weight needs."""
 
 from qsam.measure.bit_allocation import AllocatedWeight, BitAllocation, bit_allocation
 from qsam.measure.flatness import LossSlice, Sharpness, loss_slice, sharpness

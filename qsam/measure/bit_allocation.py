@@ -34,7 +34,7 @@ from qsam.inputs import data_parallel_group
 from qsam.layers import channel_axis, unwrap_model
 from qsam.measure.probe import Probe, Progress, checked_count, checked_number, probing
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
-from qsam.plan import Choice, Rules, Settings, choices_by_rules, plan_by_rules
+from qsam.plan import Decision, Rules, Settings, decisions_by_rules, plan_by_rules
 from qsam.quantizers import Quantizer
 from qsam.registry import nearest
 
@@ -225,16 +225,16 @@ def bit_allocation(
 class _Candidate:
     """A weight that will be quantized, with a quantizer for each choice of its bits."""
 
-    choice: Choice
+    decision: Decision
     options: Mapping[int, Quantizer]
 
     @property
     def name(self) -> str:
-        return self.choice.site.name
+        return self.decision.site.name
 
     @property
     def parameter(self) -> nn.Parameter:
-        return self.choice.site.parameter
+        return self.decision.site.parameter
 
     @property
     def numel(self) -> int:
@@ -248,12 +248,15 @@ class _Candidate:
 
     def rule(self, bits: int) -> tuple[str, dict[str, Any]]:
         """Return the rule that quantizes this weight as the call would, with these bits."""
-        settings = self.choice.settings
+        settings = self.decision.settings
         assert settings is not None
         own = {**vars(settings), "bits": bits}
         if own["axis"] is None:
             del own["axis"]
-        if channel_axis(self.choice.site.module, self.choice.site.attr) is None and not self.choice.input_requested:
+        if (
+            channel_axis(self.decision.site.module, self.decision.site.attr) is None
+            and not self.decision.input_requested
+        ):
             own["activations"] = None  # as without a rule: nobody has asked for the input of a layer that is unknown
         return escape(self.name), own
 
@@ -285,20 +288,20 @@ def _candidates(
     for name in settings:
         if name not in known:
             raise TypeError(f"bit_allocation has no argument {name!r}.{nearest(name, known)}")
-    found: dict[str, tuple[Choice, dict[int, Quantizer]]] = {}
+    found: dict[str, tuple[Decision, dict[int, Quantizer]]] = {}
     rest = 0
     for b in bits:
         call = Settings(bits=b, **settings)
         coverage = _built(root, plan_by_rules(root, call, rules))
-        choices = {choice.site.name: choice for choice in choices_by_rules(root, call, rules)}
+        decisions = {each.site.name: each for each in decisions_by_rules(root, call, rules)}
         for row in coverage.quantized:
             if row.bits < 32 and row.quantizer is not None:
-                found.setdefault(row.name, (choices[row.name], {}))[1].setdefault(row.bits, row.quantizer)
+                found.setdefault(row.name, (decisions[row.name], {}))[1].setdefault(row.bits, row.quantizer)
         scales = sum(p.numel() for quantizer in coverage.quantizers.values() for p in quantizer.parameters())
         rest = 32 * scales + sum(row.bits * row.numel for row in coverage.weights if row.bits == 32)
     if not found:
         raise ValueError("no weight would be quantized, so that there are no bits to allocate: name some in `rules`.")
-    return [_Candidate(choice, dict(sorted(options.items()))) for choice, options in found.values()], rest
+    return [_Candidate(decision, dict(sorted(options.items()))) for decision, options in found.values()], rest
 
 
 _BUDGET = re.compile(r"\s*(\d+\.?\d*|\.\d+)\s*(bits|mb)\s*", re.IGNORECASE)

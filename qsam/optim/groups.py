@@ -1,4 +1,4 @@
-"""The parameter groups of a base optimizer: built, stripped of scales, and pointed at the latents while it works."""
+"""Build a base optimizer, and take the scales out of its parameter groups."""
 
 from __future__ import annotations
 
@@ -35,10 +35,6 @@ def build_base(
         params: Parameters or groups for a class; None for all trainable ones.
         arguments: Keywords for the class.
         ours: Names of the method's own keywords, for messages.
-
-    Raises:
-        TypeError: an unknown keyword; keywords or params together with an instance; not an optimizer.
-        RuntimeError: a trainable quantized weight that is in no group.
     """
     scales = {id(p) for p in quantizer_parameters(latents.root)}
     if isinstance(base, Optimizer):
@@ -65,17 +61,13 @@ def build_base(
 
 
 def needs_closure(base: Optimizer) -> bool:
-    """Whether ``base.step`` wants a closure that it calls itself, like LBFGS."""
+    """Whether ``base.step`` requires a closure, as LBFGS does."""
     closure = inspect.signature(type(base).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _refuse_unusable(method: str, base: Optimizer) -> None:
-    """Refuse base optimizers that need what a pulled-back gradient does not have.
-
-    Raises:
-        TypeError: with the reason.
-    """
+    """Refuse base optimizers that cannot step with pulled-back gradients."""
     name = type(base).__name__
     if isinstance(base, SparseAdam):
         raise TypeError(
@@ -89,7 +81,7 @@ def _refuse_unusable(method: str, base: Optimizer) -> None:
         )
     if needs_closure(base) and method != "QAT":
         raise TypeError(
-            f"{name} calls its closure by itself, as often as it likes, so {method} cannot order its passes: use QAT."
+            f"{name} calls its closure itself, as often as it needs, so {method} cannot order its passes: use QAT."
         )
 
 
@@ -103,12 +95,9 @@ def _key_by_latents(base: Optimizer, latents: Latents) -> None:
 
 
 def without_scales(param_group: dict[str, Any], latents: Latents) -> dict[str, Any]:
-    """Return a group to be added, without the scales among its parameters, and say how many were left out.
+    """Return a copy of a group without the scales among its parameters, and warn how many were left out.
 
-    Args:
-        param_group: As torch takes it: ``"params"`` is a Parameter, or an iterable of Parameters or of pairs
-            (name, Parameter).
-        latents: The model's latents.
+    As in torch, ``"params"`` is a Parameter, or an iterable of Parameters or of pairs (name, Parameter).
     """
     group = dict(param_group)
     if isinstance(group["params"], Iterable) and not isinstance(group["params"], set):

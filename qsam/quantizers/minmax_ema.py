@@ -1,4 +1,4 @@
-"""Min-max with an average: Q8BERT's ranges. Nothing is learned, and the gradient passes everywhere.
+"""Q8BERT's ranges: min-max with a moving average. Nothing is learned, and the gradient passes everywhere.
 
     Q(x; s) = s * round(clip(x / s, -Qp, Qp)),   dQ/dx = 1
     weights: s = max|w| / Qp of every step;   inputs: s <- .9999 s + .0001 max|x| / Qp, from the first batch
@@ -19,15 +19,15 @@ from qsam.quantizers.affine import Ranged
 from qsam.quantizers.base import register_quantizer
 
 DECAY = 0.9999
-"""Of the average of an input's largest magnitude: the paper's."""
+"""The decay of the average of an input's largest magnitude, as in the paper."""
 
 
 @register_quantizer("minmax_ema")
 class MinMaxEMA(Ranged):
     """A symmetric range that holds the largest magnitude. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
 
-    The scale is a buffer. A weight's is renewed at every optimizer step. An input's moves at every optimizer step that
-    followed a forward in training mode, by what the first pass saw; in evaluation it stands still.
+    The scale is a buffer. A weight's scale is set again at every optimizer step. An input's moves at every optimizer
+    step after a forward in training mode, by the data of the first pass; in evaluation it does not move.
 
     Example:
         >>> q = MinMaxEMA(bits=8, axis=0)
@@ -46,7 +46,7 @@ class MinMaxEMA(Ranged):
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
-        # A buffer, for the optimizers put those back after every pass but the first; the step makes state of it.
+        # A buffer, because the optimizers restore buffers after every pass but the first; the step moves the scale.
         self.register_buffer("seen", torch.zeros(1, dtype=torch.float32), persistent=False)
 
     @property
@@ -63,7 +63,7 @@ class MinMaxEMA(Ranged):
         self._put("scale", self._shaped((largest / self.quant_max).clamp_min(SCALE_FLOOR), x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return Q(x); of an input in training, note the largest magnitude."""
+        """Return Q(x), and note the largest magnitude of an input in training mode."""
         if self.axis is None and self.training and x.numel():
             with torch.no_grad():
                 self.seen.copy_(torch.maximum(self.seen, x.detach().abs().amax().to(torch.float32)))
@@ -75,7 +75,7 @@ class MinMaxEMA(Ranged):
 
     @torch.no_grad()
     def take_observations(self) -> None:
-        """Move an input's range by what was seen since the last step; what is not finite is left out."""
+        """Move an input's range by the largest magnitude since the last step, if it is finite."""
         moved = DECAY * self.scale + (1 - DECAY) * self.seen / self.quant_max
         self.scale.copy_(torch.where(torch.isfinite(self.seen) & (self.seen > 0), moved, self.scale))
         self.seen.zero_()

@@ -1,4 +1,4 @@
-"""Q-BERT: asymmetric ranges from the smallest to the largest weight, one for each of 128 runs of rows.
+"""Q-BERT: asymmetric ranges from the smallest to the largest weight, one per run of rows, in 128 runs.
 
     Q(x) = s * k + m,   k = round((x - m) / s),   m = min x,   s = (max x - min x) / (2^bits - 1),   dQ/dx = 1
 
@@ -18,7 +18,7 @@ from qsam.quantizers.affine import Ranged
 from qsam.quantizers.base import register_quantizer
 
 RUNS = 128
-"""Ranges of one weight: the paper's number."""
+"""Ranges per weight, the paper's number."""
 
 
 @register_quantizer("qbert")
@@ -27,15 +27,15 @@ class QBert(Ranged):
 
     Args:
         setting: As :class:`~qsam.quantizers.base.Quantizer`. A weight with granularity ``"per_tensor"`` has 128 runs of
-            consecutive rows along ``axis``, of sizes that differ by one row at most, or one a row where it has fewer;
-            with ``"per_channel"`` one range a row. An input has one range.
+            consecutive rows along ``axis``, of sizes that differ by one row at most, or one per row if it has fewer;
+            with ``"per_channel"`` one range per row. An input has one range.
 
     Attributes:
         scale: s, of shape ``(C, 1, ...)``: the rows of a run have one value.
         minimum: m, of the same shape. Codes are unsigned.
 
     Raises:
-        ValueError: granularity ``"per_group"``, or an argument out of its range.
+        ValueError: The granularity is ``"per_group"``, or an argument is out of its range.
 
     Example:
         >>> q = QBert(bits=2, axis=0)
@@ -43,8 +43,8 @@ class QBert(Ranged):
         >>> q(torch.tensor([[-1.0, 5.0, 1.0, 0.9]])).tolist()
         [[-1.0, 5.0, 1.0, 1.0]]
 
-    Differs from the paper: runs go over all rows of a matrix; where the number of heads times rows of a head is a
-    multiple of 128, those are the paper's, which cuts each head's matrix.
+    Differs from the paper: it splits each head's matrix, while here the runs go over all rows of a matrix. They agree
+    if the number of heads times the rows of a head is a multiple of 128.
     """
 
     minimum: Tensor
@@ -60,7 +60,7 @@ class QBert(Ranged):
 
     @property
     def granularity(self) -> str:
-        """Per channel for a weight, whose scale has one entry a row; the setting says whether rows come in runs."""
+        """Per channel for a weight, whose scale has one entry per row; ``spec`` holds the given granularity."""
         return self.spec.granularity if self.axis is None else "per_channel"
 
     @property
@@ -75,7 +75,7 @@ class QBert(Ranged):
 
     @property
     def quant_min(self) -> int:
-        """0: the range begins at m."""
+        """0, because the range begins at m."""
         return 0
 
     @property

@@ -189,7 +189,7 @@ def a_foreign_write_stops_all(rank: int, method: Method) -> None:
         with torch.no_grad():
             ours._latents.slots[1].parameter.add_(1)
     where = "'2.weight'" if rank == 1 else "of another rank"
-    with pytest.raises(RuntimeError, match=f"the quantized weight {where} was written by somebody else"):
+    with pytest.raises(RuntimeError, match=f"the quantized weight {where} was written by other code"):
         step_on_part(ours, ddp, MLP, 1, rank)
     ours.sync_latents()
 
@@ -230,7 +230,7 @@ def scaler_between_the_passes(rank: int) -> None:
     scaler = torch.amp.GradScaler("cpu")
     with ours.first_pass():
         scaler.scale(MLP.loss(ddp, part(MLP.batch(0), rank))).backward()
-    with pytest.raises(RuntimeError, match="a GradScaler would judge each rank's own first pass"):
+    with pytest.raises(RuntimeError, match="each rank's GradScaler would check its own first pass"):
         scaler.step(ours.scales)
 
 

@@ -201,7 +201,7 @@ def foreign_writes(rank: int, method: Method) -> None:
     if rank == 0:
         with torch.no_grad():
             local(optimizer._latents.slots[0].parameter).add_(1)
-    with pytest.raises(RuntimeError, match="written by somebody else since the last step"):
+    with pytest.raises(RuntimeError, match="written by other code since the last step"):
         step(optimizer, model, 1, rank)
     optimizer.sync_latents()
     step(optimizer, model, 1, rank)
