@@ -5,8 +5,8 @@ python -m benchmarks.post_training --cache FOLDER --images CIFAR10.npz    # and 
 python -m benchmarks.post_training --tables                           # nothing: only the page, from the kept file
 
 Models and data are those of `recipes/offline.py`. FOLDER keeps the short full-precision runs of `recipes.bert_glue`.
-What has been measured is kept after every cell, and the same command goes on; `--minutes` caps the processor time.
-Quantizers that give the same values on a sample of three weights, or of normal inputs, are measured once.
+What has been measured is kept after every cell, and the same command goes on; `--minutes` caps the processor time of
+each subject. Quantizers that give the same values on samples of three weights, or of normal inputs, are measured once.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from qsam.scales import INIT_RULES
 
 NAME = "post-training"
 PAGE = ROOT / "docs" / "post-training.md"
-BITS = (8, 4, 3, 2)
+BITS = (4, 2, 8, 3)
 GRANULARITIES = ("per_tensor", "per_channel")
 NO_ROUNDING, OTHER_NAMES = "identity", ("per_channel",)
 ROWS, IMAGES, SIDE, CALIBRATION = 300, 150, 128, (8, 32)  # rows and images per cell; pixels; batches and rows of each
@@ -43,6 +43,7 @@ FP32 = {
     "movies": "--method fp32 --train-rows 2500 --fp32-epochs 1 --fp32-lr 1e-4 --threads 1 --precision bf16",
 }
 """Options of the recipe by task."""
+NETWORKS = ("lite0", "lite0-norms")
 
 INPUTS_OF = "stsb"  # the subject whose inputs are quantized too
 
@@ -106,12 +107,12 @@ def bert(task: str, cache: Path) -> Subject:
     return Subject(f"MiniLM-L6, {task}", experiment.metric, ROWS, model, batches, score, qsam.presets.squat_bert, parts)
 
 
-def lite0(images: Path, *, norms: bool) -> Subject:
+def lite0(images: Path, name: str) -> Subject:
     """Return EfficientNet-Lite0 with images of CIFAR-10; its score is the agreement with the float model.
 
     Args:
         images: The file.
-        norms: Whether the statistics of its BatchNorms are taken again after rounding, on two batches.
+        name: "lite0-norms" if the statistics of its BatchNorms are taken again after rounding, on two batches.
     """
     import numpy as np
     import timm
@@ -132,22 +133,18 @@ def lite0(images: Path, *, norms: bool) -> Subject:
         found: Tensor = torch.cat([model(part) for part in torch.split(rows, 50)]).argmax(1)
         return found
 
+    title, after = "EfficientNet-Lite0", None
+    if name == "lite0-norms":
+        title += " with BatchNorm re-estimated"
+        after = partial(qsam.reestimate_batchnorm, batches=batches[:2])
+        after(model)  # what is compared with has the statistics of these images too
     with torch.no_grad():
         expected = classes(model)
 
     def score(model: nn.Module) -> float:
         return 100 * float((classes(model) == expected).float().mean())
 
-    if not norms:
-        return Subject("EfficientNet-Lite0", "agreement with float", IMAGES, model, batches, score)
-    name, after = (
-        "EfficientNet-Lite0 with BatchNorm re-estimated",
-        partial(qsam.reestimate_batchnorm, batches=batches[:2]),
-    )
-    after(model)  # the statistics of these images, in float: what is compared with
-    with torch.no_grad():
-        expected = classes(model)
-    return Subject(name, "agreement with float", IMAGES, model, batches, score, after=after)
+    return Subject(title, "agreement with float", IMAGES, model, batches, score, after=after)
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -226,9 +223,10 @@ def cells(subject: Subject) -> Iterator[tuple[str, str, int, list[tuple[str, str
                 yield part, granularity, bits, names
 
 
-def measure(subject: Subject, kept: Json, keep: Callable[[], object], until: float) -> None:
+def measure(subject: Subject, facts: Json, until: float) -> None:
     """Measure the cells of a subject that are not among the kept ones, until the processor time is spent."""
-    entry = kept.setdefault(subject.name, {"metric": subject.metric, "rows": subject.rows, "cells": []})
+    kept = read_json(RESULTS, NAME) or {"subjects": {}}
+    entry = kept["subjects"].get(subject.name) or {"metric": subject.metric, "rows": subject.rows, "cells": []}
     if "float" not in entry:
         with torch.no_grad():
             entry["float"] = subject.score(subject.model)
@@ -242,7 +240,8 @@ def measure(subject: Subject, kept: Json, keep: Callable[[], object], until: flo
         found = score(subject, part, granularity, bits, names[0])
         entry["cells"].append({"part": part, "granularity": granularity, "bits": bits,
                                "names": [list(pair) for pair in names], "score": round(found, 2)})  # fmt: skip
-        keep()
+        kept = read_json(RESULTS, NAME) or {"subjects": {}}  # another subject may be measured at the same time
+        write_json(RESULTS, NAME, {**kept, **facts, "subjects": {**kept["subjects"], subject.name: entry}})
         print(f"{subject.name}, {part} {bits} bits, {granularity}, {names[0]}: {found:.2f}", flush=True)
 
 
@@ -300,25 +299,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cache", type=Path, help="keeps the full-precision runs; without it only the images are run")
     parser.add_argument("--images", type=Path, help="an .npz file with CIFAR-10's test images")
-    parser.add_argument("--only", help="a part of the subject's name: only this one")
-    parser.add_argument("--minutes", type=float, default=15.0, help="of processor time at most, training not counted")
+    parser.add_argument("--only", nargs="+", choices=[*FP32, *NETWORKS], help="these subjects only")
+    parser.add_argument("--minutes", type=float, default=5.0, help="processor time per subject, without training")
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args(arguments)
-    kept = read_json(RESULTS, NAME) or {"subjects": {}}
     if not options.tables:
         packages = ", ".join(f"{name} {installed(name)}" for name in ("torch", "transformers", "timm"))
-        kept |= {"commit": commit(), "processor": processor(), "packages": f"qsam {qsam.__version__}, {packages}"}
-        tasks = () if options.cache is None else FP32
-        builders: list[Callable[[], Subject]] = [partial(bert, task, options.cache) for task in tasks]
-        images = () if options.images is None else (False, True)
-        builders += [partial(lite0, options.images, norms=norms) for norms in images]
-        for build in builders:
-            subject = build()
-            share = options.minutes * 60 / (len(builders) if options.only is None else 1)
-            if options.only is not None and options.only not in subject.name:
-                continue
-            measure(subject, kept["subjects"], lambda: write_json(RESULTS, NAME, kept), time.process_time() + share)
-    PAGE.write_text("\n".join(page(kept)) + "\n", encoding="utf-8")
+        packages = f"qsam {qsam.__version__}, {packages}"
+        facts = {"commit": commit(), "processor": processor(), "packages": packages}
+        tasks, images = (() if options.cache is None else FP32), (() if options.images is None else NETWORKS)
+        builders: dict[str, Callable[[], Subject]] = {task: partial(bert, task, options.cache) for task in tasks}
+        builders |= {name: partial(lite0, options.images, name) for name in images}
+        for name in options.only or builders:
+            measure(builders[name](), facts, time.process_time() + options.minutes * 60)
+    PAGE.write_text("\n".join(page(read_json(RESULTS, NAME) or {"subjects": {}})) + "\n", encoding="utf-8")
     return 0
 
 

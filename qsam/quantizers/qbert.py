@@ -44,7 +44,7 @@ class QBert(Ranged):
         [[-1.0, 5.0, 1.0, 1.0]]
 
     Differs from the paper: it splits each head's matrix, while here the runs go over all rows of a matrix. They agree
-    if the number of heads times the rows of a head is a multiple of 128.
+    if 128 is a multiple of the number of heads and divides the number of rows.
     """
 
     minimum: Tensor
