@@ -278,20 +278,25 @@ def part_table(cells: Sequence[Json]) -> Iterator[str]:
     shown = {id(cell): f"{cell['score']:.1f}" for cell in cells}
     heads = ("quantizer", "granularity", "init", *(f"{b} bits" for b in sorted(BITS, reverse=True)))
     yield from table(heads, *(
-        (names_of(pairs), granularity, inits_of(pairs), *(shown.get(key, "not run") for key in same))
+        (names_of(pairs), granularity, ", ".join(_inits(pairs)), *(shown.get(key, "not run") for key in same))
         for (granularity, same), pairs in sorted(rows.items(), key=lambda row: GRANULARITIES.index(row[0][0]))
     ))  # fmt: skip
 
 
 def names_of(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return the names of a row."""
-    return ", ".join(f"`{name}`" for name in dict.fromkeys(name for name, _ in pairs))
+    """Return the names of a row; those beside others for which the rule makes no difference say so."""
+    words = [f"`{name}`{' (any init)' if _any(pairs, name) and _inits(pairs) != ['any'] else ''}" for name, _ in pairs]
+    return ", ".join(dict.fromkeys(words))
 
 
-def inits_of(pairs: Sequence[tuple[str, str]]) -> str:
-    """Return the rules of a row; "any" where all give the same."""
-    found = dict.fromkeys(init for _, init in pairs)
-    return "any" if len(found) == len(INIT_RULES) else ", ".join(found)
+def _any(pairs: Sequence[tuple[str, str]], name: str) -> bool:
+    """Whether all rules of a quantizer are in this row."""
+    return len([init for other, init in pairs if other == name]) == len(INIT_RULES)
+
+
+def _inits(pairs: Sequence[tuple[str, str]]) -> list[str]:
+    """Return the rules of those quantizers of a row for which they make a difference."""
+    return list(dict.fromkeys(init for name, init in pairs if not _any(pairs, name))) or ["any"]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

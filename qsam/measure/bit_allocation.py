@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from qsam.attach import _built
 from qsam.batches import refuse_empty, require_batches
 from qsam.coverage import coverage_of, refuse_unrecorded
-from qsam.inputs import data_parallel_group
+from qsam.inputs import data_parallel_group, is_sharded
 from qsam.layers import channel_axis, unwrap_model
 from qsam.measure.probe import Probe, Progress, checked_count, checked_number, probing
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
@@ -183,7 +183,8 @@ def bit_allocation(
     References:
         Shen et al., Q-BERT, arXiv 1909.05840, section 3.1; Dong et al., HAWQ-V2, arXiv 1911.03852.
 
-    Differs from the papers: they choose bits by hand from the order of the sensitivities, or by a Pareto search.
+    Differs from the papers: Q-BERT chooses the bits by hand from the order of the sensitivities, HAWQ-V2 from a Pareto
+    frontier of assignments.
     """
     _require_scipy()
     if sensitivity not in SENSITIVITIES:
@@ -270,10 +271,10 @@ def _float_model(model: nn.Module) -> nn.Module:
             "first."
         )
     refuse_unrecorded(model)
-    if data_parallel_group(model) is not None:
+    if data_parallel_group(model) is not None or is_sharded(model.modules()):
         raise RuntimeError(
-            "the model is in DistributedDataParallel, and each process would find other bits: call bit_allocation in "
-            "one process before that, and give its rules to quantize_ in all of them."
+            "the model is in DistributedDataParallel or sharded already, and each process would find other bits: call "
+            "bit_allocation in one process before that, and give its rules to quantize_ in all of them."
         )
     return unwrap_model(model)
 

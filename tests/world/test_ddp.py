@@ -223,6 +223,8 @@ def quantizing_inside(rank: int) -> None:
         qsam.quantize_(ddp)
     with pytest.raises(RuntimeError, match="call quantize_ before"):
         qsam.QAT(ddp, AdamW)
+    with pytest.raises(RuntimeError, match="call bit_allocation in one process before that"):
+        qsam.bit_allocation(ddp, [MLP.batch(0)], 4, loss_fn=MLP.loss)
 
 
 def scaler_between_the_passes(rank: int) -> None:

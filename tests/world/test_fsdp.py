@@ -296,6 +296,8 @@ def measures(rank: int) -> None:
     optimizer, model = build(SAQ, "shard", {}, {})
     with pytest.raises(RuntimeError, match="sharpness measures a whole model, and this one is sharded: gather"):
         qsam.sharpness(optimizer, closure_of(optimizer, model, MLP, MLP.batch(0)))
+    with pytest.raises(RuntimeError, match="call bit_allocation in one process before that"):
+        qsam.bit_allocation(shard_(MLP.build()), [MLP.batch(0)], 4, loss_fn=MLP.loss)
     with pytest.raises(RuntimeError, match="dequantize_ cannot take the scales out of a sharded model"):
         qsam.dequantize_(model, optimizer)
     step(optimizer, model, 0, rank)
