@@ -119,6 +119,12 @@ def any_process(flag: bool, tensors: Iterable[Tensor]) -> bool:
     return flag
 
 
+def _mesh_groups(tensors: Iterable[Tensor]) -> list[distributed.ProcessGroup | None]:
+    """Return the groups of processes over which parts or copies of these tensors are spread."""
+    meshes = {t.device_mesh for t in tensors if is_sharded(t)}
+    return [group for mesh in sorted(meshes, key=str) for group in mesh.get_all_groups()]
+
+
 def _shard_groups(tensor: Tensor) -> list[distributed.ProcessGroup]:
     """Return the process groups over which the rows are distributed."""
     if not is_sharded(tensor):
@@ -407,6 +413,17 @@ class Ranks:
         """Whether ``flag`` is set on any rank."""
         group = self.group
         return flag if group is None or latents.sharded else _any(flag, _device(latents), group)
+
+    def take_largest_(self, tensors: Sequence[Tensor], latents: Latents) -> None:
+        """Write the entrywise largest values of all ranks into some tensors of one entry, in one communication."""
+        groups = [self.group] if not latents.sharded else _mesh_groups(latents.root.parameters())
+        if not tensors or groups == [None]:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        for group in groups:
+            distributed.all_reduce(flat, distributed.ReduceOp.MAX, group)
+        for tensor, value in zip(tensors, flat, strict=True):
+            tensor.copy_(value)
 
     def mean(self, grads: Mapping[int, Tensor], order: Sequence[Tensor]) -> dict[int, Tensor]:
         """Average gradients of a pass that was not synchronized, in one communication.

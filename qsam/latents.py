@@ -396,13 +396,19 @@ class Latents:
         if lacking:
             self.write()
 
-    def move_input_noise(self) -> None:
-        """Move the state of the inputs' quantizers: go on to the next draw of noise, and move observed ranges."""
+    def move_input_noise(self, share: Callable[[list[Tensor]], None]) -> None:
+        """Move the state of the inputs' quantizers: go on to the next draw of noise, and move observed ranges.
+
+        Args:
+            share: Writes the largest values of all processes into some tensors.
+        """
+        rows = self.coverage.inputs if self.coverage is not None else ()
+        quantizers = [row.quantizer for row in rows if row.quantizer is not None]
+        share([seen for quantizer in quantizers if (seen := quantizer.observations()) is not None])
         for noise in self._input_noises:
             noise.advance()
-        for row in self.coverage.inputs if self.coverage is not None else ():
-            if row.quantizer is not None:
-                row.quantizer.take_observations()
+        for quantizer in quantizers:
+            quantizer.take_observations()
 
     # --- other writers and owners ---------------------------------------------------------------------------------
 

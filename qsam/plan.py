@@ -188,7 +188,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Decision:
+class Decision:
     """The decision for one parameter: ``settings``, or None for float, with the reason or a remark.
 
     Without ``input_requested`` the input of a layer that qsam does not know stays float, because the hook would
@@ -202,6 +202,13 @@ class _Decision:
 
 
 def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan:
+    """Return the plan that follows from :func:`decisions_by_rules`, whose arguments and errors it shares."""
+    choices = decisions_by_rules(model, call, rules)
+    weights = {choice.site.name: _plan_weight(choice) for choice in choices}
+    return Plan(weights, dict(_plan_inputs(choices, never_called(model))))
+
+
+def decisions_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> list[Decision]:
     """Decide for every parameter by the first rule that matches, or else by the default policy."""
     checked = _checked_rules(rules, call)
     sites = find_sites(model)
@@ -210,7 +217,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     choices = []
     for site in sites:
         if unquantizable := _cannot_be_quantized(site):
-            choices.append(_Decision(site, None, unquantizable))
+            choices.append(Decision(site, None, unquantizable))
             continue
         hits = [i for i, (selector, _) in enumerate(checked) if _matches(selector, site)]
         for i in hits:
@@ -220,8 +227,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     for (selector, _), was_used in zip(checked, used, strict=True):
         if not was_used:
             raise ValueError(_no_match(selector, sites))
-    weights = {choice.site.name: _plan_weight(choice) for choice in choices}
-    return Plan(weights, dict(_plan_inputs(choices, never_called(model))))
+    return choices
 
 
 def _cannot_be_quantized(site: Site) -> str:
@@ -230,35 +236,35 @@ def _cannot_be_quantized(site: Site) -> str:
     return "" if site.parameter.is_floating_point() else f"not floating ({site.parameter.dtype})"
 
 
-def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> _Decision:
+def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> Decision:
     if overrides is None:
-        return _Decision(site, None, "a rule keeps it float")
-    return _Decision(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
+        return Decision(site, None, "a rule keeps it float")
+    return Decision(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
 
 
-def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> _Decision:
+def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> Decision:
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module, _ in site.owners()):
-        return _Decision(site, None, ", ".join(["embedding", *site.ties]))
+        return Decision(site, None, ", ".join(["embedding", *site.ties]))
     if is_lora(site.name):
-        return _Decision(site, None, "LoRA factor")
+        return Decision(site, None, "LoRA factor")
     if all(id(module) in aside for _, module, _ in site.owners()):
-        return _Decision(site, None, aside[id(site.module)])
+        return Decision(site, None, aside[id(site.module)])
     if channel_axis(site.module, site.attr) is None:
-        return _Decision(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
+        return Decision(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
     role = next((boundary[id(module)] for _, module, _ in site.owners() if id(module) in boundary), None)
     if role is None:
-        return _Decision(site, call)
+        return Decision(site, call)
     wide = dataclasses.replace(
         call, bits=max(call.bits, BOUNDARY_BITS), activation_bits=max(call.activation_bits, BOUNDARY_BITS)
     )
-    return _Decision(site, wide, role)
+    return Decision(site, wide, role)
 
 
 NO_DEFAULT = "no default for a parameter"
 """The start of the reason if the policy leaves a matrix in float because it does not know its layer."""
 
 
-def _plan_weight(choice: _Decision) -> Entry | str:
+def _plan_weight(choice: Decision) -> Entry | str:
     site, settings = choice.site, choice.settings
     if settings is None:
         return choice.reason
@@ -295,7 +301,7 @@ def _axis(site: Site, settings: Settings) -> Axis:
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _plan_inputs(choices: Sequence[_Decision], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
+def _plan_inputs(choices: Sequence[Decision], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
     """Yield one row per module that uses a quantized weight; a tied weight has several."""
     seen: set[int] = set()
     for choice in choices:
@@ -305,7 +311,7 @@ def _plan_inputs(choices: Sequence[_Decision], dead: Mapping[int, str]) -> Itera
                 yield name, _plan_input(choice, module, attr, dead)
 
 
-def _plan_input(choice: _Decision, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
+def _plan_input(choice: Decision, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
     settings = choice.settings
     assert settings is not None
     if settings.activations is None:

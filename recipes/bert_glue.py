@@ -239,10 +239,10 @@ class BertOnGlue:
         self.tokenizer.save_pretrained(folder)
 
     def prepare(self, model: nn.Module, config: Json, batches: Iterator[Json]) -> torch.optim.Optimizer:
-        """Quantize the model as SQuAT's paper does, if the method does; return the method's optimizer, around Adam."""
+        """Quantize the model as the preset's paper or SQuAT's does; return the method's optimizer, around Adam."""
         method = parse_method(config["method"])
         if method.quantizes:
-            method.quantize_(model, config, qsam.presets.squat_bert)  # qsam
+            method.quantize_(model, config, method.rules or qsam.presets.squat_bert)  # qsam
             qsam.calibrate(model, islice(batches, training.CALIBRATION_BATCHES))  # qsam
         return method.optimizer(model, torch.optim.Adam, config, lr=config.get("lr", 0.0), fused=True)  # qsam
 

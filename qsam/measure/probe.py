@@ -7,6 +7,7 @@ uses the same buffers and the same random numbers (dropout), so that only d make
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,8 @@ Subject = QuantizedOptimizer | nn.Module
 """A qsam optimizer, or a model, whose weights are those with a quantizer if it is quantized."""
 
 Closure = Callable[[], Any]
+Progress = bool | Callable[[int, int], object] | None
+"""None: a bar on a terminal if tqdm is there; True: always; False: never; or a function that gets (done, total)."""
 
 
 class Probe:
@@ -60,9 +63,10 @@ class Probe:
         like = self.zeros()
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
-    def loss(self, d: Tensor) -> float:
-        """Return L(W + d)."""
-        self.move_to(d)
+    def loss(self, d: Tensor | None) -> float:
+        """Return L(W + d); None: the loss of the model as it is now."""
+        if d is not None:
+            self.move_to(d)
         with buffers_kept(self.root), self._pass():
             return _as_float(self.closure())
 
@@ -73,11 +77,12 @@ class Probe:
             raise RuntimeError("the closure left no gradient in the weights: it must call backward() on the loss.")
         return loss, self.flat([p.grad for p in self.weights])
 
-    def differentiable_gradient(self) -> tuple[Tensor, ...]:
+    def differentiable_gradient(self, *, graph: bool = True) -> tuple[Tensor, ...]:
         """Return the gradient at W, one tensor per weight, with its graph; the closure must not run a backward.
 
         Attention runs torch's plain kernel, because the fused ones have no second derivative. The buffers that the
-        forward wrote stay until the end of :func:`probing`, because the graph needs them.
+        forward wrote stay until the end of :func:`probing`, because the graph needs them. Without ``graph`` it is the
+        plain gradient.
         """
         with self._pass(), sdpa_kernel(SDPBackend.MATH):
             loss = self.closure()
@@ -87,7 +92,7 @@ class Probe:
             raise RuntimeError("`loss_fn` called backward(), which frees the graph: it must only return the loss.")
         if not loss.requires_grad:
             raise RuntimeError("the loss that `loss_fn` returned does not depend on the weights, or was detached.")
-        return torch.autograd.grad(loss, self.weights, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(loss, self.weights, create_graph=graph, materialize_grads=True)
 
     @contextlib.contextmanager
     def _pass(self) -> Iterator[None]:
@@ -120,7 +125,15 @@ class Probe:
 
 
 @contextlib.contextmanager
-def probing(subject: Subject, closure: Closure, caller: str, count: int, progress: bool | None) -> Iterator[Probe]:
+def probing(
+    subject: Subject,
+    closure: Closure,
+    caller: str,
+    count: int,
+    progress: Progress,
+    *,
+    chosen: list[nn.Parameter] | None = None,
+) -> Iterator[Probe]:
     """Within this context evaluate L(W + d); then restore weights, gradients, buffers, modes and generators.
 
     Args:
@@ -129,9 +142,11 @@ def probing(subject: Subject, closure: Closure, caller: str, count: int, progres
         closure: torch's closure.
         caller: Name of the public function, for messages and for the progress bar.
         count: The number of evaluations to come.
-        progress: A progress bar: None on a terminal if tqdm is installed; True always; False never.
+        progress: A progress bar: None on a terminal if tqdm is installed; True always; False never; or a function.
+        chosen: W, if it is other weights than those.
     """
     root, latents, weights = _weights_of(subject, caller)
+    weights = weights if chosen is None else chosen
     if not callable(closure):
         raise TypeError(f"{caller} needs a function that returns the loss, got {closure!r}.")
     if any(is_sharded(p) for p in root.parameters()):
@@ -169,8 +184,12 @@ def _restore(
 
 
 @contextlib.contextmanager
-def _ticking(count: int, title: str, progress: bool | None) -> Iterator[Callable[[], object]]:
+def _ticking(count: int, title: str, progress: Progress) -> Iterator[Callable[[], object]]:
     """Yield a function that moves a progress bar of length ``count`` by one."""
+    if callable(progress):
+        done = itertools.count(1)
+        yield lambda: progress(next(done), count)
+        return
     if progress is not False:
         try:
             from tqdm import tqdm

@@ -622,7 +622,7 @@ class QuantizedOptimizer(Optimizer):
             slot.move_state()
         if any(slot.quantizer.moves_grid for slot in self._latents.slots):
             self._latents.write()
-        self._latents.move_input_noise()
+        self._latents.move_input_noise(functools.partial(self.ranks.take_largest_, latents=self._latents))
         self.param_groups[0]["qsam_step"] += 1
         self.ranks.refuse_unequal(self._latents)
 

@@ -195,5 +195,42 @@ class Affine(LSQ):
             setattr(self, name, values)
 
 
-NO_STOPS = (-math.inf, math.inf)
-"""The bounds of a straight-through gradient without a mask."""
+class Ranged(Affine):
+    """A grid over the range of the data, set again at every optimizer step. Nothing is learned. Not registered.
+
+    The scale is a buffer, and the gradient passes everywhere, because the range holds all weights. A subclass
+    implements :meth:`set_range_`.
+    """
+
+    moves_grid = True
+
+    def __init__(self, **setting: Any) -> None:
+        super().__init__(**setting)
+        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
+
+    @property
+    def stops(self) -> tuple[float, float]:
+        """Infinities, because the range holds all weights."""
+        return -math.inf, math.inf
+
+    def set_range_(self, low: Tensor, high: Tensor, x: Tensor) -> None:
+        """Set the grid from the smallest and the largest entry of each row of ``x``, in fp64."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def init_(self, x: Tensor) -> None:
+        """Set the range from data.
+
+        Raises:
+            ValueError: the data hold NaN or infinity.
+        """
+        rows = self._rows(x).detach()
+        low, high = rows.aminmax(dim=1) if rows.numel() else rows.new_zeros(2, len(rows))
+        if not bool((low.isfinite() & high.isfinite()).all()):  # a NaN is both the smallest and the largest
+            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
+        self.set_range_(low.double(), high.double(), x)
+
+    def update(self, w: Tensor) -> None:
+        """Set a weight's range again."""
+        if self.axis is not None:
+            self.init_(w)

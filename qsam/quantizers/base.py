@@ -216,6 +216,10 @@ class Quantizer(nn.Module):
         low, high = self._numbers(self._was_calibrated)
         return high > low
 
+    def observations(self) -> Tensor | None:
+        """Return what ``forward`` has seen of an input since the last step, of which all processes take the largest."""
+        return None
+
     def take_observations(self) -> None:
         """Move the state of an input's quantizer after the forwards of a step; called once per optimizer step."""
 

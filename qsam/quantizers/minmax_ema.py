@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsam.functional import SCALE_FLOOR, wide_dtype
-from qsam.quantizers.affine import NO_STOPS, Affine
+from qsam.functional import SCALE_FLOOR
+from qsam.quantizers.affine import Ranged
 from qsam.quantizers.base import register_quantizer
 
 DECAY = 0.9999
@@ -23,7 +23,7 @@ DECAY = 0.9999
 
 
 @register_quantizer("minmax_ema")
-class MinMaxEMA(Affine):
+class MinMaxEMA(Ranged):
     """A symmetric range that holds the largest magnitude. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
 
     The scale is a buffer. A weight's scale is set again at every optimizer step. An input's moves at every optimizer
@@ -38,16 +38,14 @@ class MinMaxEMA(Affine):
         >>> q.scale
         tensor([2.])
 
-    Differs from the paper: an input without negative entries uses the unsigned grid; under DistributedDataParallel the
-    average is that of process 0.
+    Differs from the paper: an input without negative entries uses the unsigned grid. With several processes max|x| is
+    that of all of them.
     """
 
-    moves_grid = True
     seen: Tensor
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
-        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
         # A buffer, because the optimizers restore buffers after every pass but the first; the step moves the scale.
         self.register_buffer("seen", torch.zeros(1, dtype=torch.float32), persistent=False)
 
@@ -56,22 +54,10 @@ class MinMaxEMA(Affine):
         """-Qp, or 0 for unsigned data."""
         return 0 if self.signed is False else -self.quant_max
 
-    @property
-    def stops(self) -> tuple[float, float]:
-        """Nowhere."""
-        return NO_STOPS
-
     @torch.no_grad()
-    def init_(self, x: Tensor) -> None:
-        """Set the range from data; a row of zeros takes the mean of the others.
-
-        Raises:
-            ValueError: the data hold NaN or infinity.
-        """
-        rows = self._rows(x).detach().to(wide_dtype(x.dtype))
-        largest = rows.abs().amax(1).double() if rows.numel() else torch.zeros(len(rows), dtype=torch.float64)
-        if not bool(largest.isfinite().all()):
-            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
+    def set_range_(self, low: Tensor, high: Tensor, x: Tensor) -> None:
+        """Put the largest magnitude on the outermost level; a row of zeros takes the mean of the others."""
+        largest = torch.maximum(low.abs(), high.abs())
         filled = largest[largest > 0]
         largest[largest == 0] = filled.mean() if filled.numel() else float(self.quant_max)
         self._put("scale", self._shaped((largest / self.quant_max).clamp_min(SCALE_FLOOR), x))
@@ -83,11 +69,9 @@ class MinMaxEMA(Affine):
                 self.seen.copy_(torch.maximum(self.seen, x.detach().abs().amax().to(torch.float32)))
         return super().forward(x)
 
-    @torch.no_grad()
-    def update(self, w: Tensor) -> None:
-        """Set a weight's range again."""
-        if self.axis is not None:
-            self.init_(w)
+    def observations(self) -> Tensor | None:
+        """Return max|x| since the last step, of an input."""
+        return self.seen if self.axis is None else None
 
     @torch.no_grad()
     def take_observations(self) -> None:

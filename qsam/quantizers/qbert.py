@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from qsam.functional import SCALE_FLOOR
-from qsam.quantizers.affine import NO_STOPS, Affine
+from qsam.quantizers.affine import Ranged
 from qsam.quantizers.base import register_quantizer
 
 RUNS = 128
@@ -22,7 +22,7 @@ RUNS = 128
 
 
 @register_quantizer("qbert")
-class QBert(Affine):
+class QBert(Ranged):
     """Ranges over runs of rows, renewed at every optimizer step. Nothing is learned; the gradient passes everywhere.
 
     Args:
@@ -44,10 +44,9 @@ class QBert(Affine):
         [[-1.0, 5.0, 1.0, 1.0]]
 
     Differs from the paper: it splits each head's matrix, while here the runs go over all rows of a matrix. They agree
-    if the number of heads times the rows of a head is a multiple of 128.
+    if 128 is a multiple of the number of heads and divides the number of rows.
     """
 
-    moves_grid = True
     minimum: Tensor
 
     def __init__(self, **setting: Any) -> None:
@@ -57,7 +56,6 @@ class QBert(Affine):
                 "runs of rows) or 'per_channel'."
             )
         super().__init__(**setting)
-        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
         self.register_buffer("minimum", torch.zeros(1, dtype=torch.float32))
 
     @property
@@ -85,32 +83,13 @@ class QBert(Affine):
         """``2^bits - 1``."""
         return int(2**self.bits - 1)
 
-    @property
-    def stops(self) -> tuple[float, float]:
-        """Infinities, because the range holds all weights."""
-        return NO_STOPS
-
     @torch.no_grad()
-    def init_(self, x: Tensor) -> None:
-        """Set the ranges from data.
-
-        Raises:
-            ValueError: the data hold NaN or infinity.
-        """
-        rows = self._rows(x).detach().double()
-        if not bool(rows.isfinite().all()):
-            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
-        low = rows.amin(1) if rows.numel() else rows.new_zeros(len(rows))
-        high = rows.amax(1) if rows.numel() else rows.new_zeros(len(rows))
-        if self.spec.granularity == "per_tensor" and len(rows) > RUNS:
-            run = torch.arange(len(rows), device=rows.device) * RUNS // len(rows)
+    def set_range_(self, low: Tensor, high: Tensor, x: Tensor) -> None:
+        """Set s and m, of runs of rows where those have one range."""
+        if self.spec.granularity == "per_tensor" and len(low) > RUNS:
+            run = torch.arange(len(low), device=low.device) * RUNS // len(low)
             low = torch.full_like(low[:RUNS], torch.inf).scatter_reduce(0, run, low, "amin")[run]
             high = torch.full_like(high[:RUNS], -torch.inf).scatter_reduce(0, run, high, "amax")[run]
         step = ((high - low) / self.quant_max).clamp(SCALE_FLOOR, torch.finfo(torch.float32).max)
         self._put("scale", self._shaped(step, x))
         self._put("minimum", self._shaped(low, x))
-
-    def update(self, w: Tensor) -> None:
-        """Renew a weight's ranges."""
-        if self.axis is not None:
-            self.init_(w)

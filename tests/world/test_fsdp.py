@@ -14,9 +14,9 @@ from torch.optim import SGD, AdamW
 import qsam
 from qsam.distributed import is_sharded, local, whole
 from tests.methods import METHODS, QAT, SAM, SAQ, SQUAT, Method, closure_of, long_but, scales_of, train
-from tests.models import MLP
+from tests.models import MLP, PAPERS
 from tests.processes import Processes, running
-from tests.world.test_ddp import part
+from tests.world.test_ddp import assert_equal_everywhere, part
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +115,23 @@ def test_scales_with_rows_of_their_own_are_sharded_like_their_weight(granularity
 @pytest.mark.parametrize("weights", long_but(["stochastic"], ["fixed_step", "identity", "stochastic", "diffq"]))
 def test_quantizers_that_see_the_whole_weight_get_it(weights: str, two: Processes) -> None:
     two(equals_one_process, SAQ, "shard", SGD_OPTIONS, {"weights": weights})
+
+
+def papers_equal_one_process(rank: int, rules: Any) -> None:
+    ours, model = build(SAQ, "shard", SGD_OPTIONS, {"rules": rules})
+    alone = SAQ.model(MLP, rules=rules)
+    theirs = SAQ(alone, ddp=False, **SGD_OPTIONS)
+    for i in range(3):
+        step(ours, model, i, rank)
+        theirs.step(closure_of(theirs, alone, MLP, MLP.batch(i)))
+    found = gathered(ours, model) | {name: whole(b) for name, b in model.named_buffers()}
+    assert_equal_everywhere(found)
+    close(found, gathered(theirs, alone) | dict(alone.named_buffers()))
+
+
+@pytest.mark.parametrize("rules", PAPERS.values(), ids=PAPERS)
+def test_quantizers_of_other_papers_equal_one_process(rules: Any, two: Processes) -> None:
+    two(papers_equal_one_process, rules)
 
 
 OPTIONS: list[dict[str, Any]] = [
@@ -279,6 +296,8 @@ def measures(rank: int) -> None:
     optimizer, model = build(SAQ, "shard", {}, {})
     with pytest.raises(RuntimeError, match="sharpness measures a whole model, and this one is sharded: gather"):
         qsam.sharpness(optimizer, closure_of(optimizer, model, MLP, MLP.batch(0)))
+    with pytest.raises(RuntimeError, match="call bit_allocation in one process before that"):
+        qsam.bit_allocation(shard_(MLP.build()), [MLP.batch(0)], 4, loss_fn=MLP.loss)
     with pytest.raises(RuntimeError, match="dequantize_ cannot take the scales out of a sharded model"):
         qsam.dequantize_(model, optimizer)
     step(optimizer, model, 0, rank)
