@@ -6,8 +6,8 @@ Each function starts from :func:`integers`, which refuses a weight that is anyth
 are imported by the function that writes it.
 """
 
-#from qsam.deploy.checkpoints import export_checkpoint
-#from qsam.deploy.gguf import export_gguf
+from qsam.deploy.checkpoints import export_checkpoint
+from qsam.deploy.gguf import export_gguf
 from qsam.deploy.integers import Layer, integers, round_scales_
 from qsam.deploy.packed import load, save
 #from qsam.deploy.torchao import to_torchao
