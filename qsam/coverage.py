@@ -359,9 +359,9 @@ def overlooked(coverage: Coverage) -> str:
 
 
 def _table(coverage: Coverage) -> Iterator[str]:
-    lines = [("parameter", "shape", "weight", "input", ""), *_merged(_rows(coverage))]
+    lines = [("parameter", "shape", "weight", "input", ""), *merged(_rows(coverage))]
     note = "attention, by its name: scores and probabilities stay float"
-    lines += _merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
+    lines += merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
     small = sum(len(row.shape) < 2 for row in coverage.weights)
     if small:
         lines.append((f"vectors and scalars ({small})", "", "float", "", "biases, norms: fewer than two dimensions"))
@@ -387,7 +387,7 @@ def _rows(coverage: Coverage) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield entry.name, ("", "", _describe_input(entry), entry.reason)
 
 
-def _merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
+def merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
     """Yield one line for the rows that differ in the numbers of their path only: "layer.{0-11}.fc.weight"."""
     alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[int, ...]]] = {}
     for name, cells in rows:

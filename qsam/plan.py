@@ -465,7 +465,9 @@ def write_spec(
     tensors: Mapping[str, Tensor],
     more: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda _: {},
 ) -> Path:
-    """Write ``qsam.json``, with what ``more`` returns of its content, and ``qsam.safetensors``; return the first's path.
+    """Write ``qsam.json`` and ``qsam.safetensors``; return the path of the first.
+
+    ``more`` is given the content of ``qsam.json``, and returns what else it shall hold.
 
     Each file is written under another name and then renamed, so that an interruption leaves no torn file; the first
     holds a digest of the second, so that an interruption between the two does not pass for a pair.

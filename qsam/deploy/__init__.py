@@ -10,7 +10,7 @@ from qsam.deploy.checkpoints import export_checkpoint
 from qsam.deploy.gguf import export_gguf
 from qsam.deploy.integers import Layer, integers, round_scales_
 from qsam.deploy.packed import load, save
-#from qsam.deploy.torchao import to_torchao
+from qsam.deploy.torchao import to_torchao
 
 __all__ = [
     "Layer",

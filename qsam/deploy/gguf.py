@@ -21,25 +21,23 @@ References:
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from qsam.deploy.integers import Layer, integers
+from qsam.deploy.integers import Layer, integers, warn_of_inputs
 from qsam.layers import is_hf_conv1d
 from qsam.registry import nearest
 
 
-def _fields(q: Tensor, shape: Sequence[int], bits: int) -> Tensor:
-    """Return bytes, each of which holds the fields along dimension 2 of ``q.reshape(shape)``, the lowest first."""
-    parts = q.reshape(len(q), *shape[1:]).to(torch.int16)
-    count = parts.shape[2]
-    return sum((parts[:, :, i] << bits * i for i in range(count)), torch.zeros_like(parts[:, :, 0])).to(torch.uint8).flatten(1)
+def _fields(q: Tensor, shape: tuple[int, ...], bits: int) -> Tensor:
+    """Return bytes that hold the fields along dimension 2 of ``q.reshape(n, *shape)``, the lowest first."""
+    parts = q.reshape(len(q), *shape).to(torch.int16).unbind(2)
+    return torch.stack([part << bits * i for i, part in enumerate(parts)]).sum(0).to(torch.uint8).flatten(1)
 
 
 def _half(s: Tensor) -> Tensor:
@@ -51,58 +49,49 @@ def _filled(q: Tensor, value: int, count: int) -> Tensor:
 
 
 def _q2_0(q: Tensor, s: Tensor) -> Tensor:
-    return torch.cat([_half(-s), _fields(3 - q, (-1, 16, 4), 2)], 1)
+    return torch.cat([_half(-s), _fields(3 - q, (16, 4), 2)], 1)
 
 
 def _tq2_0(q: Tensor, s: Tensor) -> Tensor:
-    return torch.cat([_fields(3 - q, (-1, 2, 4, 32), 2), _half(-s)], 1)
+    return torch.cat([_fields(3 - q, (2, 4, 32), 2), _half(-s)], 1)
 
 
 def _q2_k(q: Tensor, s: Tensor) -> Tensor:
-    return torch.cat([_filled(q, 0x11, 16), _fields(q, (-1, 2, 4, 32), 2), _half(s), _half(2 * s)], 1)
+    return torch.cat([_filled(q, 0x11, 16), _fields(q, (2, 4, 32), 2), _half(s), _half(2 * s)], 1)
 
 
 def _q3_k(q: Tensor, s: Tensor) -> Tensor:
     scales = [_filled(q, 0x11, 8), _filled(q, 0xAA, 4)]  # sixteen times 33, which is 1
-    return torch.cat([_fields(q >> 2, (-1, 1, 8, 32), 1), _fields(q & 3, (-1, 2, 4, 32), 2), *scales, _half(s)], 1)
+    return torch.cat([_fields(q >> 2, (1, 8, 32), 1), _fields(q & 3, (2, 4, 32), 2), *scales, _half(s)], 1)
 
 
 def _q4_0(q: Tensor, s: Tensor) -> Tensor:
-    return torch.cat([_half(s), _fields(q, (-1, 1, 2, 16), 4)], 1)
+    return torch.cat([_half(s), _fields(q, (1, 2, 16), 4)], 1)
 
 
 def _q5_0(q: Tensor, s: Tensor) -> Tensor:
-    return torch.cat([_half(s), _fields(q >> 4, (-1, 4, 8), 1), _fields(q & 15, (-1, 1, 2, 16), 4)], 1)
+    return torch.cat([_half(s), _fields(q >> 4, (4, 8), 1), _fields(q & 15, (1, 2, 16), 4)], 1)
 
 
 def _q6_k(q: Tensor, s: Tensor) -> Tensor:
     low = (q & 15).reshape(len(q), 2, 2, 64)  # a byte holds the entries k and k + 64 of each half
-    return torch.cat([_fields(low, (-1, 2, 2, 64), 4), _fields(q >> 4, (-1, 2, 4, 32), 2), _filled(q, 1, 16), _half(s)], 1)
+    return torch.cat([_fields(low, (2, 2, 64), 4), _fields(q >> 4, (2, 4, 32), 2), _filled(q, 1, 16), _half(s)], 1)
 
 
 def _q8_0(q: Tensor, s: Tensor) -> Tensor:
     return torch.cat([_half(s), q ^ 128], 1)  # two's complement of q - 128
 
 
-@dataclasses.dataclass(frozen=True)
-class Type:
-    """A block type.
+class Type(NamedTuple):
+    """A block type: ggml's number, the width of its codes, the entries of a block.
 
-    Attributes:
-        number: ggml's.
-        bits: Width of its codes.
-        block: Entries of a block.
-        pack: Blocks as bytes, from ``q = codes + 2^(bits-1)``, uint8 ``(n, block)``, and the scales ``(n,)``.
+    ``pack`` makes blocks, as bytes, from ``q = codes + 2^(bits-1)``, uint8 ``(n, block)``, and the scales ``(n,)``.
     """
 
     number: int
     bits: int
     block: int
     pack: Callable[[Tensor, Tensor], Tensor]
-
-    def fits(self, bits: int, columns: int, group: int) -> bool:
-        """Whether it holds rows of codes of so many bits, with scales for groups of so many."""
-        return bits <= self.bits and columns % self.block == 0 and group % self.block == 0
 
     def blocks(self, codes: Tensor, scale: Tensor) -> Tensor:
         """Return the rows of a matrix as bytes, from codes ``(out, in)`` and scales ``(out, groups)``."""
@@ -124,21 +113,17 @@ TYPES = {
 """All types by name, the smallest first."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Patched:
-    """One tensor of a GGUF file that holds integers.
+class Patched(NamedTuple):
+    """A tensor of a GGUF file that holds integers: its name and type there, the weight, its blocks as bytes.
 
-    Attributes:
-        tensor: Its name there.
-        layer: The weight.
-        type: Name of its type.
-        bytes: Its size.
+    Its rows are ``layer.matrix()`` at ``rows``.
     """
 
     tensor: str
-    layer: Layer
     type: str
-    bytes: int
+    layer: Layer
+    rows: Tensor
+    blocks: Tensor
 
 
 @torch.no_grad()
@@ -179,37 +164,41 @@ def export_gguf(
             f"there is no {str(float_gguf)!r}: make it with llama.cpp's convert_hf_to_gguf.py --outtype f32."
         )
     allowed = {name: kind for name, kind in TYPES.items() if (name in types if types else name != "TQ2_0")}
-    layers = [layer for layer in integers(model) if not layer.shares]
-    chosen = [_chosen(layer, allowed) for layer in layers]
+    chosen = [(layer, _chosen(layer, allowed)) for layer in integers(model) if not layer.shares]
     reader = gguf.GGUFReader(float_gguf)
-    names = _names(reader)
+    names, heads = _names(reader), _heads(reader)
     tensors = {tensor.name: tensor for tensor in reader.tensors}
-    blocks: dict[str, tuple[Patched, Tensor]] = {}
-    for layer, kind in zip(layers, chosen, strict=True):
-        own = names.get_name(layer.name, try_suffixes=(".weight",)) if layer.attr == "weight" else None
+    patched = []
+    for layer, kind in chosen:
+        own = names.get_name(layer.name, try_suffixes=(".weight",))
         if own not in tensors:
             raise ValueError(f"{layer.name!r} has no tensor in {str(float_gguf)!r}: keep it float in `rules`.")
-        written = _reordered(layer, tensors[own], _heads(reader), TYPES[kind])
-        blocks[own] = Patched(own, layer, kind, written.numel()), written
-    _write(reader, Path(path), blocks)
-    return [patched for patched, _ in blocks.values()]
+        rows = _rows(layer, tensors[own], heads)
+        codes, scale = layer.matrix()
+        patched.append(Patched(own, kind, layer, rows, TYPES[kind].blocks(codes[rows], scale[rows])))
+    warn_of_inputs([layer for layer, _ in chosen], "GGUF")
+    _write(reader, Path(path), {each.tensor: each for each in patched})
+    return patched
 
 
 def _chosen(layer: Layer, allowed: dict[str, Type]) -> str:
     """Return the name of the smallest type that holds a weight."""
-    if layer.codes.dim() != 2 or not (layer.attr == "weight" and (_is_matrix(layer.module))):
+    is_matrix = isinstance(layer.module, nn.Linear | nn.Embedding) or is_hf_conv1d(layer.module)
+    if not is_matrix or layer.attr != "weight":
         raise ValueError(
             f"{layer.name!r} is the {layer.attr} of {type(layer.module).__name__}, and GGUF has types for matrices of "
             "Linear, Conv1D and Embedding: keep it float in `rules`, or use deploy.save."
         )
     codes, scale = layer.matrix()
     columns, group = codes.shape[1], codes.shape[1] // scale.shape[1]
-    fitting = [name for name, kind in allowed.items() if kind.fits(layer.bits, columns, group)]
+    wide = {name: kind for name, kind in allowed.items() if kind.bits >= layer.bits}
+    fitting = [name for name, kind in wide.items() if columns % kind.block == 0 and group % kind.block == 0]
     if not fitting:
-        blocks = ", ".join(f"{name} (blocks of {kind.block})" for name, kind in allowed.items() if kind.bits >= layer.bits)
+        blocks = ", ".join(f"{name} has blocks of {kind.block}" for name, kind in wide.items())
         raise ValueError(
             f"{layer.name!r} has rows of {columns} and a scale per {group} of {layer.bits} bits, which no block type "
-            f"divides: {blocks or 'none has so many bits'}. Use groups of a multiple of 32 (64 for 2 bits), or keep it float."
+            f"divides ({blocks or 'none has so many bits'}): use groups of a multiple of 32, or of 64 for Q2_0, or "
+            "keep it float in `rules`."
         )
     if not torch.equal(scale.half().float(), scale):
         raise ValueError(
@@ -217,10 +206,6 @@ def _chosen(layer: Layer, allowed: dict[str, Type]) -> str:
             "deploy.round_scales_(model, torch.float16) and evaluate again."
         )
     return fitting[0]
-
-
-def _is_matrix(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | nn.Embedding) or is_hf_conv1d(module)
 
 
 def _names(reader: Any) -> Any:
@@ -242,14 +227,13 @@ def _heads(reader: Any) -> list[int]:
     return sorted({int(n) for value in found for n in (value if isinstance(value, list) else [value]) if int(n) > 0})
 
 
-def _reordered(layer: Layer, tensor: Any, heads: list[int], kind: Type) -> Tensor:
-    """Return the blocks of a weight, its rows in the order of the float tensor."""
-    codes, scale = layer.matrix()
-    there = torch.from_numpy(tensor.data.copy()) if tensor.tensor_type == 0 else None
-    own = codes.float() * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
-    for order in _orders(len(codes), heads) if there is not None and there.shape == own.shape else ():
-        if torch.equal(own[order], there):  # type: ignore[arg-type]
-            return kind.blocks(codes[order], scale[order])
+def _rows(layer: Layer, tensor: Any, heads: list[int]) -> Tensor:
+    """Return the order in which the float tensor has the rows of a weight."""
+    own = layer.floats()
+    there = torch.from_numpy(tensor.data.copy()) if tensor.tensor_type.name == "F32" else None
+    for rows in _orders(len(own), heads) if there is not None and there.shape == own.shape else ():
+        if torch.equal(own[rows], there):  # type: ignore[arg-type]
+            return rows
     raise ValueError(
         f"{tensor.name!r} in the float GGUF does not hold the values of {layer.name!r}, in any order of rows that is "
         "known: convert the model as it is now (after round_scales_), with --outtype f32."
@@ -264,7 +248,7 @@ def _orders(rows: int, heads: list[int]) -> Iterator[Tensor]:
             yield torch.arange(rows).reshape(count, 2, -1).transpose(1, 2).flatten()
 
 
-def _write(reader: Any, path: Path, blocks: dict[str, tuple[Patched, Tensor]]) -> None:
+def _write(reader: Any, path: Path, patched: dict[str, Patched]) -> None:
     import gguf
     import numpy as np
 
@@ -280,9 +264,9 @@ def _write(reader: Any, path: Path, blocks: dict[str, tuple[Patched, Tensor]]) -
     try:
         data = []
         for tensor in reader.tensors:
-            found = blocks.get(tensor.name)
-            values, kind = (tensor.data, tensor.tensor_type) if found is None else (
-                found[1].numpy(), TYPES[found[0].type].number)  # fmt: skip
+            found = patched.get(tensor.name)
+            values = tensor.data if found is None else found.blocks.numpy()
+            kind: Any = tensor.tensor_type if found is None else TYPES[found.type].number
             shape = [int(size) for size in reversed(tensor.shape)]
             # any dtype but uint8: of that the writer would look the type up, and gguf 0.19 does not know all of them
             writer.add_tensor_info(tensor.name, shape, np.dtype(np.float32), values.nbytes, raw_dtype=kind)

@@ -55,6 +55,11 @@ class Layer(QuantizedWeight):
         codes = (self.codes.t() if out else self.codes).cpu().contiguous()
         return codes, self.scale.cpu().reshape(1 if self.axis is None else len(codes), -1).expand(len(codes), -1)
 
+    def floats(self) -> Tensor:
+        """Return ``codes * scale`` of :meth:`matrix`, ``(out, in)``, in fp32."""
+        codes, scale = self.matrix()
+        return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
 
 def integers(model: nn.Module) -> list[Layer]:
     """Return the integers, the scale and the layer of every quantized weight: ``p == codes * scale`` bit for bit.
@@ -90,6 +95,17 @@ def integers(model: nn.Module) -> list[Layer]:
             own = {"name": name, "module": module, "attr": attr, "input": inputs.get(path)}
             layers.append(Layer(**{**vars(weight), **own}, shares=weight.name if name != weight.name else ""))
     return layers
+
+
+def warn_of_inputs(layers: list[Layer], where: str) -> None:
+    """Tell of inputs that a format for weights only leaves out."""
+    if rounded := [layer.path for layer in layers if layer.input is not None]:
+        warnings.warn(
+            f"{where} holds weights only: the inputs of {len(rounded)} layers ({rounded[0]!r}, ...), which were "
+            "quantized in training, run as its runtime likes. Train with activations=None for it.",
+            UserWarning,
+            stacklevel=4,
+        )
 
 
 SUBNORMAL = {torch.float16: 2.0**-14, torch.bfloat16: 2.0**-126}
@@ -143,8 +159,8 @@ def _rounded(quantizer: Quantizer | None, record: QuantizedWeight, dtype: torch.
     half = record.scale.to(dtype).float()
     if not bool((half.isfinite() & (half > 0)).all()):
         raise ValueError(
-            f"{record.name!r} has scales from {float(record.scale.min()):.3g} to {float(record.scale.max()):.3g}, which "
-            f"{dtype} rounds to 0 or infinity: use torch.bfloat16, or a format with fp32 scales."
+            f"{record.name!r} has scales from {float(record.scale.min()):.3g} to {float(record.scale.max()):.3g}, "
+            f"which {dtype} rounds to 0 or infinity: use torch.bfloat16, or a format with fp32 scales."
         )
     return half
 

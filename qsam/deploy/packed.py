@@ -153,8 +153,10 @@ def _named_tensors(root: nn.Module) -> list[tuple[list[str], Tensor]]:
     found: dict[int, tuple[list[str], Tensor]] = {}
     for name, value in root.state_dict(keep_vars=True).items():
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name!r} in the model's state_dict is no tensor but {type(value).__name__}: a packed file "
-                            "holds tensors only.")  # fmt: skip
+            raise TypeError(
+                f"{name!r} in the model's state_dict is no tensor but {type(value).__name__}: a packed file holds "
+                "tensors only."
+            )
         found.setdefault(id(value), ([], value))[0].append(name)
     return list(found.values())
 

@@ -34,8 +34,7 @@ def test_each_layer_comes_with_its_module_its_input_and_the_weight_that_it_share
 def test_matrix_has_the_outputs_first_and_groups_of_consecutive_inputs(task, granularity):
     model = written(task, granularity=granularity, activations=None)
     for layer in integers(model):
-        codes, scale = layer.matrix()
-        full = codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+        full = layer.floats()
         weight = layer.module.weight.detach()
         assert torch.equal(full, weight if isinstance(layer.module, nn.Linear | nn.Embedding) else weight.t())
 
@@ -138,7 +137,9 @@ def test_round_scales_warns_of_subnormal_scales():
     with torch.no_grad():
         model[2].weight.mul_(2.0**-13)
         model[2].weight_quantizer.scale.mul_(2.0**-13)
-    with pytest.warns(UserWarning, match=r"'2\.weight' has scales below 6\.1e-05, which torch\.float16 holds with fewer"):
+    with pytest.warns(
+        UserWarning, match=r"'2\.weight' has scales below 6\.1e-05, which torch\.float16 holds with fewer"
+    ):
         round_scales_(model, torch.float16)
 
 

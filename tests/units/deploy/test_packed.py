@@ -20,7 +20,9 @@ from tests.models import BERT, CONV, GPT2, MLP, TIED, Task, _inputs
 FILES = ("qsam.json", "qsam.safetensors")
 
 
-@given(rows=st.integers(0, 3), n=st.integers(1, 70), bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 99))
+@given(
+    rows=st.integers(0, 3), n=st.integers(1, 70), bits=st.integers(2, 8), signed=st.booleans(), seed=st.integers(0, 99)
+)
 def test_unpacking_undoes_packing_and_a_row_is_as_short_as_can_be(rows, n, bits, signed, seed):
     low, high = integer_limits(bits, signed)
     draw = torch.Generator().manual_seed(seed)
@@ -149,9 +151,21 @@ def test_state_that_is_no_tensor_is_refused(tmp_path):
 def other_models():
     yield "more", nn.Sequential(*MLP.build(), nn.Linear(4, 4)), r"lacks '5\.weight'"
     yield "less", MLP.build()[:-1], r"the spec names '4\.weight', which this model does not have"
-    yield "fewer biases", with_(MLP.build(), 4, nn.Linear(12, 4, bias=False)), r"holds '4\.bias', which this model lacks"
-    yield "shape", with_(MLP.build(), 2, nn.Linear(12, 16)), r"'2\.weight' has shape \[16, 12\], the spec's has \[12, 16\]"
-    yield "dtype", MLP.build().half(), r"'0\.weight' was saved with dtype float32 and has float16.*model\.to\(torch\.float32\)"
+    yield (
+        "fewer biases",
+        with_(MLP.build(), 4, nn.Linear(12, 4, bias=False)),
+        r"holds '4\.bias', which this model lacks",
+    )
+    yield (
+        "shape",
+        with_(MLP.build(), 2, nn.Linear(12, 16)),
+        r"'2\.weight' has shape \[16, 12\], the spec's has \[12, 16\]",
+    )
+    yield (
+        "dtype",
+        MLP.build().half(),
+        r"'0\.weight' was saved with dtype float32 and has float16.*model\.to\(torch\.float32\)",
+    )
     buffer = MLP.build()
     buffer.register_buffer("extra", torch.ones(3))
     yield "buffer", buffer, "lacks 'extra'"
@@ -175,7 +189,9 @@ def test_another_model_is_refused_and_stays_as_it_was(model, message, tmp_path):
 
 
 def test_a_quantized_model_a_missing_file_and_a_folder_of_coverage_save_are_refused_with_the_cure(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"there is no .*qsam\.json': qsam\.deploy\.save\(model, folder\) writes"):
+    with pytest.raises(
+        FileNotFoundError, match=r"there is no .*qsam\.json': qsam\.deploy\.save\(model, folder\) writes"
+    ):
         deploy.load(MLP.build(), tmp_path)
     model = MLP.quantized()
     qsam.write_(model)
@@ -186,7 +202,9 @@ def test_a_quantized_model_a_missing_file_and_a_folder_of_coverage_save_are_refu
     with pytest.raises(RuntimeError, match=r"the model is quantized already: load into a float model"):
         deploy.load(model, tmp_path)
     (tmp_path / "qsam.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"qsam\.safetensors', the scales that belong to qsam\.json, is missing"):
+    with pytest.raises(
+        FileNotFoundError, match=r"qsam\.safetensors', the scales that belong to qsam\.json, is missing"
+    ):
         deploy.load(MLP.build(), tmp_path)
 
 
