@@ -107,7 +107,9 @@ def examples(model: Any, rows: int) -> dict[str, Tensor]:
     """Return random inputs of a transformers model, the same at every call."""
     draw, config = torch.Generator().manual_seed(0), model.config
     if model.main_input_name == "input_ids":
-        ids = torch.randint(0, config.get_text_config().vocab_size, (rows, LENGTH), generator=draw)
+        text = config.get_text_config()
+        length = min(LENGTH, getattr(text, "max_position_embeddings", LENGTH))
+        ids = torch.randint(0, text.vocab_size, (rows, length), generator=draw)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     size = getattr(config, "image_size", None)
     if model.main_input_name == "pixel_values" and size is not None:
