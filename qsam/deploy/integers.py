@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from qsam.coverage import Weight, owner_of, released_latents, require_coverage
 from qsam.export import QuantizedInput, QuantizedWeight, export, record_of, weights_of
+from qsam.functional import SCALE_FLOOR
 from qsam.layers import find_sites, is_hf_conv1d, path_of, unwrap_model
 from qsam.quantizers import Quantizer
 
@@ -53,12 +54,18 @@ class Layer(QuantizedWeight):
                 f"one output's entries: quantize it without `axis`, or use deploy.save."
             )
         codes = (self.codes.t() if out else self.codes).cpu().contiguous()
-        return codes, self.scale.cpu().reshape(1 if self.axis is None else len(codes), -1).expand(len(codes), -1)
+        scale = self.scale.cpu().reshape(1 if self.axis is None else len(codes), -1).expand(len(codes), -1)
+        return codes, scale.masked_fill(_is_empty(scale), 0)
 
     def floats(self) -> Tensor:
         """Return ``codes * scale`` of :meth:`matrix`, ``(out, in)``, in fp32."""
         codes, scale = self.matrix()
         return codes * scale.repeat_interleave(codes.shape[1] // scale.shape[1], 1)
+
+
+def _is_empty(scale: Tensor) -> Tensor:
+    """Return where no scale could be set, because all weights that share it are zero."""
+    return scale <= SCALE_FLOOR
 
 
 def integers(model: nn.Module) -> list[Layer]:
@@ -156,7 +163,7 @@ def _rounded(quantizer: Quantizer | None, record: QuantizedWeight, dtype: torch.
             f"{record.name!r}: the scale of {type(quantizer).__name__} follows from something else and cannot be "
             "rounded: use a quantizer whose `scale` is a Parameter or a buffer, like 'lsq'."
         )
-    half = record.scale.to(dtype).float()
+    half = torch.where(_is_empty(record.scale), record.scale, record.scale.to(dtype).float())
     if not bool((half.isfinite() & (half > 0)).all()):
         raise ValueError(
             f"{record.name!r} has scales from {float(record.scale.min()):.3g} to {float(record.scale.max()):.3g}, "
@@ -175,7 +182,7 @@ def _move_grid_(row: Weight, record: QuantizedWeight, half: Tensor, latent: Tens
         )
         latent.mul_(ratio.dequantized())
     scale: Tensor = quantizer.scale  # type: ignore[assignment]
-    scale.copy_(half.view_as(scale))
+    scale.copy_(torch.where(_is_empty(half), scale, half.view_as(scale)))
     written = record_of(row, record.codes)
     p.copy_(written.dequantized())
     if latent is not None:  # a w at the edge of its cell may have been rounded across it
@@ -184,7 +191,7 @@ def _move_grid_(row: Weight, record: QuantizedWeight, half: Tensor, latent: Tens
 
 
 def _warn_subnormal(records: list[QuantizedWeight], halves: list[Tensor], dtype: torch.dtype) -> None:
-    small = [r.name for r, half in zip(records, halves, strict=True) if float(half.min()) < SUBNORMAL[dtype]]
+    small = [r.name for r, half in zip(records, halves, strict=True) if ((half < SUBNORMAL[dtype]) & ~_is_empty(half)).any()]
     if small:
         warnings.warn(
             f"{small[0]!r}{f' and {len(small) - 1} more' if len(small) > 1 else ''} has scales below "

@@ -127,10 +127,10 @@ def load(model: nn.Module, folder: str | os.PathLike[str]) -> Coverage:
     root = unwrap_model(model)
     if coverage_of(root) is not None:
         raise RuntimeError("the model is quantized already: load into a float model, or call qsam.dequantize_(model).")
-    spec, dtypes = _read_plan(Path(folder))
+    dtypes = _packed_dtypes(Path(folder))
     _, tensors = read_spec(folder)
     assert tensors is not None
-    coverage = quantize_(root, spec=spec)
+    coverage = quantize_(root, spec=folder)
     try:
         codes = _checked_codes(root, coverage, tensors, dtypes, str(folder))
     except BaseException:
@@ -167,8 +167,8 @@ def _sealed(spec: Mapping[str, Any], dtypes: Any) -> dict[str, Any]:
     return {"dtypes": dtypes, "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
-    """Return the spec and the packed weights' dtypes of a ``qsam.json`` that is as it was written."""
+def _packed_dtypes(folder: Path) -> dict[str, str]:
+    """Return the dtype of each packed weight from a ``qsam.json`` that is as it was written."""
     path = folder / SPEC_NAME
     if not path.is_file():
         raise FileNotFoundError(f"there is no {str(path)!r}: qsam.deploy.save(model, folder) writes one.")
@@ -185,7 +185,7 @@ def _read_plan(folder: Path) -> tuple[dict[str, Any], dict[str, str]]:
     dtypes = packed.get("dtypes") if isinstance(packed, dict) else None
     if packed != _sealed(spec, dtypes):
         raise ValueError(f"{str(path)!r} was changed since it was written: save the model again, or copy it anew.")
-    return spec, dtypes or {}
+    return dtypes or {}
 
 
 def _checked_codes(

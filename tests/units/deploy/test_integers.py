@@ -132,6 +132,21 @@ def test_round_scales_refuses_before_it_writes():
     round_scales_(model, torch.bfloat16)
 
 
+def test_a_row_of_zeros_has_no_scale_and_hinders_nothing():
+    model = MLP.build()
+    with torch.no_grad():
+        model[2].weight[3] = 0.0
+    qsam.quantize_(model, granularity="per_channel", activations=None)
+    qsam.write_(model)
+    round_scales_(model, torch.float16)
+    assert float(model[2].weight_quantizer.scale[3]) == 0
+    layer = integers(model)[1]
+    codes, scale = layer.matrix()
+    assert not codes[3].any() and not scale[3].any()
+    assert torch.equal(scale.half().float(), scale)
+    assert torch.equal(layer.floats(), model[2].weight)
+
+
 def test_round_scales_warns_of_subnormal_scales():
     model = written(MLP, activations=None)
     with torch.no_grad():
