@@ -317,11 +317,12 @@ def _build(
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {entry.quantizer!r}.")
     try:
         quantizer = build_quantizer(entry.quantizer, **entry.arguments)
-        quantizer.init = entry.init
+        quantizer.init = entry.init if tensors is None else "absmax"  # only the shapes matter: the values are loaded
         quantizer.to(parameter.device)
         if attr is not None:
             quantizer.init_weight_(parameter.detach())
             quantizer.requires_grad_(False)  # the optimizer alone uses it; DDP would wait for its gradient
+        quantizer.init = entry.init
     except (TypeError, ValueError) as error:
         cure = "" if attr is not None else " Inputs are quantized per tensor: name another in `activations`."
         raise type(error)(f"{where}: {error}{cure}") from error

@@ -434,8 +434,15 @@ def _read_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     return safetensors.torch.load(packed)
 
 
-def write_spec(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> Path:
+def write_spec(
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    more: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda _: {},
+) -> Path:
     """Write ``qsam.json`` and ``qsam.safetensors``; return the path of the first.
+
+    ``more`` is given the content of ``qsam.json`` and returns what else it shall hold.
 
     Each file is written under another name and then renamed, so that an interruption leaves no incomplete file. The
     first holds a digest of the second, so that files of different saves are refused.
@@ -445,7 +452,7 @@ def write_spec(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> Path:
     packed = safetensors.torch.save(own, metadata={"qsam_format": str(FORMAT)})
     content = {**plan.to_spec(), _DIGEST: hashlib.sha256(packed).hexdigest()}
     _replace(folder / TENSORS_NAME, packed)
-    _replace(folder / SPEC_NAME, json.dumps(content, indent=1).encode())
+    _replace(folder / SPEC_NAME, json.dumps({**content, **more(content)}, indent=1).encode())
     return folder / SPEC_NAME
 
 
