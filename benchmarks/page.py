@@ -15,7 +15,7 @@ NOT_YET = "Not measured yet."
 
 def read_results(folder: Path = RESULTS) -> Results:
     """Return the JSON of each benchmark that has been kept."""
-    found = {name: read_json(folder, name) for name in NAMES}
+    found = {name: read_json(folder, name) for name in (*NAMES, "versions")}
     return {name: result for name, result in found.items() if result is not None}
 
 
@@ -41,6 +41,7 @@ def blocks(results: Results) -> dict[str, list[str]]:
         "step": step_table,
         "ablation": ablation_table,
         "memory": memory_table,
+        "versions": versions_table,
     }
     found = {name: list(make(results[name])) if name in results else [NOT_YET] for name, make in made.items()}
     anything = bool(results)
@@ -127,6 +128,19 @@ def step_table(result: Json) -> Iterator[str]:
 
 def _step_cell(figures: Json) -> str:
     return f"missing: {figures['missing']}" if "missing" in figures else between(figures["ratio"])
+
+
+def versions_table(result: Json) -> Iterator[str]:
+    """Yield the table of this version against an older one."""
+    cases = result["cases"]
+    rows = [
+        (name, *(cell for case in cases for cell in map(between, case["methods"][name].values())))
+        for name in cases[0]["methods"]
+    ]
+    older = result["older"]
+    heads = [f"{case['case']} tokens, {case['rounds']} rounds: {what}" for case in cases
+             for what in (f"time / time of {older}", "difference, in steps of fp32")]  # fmt: skip
+    yield from table(("method", *heads), *rows)
 
 
 def memory_table(result: Json) -> Iterator[str]:

@@ -303,12 +303,7 @@ def _build(
 ) -> Quantizer:
     """Build one quantizer and set its state: a weight's from the weight, then from ``tensors`` if they are given.
 
-    Args:
-        entry: How to quantize.
-        module: The owner of the weight, or the layer whose input it is.
-        attr: The weight's name in its owner; None for an input.
-        path: Path at which the quantizer will be attached.
-        tensors: State of all quantizers by its key in the model's state_dict, or None.
+    ``attr`` is the weight's name in its module, None for an input; ``path`` is that of the quantizer.
     """
     name = path.removesuffix("_quantizer") if attr is not None else path.removesuffix(INPUT_NAME).removesuffix(".")
     where = repr(name) if attr is not None else input_of(name)
@@ -322,11 +317,12 @@ def _build(
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {entry.quantizer!r}.")
     try:
         quantizer = build_quantizer(entry.quantizer, **entry.arguments)
-        quantizer.init = entry.init
+        quantizer.init = entry.init if tensors is None else "absmax"  # only the shapes matter: the values are loaded
         quantizer.to(parameter.device)
         if attr is not None:
             quantizer.init_weight_(parameter.detach())
             quantizer.requires_grad_(False)  # the optimizer alone uses it; DDP would wait for its gradient
+        quantizer.init = entry.init
     except (TypeError, ValueError) as error:
         cure = "" if attr is not None else " Inputs are quantized per tensor: name another in `activations`."
         raise type(error)(f"{where}: {error}{cure}") from error

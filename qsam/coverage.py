@@ -353,9 +353,9 @@ def float_matrices_warning(coverage: Coverage) -> str:
 
 
 def _table(coverage: Coverage) -> Iterator[str]:
-    lines = [("parameter", "shape", "weight", "input", ""), *_merged(_rows(coverage))]
+    lines = [("parameter", "shape", "weight", "input", ""), *merged(_rows(coverage))]
     note = "attention, by its name: scores and probabilities stay float"
-    lines += _merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
+    lines += merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
     small = sum(len(row.shape) < 2 for row in coverage.weights)
     if small:
         lines.append((f"vectors and scalars ({small})", "", "float", "", "biases, norms: fewer than two dimensions"))
@@ -381,7 +381,7 @@ def _rows(coverage: Coverage) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield entry.name, ("", "", _describe_input(entry), entry.reason)
 
 
-def _merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
+def merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
     """Yield one line for the rows that differ only in the numbers of their path: "layer.{0-11}.fc.weight"."""
     alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[int, ...]]] = {}
     for name, cells in rows:

@@ -349,14 +349,7 @@ def _refuse_stale_groups(root: nn.Module, groups: Iterable[dict[str, Any]]) -> N
 
 
 class Ranks:
-    """The processes that train copies of one model.
-
-    Args:
-        model: What the user gave the optimizer: the model, or a wrapper around it.
-        ddp: The DistributedDataParallel model, if ``model`` is not in one. None: every process of the default group
-            trains the same model, once there is a group. False: each process trains a different model.
-        scope: ``"global"``: one e for all. ``"rank"``: one e per rank.
-    """
+    """The processes that train copies of one model; ``ddp`` and ``scope`` as in the optimizer."""
 
     def __init__(self, model: nn.Module, ddp: DataParallel, scope: str = "global") -> None:
         if not (ddp is None or ddp is False or isinstance(ddp, DistributedDataParallel)):

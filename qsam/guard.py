@@ -68,11 +68,6 @@ class Guard:
             slots: The weights.
             agree: Returns whether a flag is set in any process; None if the other processes may not call it now.
             among: The same, among the processes that hold parts of the weights; None if each holds all.
-
-        Raises:
-            RuntimeError: The model's weights are not the Q(w) that were left there, its quantizers are others, or it is
-                on another device.
-            ValueError: An fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
         self._check_tree()

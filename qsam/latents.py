@@ -155,12 +155,7 @@ class Target(NamedTuple):
 
 
 class Latents:
-    """The latent weights of one model.
-
-    Args:
-        model: The model.
-        owner: The optimizer; a model's latents have one owner.
-        coverage: The model's coverage; None for a float model, which has no slots.
+    """The latent weights of one model, whose owner is one optimizer; without coverage there are no slots.
 
     Attributes:
         root: The model without wrappers.
@@ -169,10 +164,6 @@ class Latents:
         guard: Detects writes by other code.
         noises: The streams of noise that the quantizers of weights and inputs draw from.
         noisy: Whether the gradients in p were computed at a noisy Q(w); they are pulled back with the same draw.
-
-    Raises:
-        RuntimeError: Another optimizer owns this model's weights.
-        ValueError: An fp16 Parameter cannot hold its quantized values, or two quantized weights are tied.
     """
 
     def __init__(self, model: nn.Module, owner: Any, coverage: Coverage | None) -> None:
@@ -230,10 +221,7 @@ class Latents:
         """Within this context noise quantizers draw, and p holds the noisy Q(w); afterwards it holds the exact one.
 
         Gradients computed inside are pulled back with the same draw. Without noise quantizers nothing happens.
-
-        Args:
-            block: The name of the pass, for messages.
-            check: Lets all processes :meth:`check` and raise together before p is overwritten.
+        ``check`` lets all processes raise together before p is overwritten.
         """
         if not self.noises:
             yield

@@ -177,7 +177,6 @@ class Settings:
     axis: Axis | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad values before any layer is examined; the quantizers check the rest."""
         for name in ("bits", "activation_bits"):
             try:
                 integer_limits(getattr(self, name), signed=True)
@@ -210,13 +209,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
 
 
 def decisions_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> list[Decision]:
-    """Decide for every parameter: the first rule that matches, else the default policy.
-
-    Args:
-        model: The model, unwrapped.
-        call: The keywords of the call.
-        rules: The user's ``(selector, overrides)``, in order.
-    """
+    """Decide for every parameter by the first rule that matches, or else by the default policy."""
     checked = _checked_rules(rules, call)
     sites = find_sites(model)
     boundary, aside = boundary_modules(model), set_aside(model)
@@ -415,11 +408,7 @@ def _shown(selector: Selector) -> str:
 
 
 def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor] | None]:
-    """Return the plan, and the quantizers' tensors by name (None for a spec given as a dict).
-
-    Args:
-        spec: Path of a ``qsam.json`` or of the folder that holds it, or what ``Coverage.to_spec()`` returned.
-    """
+    """Return the plan of a file, a folder or a dict, and the quantizers' tensors by name (None for a dict)."""
     if isinstance(spec, Mapping):
         return Plan.from_spec(spec, "the given spec"), None
     if not isinstance(spec, str | os.PathLike):
@@ -445,8 +434,15 @@ def _read_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     return safetensors.torch.load(packed)
 
 
-def write_spec(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> Path:
+def write_spec(
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    more: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda _: {},
+) -> Path:
     """Write ``qsam.json`` and ``qsam.safetensors``; return the path of the first.
+
+    ``more`` is given the content of ``qsam.json`` and returns what else it shall hold.
 
     Each file is written under another name and then renamed, so that an interruption leaves no incomplete file. The
     first holds a digest of the second, so that files of different saves are refused.
@@ -456,7 +452,7 @@ def write_spec(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> Path:
     packed = safetensors.torch.save(own, metadata={"qsam_format": str(FORMAT)})
     content = {**plan.to_spec(), _DIGEST: hashlib.sha256(packed).hexdigest()}
     _replace(folder / TENSORS_NAME, packed)
-    _replace(folder / SPEC_NAME, json.dumps(content, indent=1).encode())
+    _replace(folder / SPEC_NAME, json.dumps({**content, **more(content)}, indent=1).encode())
     return folder / SPEC_NAME
 
 

@@ -22,12 +22,9 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Classes by name.
+    """Classes by name: ``kind`` is for messages, and ``check`` raises if a class does not implement the interface.
 
-    Args:
-        kind: The kind of the classes, for messages: "quantizer".
-        check: Called with each new class; raises if it does not implement the interface.
-        entry_points: Group of package entry points that are imported the first time a name is looked up.
+    The package entry points of the group ``entry_points`` are imported the first time a name is looked up.
     """
 
     def __init__(
@@ -97,7 +94,6 @@ class Registry(Generic[T]):
         return iter(sorted(self._classes))
 
     def __contains__(self, name: object) -> bool:
-        """Whether ``name`` is registered."""
         return name in list(self)
 
     def _load_entry_points(self) -> None:

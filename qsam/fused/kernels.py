@@ -213,13 +213,9 @@ def _layout(x: Tensor, rows: int) -> torch.memory_format | None:
 
 
 def bind(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient: Tensor | None = None) -> Call | None:
-    """Return the call of a kernel with all its arguments; None if no kernel fits these tensors.
+    """Return the call of a kernel, named as in :mod:`qsam.fused.formulas`; None if no kernel fits these tensors.
 
-    Args:
-        name: The name of a function of :mod:`qsam.fused.formulas`.
-        grid: The grid of Q.
-        tensors: The first one :func:`fuses`; the others must have its shape, dtype, device and layout.
-        coefficient: The coefficient of ``perturb``.
+    The first tensor :func:`fuses`; the others must have its shape, dtype, device and layout.
     """
     x = tensors[0]
     layout = _layout(x, grid.rows)
@@ -237,9 +233,9 @@ def _bind_native(name: str, grid: Grid, tensors: Sequence[Tensor], coefficient: 
     if call is None:
         return None
     ds = torch.empty(grid.rows, dtype=torch.promote_types(x.dtype, torch.float32)) if name in native.SUMS else None
-    arguments = [*(t.data_ptr() for t in tensors), *([] if ds is None else [ds.data_ptr()])]
+    arguments: list[Any] = [*(t.data_ptr() for t in tensors), *([] if ds is None else [ds.data_ptr()])]
     if coefficient is not None:
-        arguments.append(coefficient.item())  # type: ignore[arg-type]
+        arguments.append(coefficient.item())
     entries = x.numel()
     limits = (grid.quant_min, grid.quant_max, grid.offset)
     arguments += [grid.scale.data_ptr(), grid.rows, entries // grid.rows, *limits, thread_count(entries)]
@@ -338,16 +334,10 @@ def write_(weights: Sequence[Weight]) -> list[bool]:
 def pull_back_(
     weights: Sequence[Weight], grads: Sequence[Tensor], *, overwrite: bool
 ) -> list[tuple[Tensor, Verdict] | None]:
-    """Pull gradients back through Q.
+    """Pull gradients, dL/dQ of each weight, back through Q; return ds, and whether p held Q(w).
 
-    Args:
-        weights: The weights.
-        grads: dL/dQ of each.
-        overwrite: Whether each gradient becomes dw, ``M * grad``, and each p becomes w, the copy to which a failed step
-            returns. Otherwise gradients and p stay as they are.
-
-    Returns:
-        ds, and whether p held Q(w).
+    With ``overwrite`` each gradient becomes dw, ``M * grad``, and each p becomes w, the copy to which a failed step
+    returns. Otherwise gradients and p stay as they are.
     """
     rows = [(g, weight.p) for weight, g in zip(weights, grads, strict=True)]
     answers = _sweep("pull_back" if overwrite else "scale_gradient", weights, rows)

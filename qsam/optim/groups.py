@@ -28,13 +28,8 @@ def build_base(
 ) -> Optimizer:
     """Return the base optimizer, its groups holding the model's Parameters without any scale.
 
-    Args:
-        method: The method's name, for messages.
-        base: An optimizer class (or any factory ``(params, **arguments)``), or an instance.
-        latents: The model's latents.
-        params: Parameters or groups for a class; None for all trainable ones.
-        arguments: Keywords for the class.
-        ours: Names of the method's own keywords, for messages.
+    ``base`` is an optimizer class, a factory ``(params, **arguments)``, or an instance. ``method`` and ``ours``, the
+    names of the method's keywords, are for messages.
     """
     scales = {id(p) for p in quantizer_parameters(latents.root)}
     if isinstance(base, Optimizer):

@@ -63,8 +63,9 @@ class QuantizedOptimizer(Optimizer):
             Finite, >= 0. It grows with the square root of the number of weights; a group may have its own
             (``"rho"`` in ``params``), and a schedule may write ``group["qsam_rho"]``.
         direction: The name of a registered direction, or a :class:`~qsam.Direction`; ``"sam"`` is the gradient.
-        perturb: ``"quantized"``, ``"all"``, or a predicate ``(name, parameter) -> bool``.
-        every: Perturb each k-th step; the others are plain QAT steps.
+        perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
+            predicate ``(name, parameter) -> bool``. Scales are never perturbed.
+        every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
         start: The first step that is perturbed, counted from 0.
         reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass each.
         normalize_weights: e in units of each tensor's standard deviation, as if its weights had unit variance.

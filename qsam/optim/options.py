@@ -23,24 +23,11 @@ Selection = str | Callable[[str, nn.Parameter], bool]
 
 @dataclasses.dataclass(frozen=True)
 class SamOptions:
-    """The options of a perturbation, checked.
+    """The options of a perturbation, checked; see :class:`~qsam.optim.optimizer.QuantizedOptimizer`.
 
     Attributes:
-        rho: The L2 norm of e over everything that is perturbed, in units of the weights. Finite, >= 0.
-        direction: The name of a registered direction, or an instance of :class:`~qsam.Direction` with its own settings.
-        perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
-            predicate ``(name, parameter) -> bool`` over the trainable parameters. Scales are never perturbed.
-        every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
-        start: The first step that may be perturbed, counted from 0. An integer >= 0.
-        reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass; or None.
-        normalize_weights: Take e in units of each tensor's standard deviation, as if its weights had unit variance.
-        scope: ``"global"``, one e for all processes; ``"rank"``, one per process.
         masked: Take ``M * g_Q`` instead of g_Q: the gradient as the quantizer's clip mask lets it through.
         inside: Add e to w and quantize the sum, ``p <- Q(w + e)``, instead of ``p <- Q(w) + e``.
-
-    Raises:
-        TypeError: An option has the wrong type.
-        ValueError: An option has a value outside its range.
     """
 
     rho: float = 0.1
@@ -55,7 +42,6 @@ class SamOptions:
     inside: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse invalid values."""
         checked_rho(self.rho)
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0)):
             if isinstance(value, bool) or not isinstance(value, int):

@@ -57,13 +57,7 @@ class Perturbation:
     def gather(
         self, latents: Latents, base_state: Mapping[Tensor, Any], given: Mapping[str, Tensor] | None = None
     ) -> list[Ascent]:
-        """Return the tensors to perturb, with their gradients.
-
-        Args:
-            latents: The model's latents.
-            base_state: The base optimizer's state, by latent or float parameter.
-            given: Gradients by name, instead of those in the Parameters.
-        """
+        """Return the tensors to perturb, with their gradients, or with those ``given`` by name."""
         slots = {id(slot.parameter): slot for slot in latents.slots}
         ascents = []
         for name, p in own_parameters(latents.root):

@@ -187,16 +187,7 @@ def build_scale_optimizer(
     base: Optimizer,
     slots: Sequence[Slot],
 ) -> Optimizer | None:
-    """Return the optimizer of the scales, with one group for the weights' and one for the inputs', or None.
-
-    Args:
-        weights: The parameters of the weights' quantizers.
-        inputs: The parameters of the inputs' quantizers.
-        scale_lr: The rate of plain gradient descent on s (one number, or one each for weights and inputs), or None.
-        scale_optimizer: An optimizer class; SGD without momentum by default.
-        base: The weights' optimizer, its groups holding the model's Parameters.
-        slots: The quantized weights.
-    """
+    """Return the optimizer of the scales, with one group for the weights' and one for the inputs', or None."""
     if not (isinstance(scale_optimizer, type) and issubclass(scale_optimizer, Optimizer)):
         raise TypeError(f"`scale_optimizer` must be a torch Optimizer class, got {scale_optimizer!r}.")
     rates = _checked_rates(scale_lr)
@@ -228,11 +219,6 @@ def build_scale_optimizer(
 
 def take_balance_(groups: Iterable[Group], base: Optimizer, slots: Sequence[Slot]) -> None:
     """Compute the balance and the rates of these groups of scales from the present weights.
-
-    Args:
-        groups: Groups of a :class:`BalancedSGD`.
-        base: The weights' optimizer, its groups holding Parameters or latents.
-        slots: The quantized weights.
 
     Example:
         >>> w = torch.nn.Parameter(torch.full((4, 4), 0.1))
@@ -270,14 +256,8 @@ def follow_base_(
     """Give the scale optimizer the present rates: ``balance * mean(lr)`` if they are balanced, else the public ones.
 
     A balance of 0 is unknown, because the weights were all zero when the optimizer was built. It is computed as soon as
-    they are not, and again after 1, 2, 4, 8, ... steps because they have only begun to grow.
-
-    Args:
-        scale_base: The scale optimizer.
-        groups: All public groups; those of scales have an entry ``qsam_scales``, the balanced ones ``qsam_balance``.
-        base: The weights' optimizer, its groups holding Parameters or latents.
-        slots: The quantized weights.
-        step: How many steps the weights have taken.
+    they are not, and again after 1, 2, 4, 8, ... steps because they have only begun to grow. Public groups of scales
+    have an entry ``qsam_scales``, the balanced ones ``qsam_balance``.
     """
     owned = _owned(base, slots)
     public = [group for group in groups if "qsam_scales" in group]

@@ -91,10 +91,8 @@ class ScaleFacade(Optimizer):
         self.owner.step_scales()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the owner."""
         return {"owner": self.owner, "defaults": {}, "state": self.state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Refer to the owner weakly again."""
         self._owner = weakref.ref(state["owner"])
         super().__setstate__({key: value for key, value in state.items() if key != "owner"})

@@ -54,7 +54,6 @@ class Spec:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse invalid values."""
         integer_limits(self.bits, bool(self.signed))
         _check_kinds(self.signed, self.axis)
         _check_granularity(self.granularity, self.axis, self.group_size)
