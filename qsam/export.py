@@ -1,10 +1,10 @@
-"""The record on which export formats stand: integers and scales of a quantized model.
+"""The integers and scales of a quantized model, from which export formats are made.
 
-    p = codes * scale                        each weight, exactly: that is what the model holds
-    p = (codes + offset) * scale + shift     on a grid that is not symmetric, where the caller takes those too
+    p = codes * scale                        each weight, exactly as the model holds it
+    p = (codes + offset) * scale + shift     on a grid that is not symmetric, if the caller asks for those
     Q(x) = scale * clip(round(x / scale), quant_min, quant_max)      each quantized input
 
-A format is a function of :class:`Export` and of the float parameters of the model, and of nothing else in qsam.
+A format is a function of :class:`Export` and of the model's float parameters only.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class QuantizedWeight:
 
     Attributes:
         name: Path of the Parameter, "encoder.layer.0.query.weight"; a tied weight has the first of its names.
-        codes: int8 (uint8 where unsigned), of the Parameter's shape.
+        codes: int8 (uint8 if unsigned), of the Parameter's shape.
         scale: fp32, positive: of shape ``(1,)`` per tensor; per channel the length of the weight along ``axis`` and
             1 elsewhere; ``(channels, groups, 1)`` per group.
         axis: The channel dimension, or several; None with one scale per tensor.
@@ -69,7 +69,7 @@ class QuantizedInput:
     Attributes:
         name: Path of the layer.
         scale: fp32, positive, of shape ``(1,)``.
-        zero_point: The integer that stands for 0, or None: 0 itself does.
+        zero_point: The integer that represents 0; None if it is 0.
         bits: Width of the integers.
         signed: Whether they may be negative.
         quant_min: The lowest integer of the grid; some signed grids end at ``-quant_max``.
@@ -87,7 +87,7 @@ class QuantizedInput:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Export:
-    """All quantized weights and inputs of a model. What is not named stays float."""
+    """All quantized weights and inputs of a model; the others stay float."""
 
     weights: tuple[QuantizedWeight, ...]
     inputs: tuple[QuantizedInput, ...]
@@ -99,18 +99,18 @@ def export(model: nn.Module, *, affine: bool = False) -> Export:
 
     Args:
         model: A quantized model whose weights hold Q(w): after any step of an optimizer, or after
-            :func:`qsam.write_`. Its optimizer may live or be gone.
-        affine: Whether to take weights of other grids too (``stretched``, ``liq``, ``qbert``): their ``offset`` and
+            :func:`qsam.write_`. The optimizer need not exist any more.
+        affine: Whether to return weights of other grids too (``stretched``, ``liq``, ``qbert``). Their ``offset`` and
             ``shift`` are then part of the record, and the caller has to use them.
 
     Returns:
-        Copies, on the devices of the model. Weights and inputs with the quantizer ``"identity"`` are float, and left
-        out.
+        Copies, on the devices of the model. Weights and inputs with the quantizer ``"identity"`` are float and are
+        omitted.
 
     Raises:
-        RuntimeError: the model is not quantized, its weights are not written, an input has no scale yet, or it is
+        RuntimeError: The model is not quantized, its weights are not written, an input has no scale yet, or it is
             sharded.
-        TypeError: a quantizer that has no integers, or more than integers and scales.
+        TypeError: A quantizer has no integers, or more than integers and scales.
 
     Example:
         >>> import qsam
@@ -132,7 +132,7 @@ def weights_of(model: nn.Module, coverage: Coverage, *, affine: bool = False) ->
     """Return the records of the weights alone; see :func:`export`."""
     if is_sharded(model.modules()):
         raise RuntimeError(
-            "the model is sharded: gather its state_dict, load it into a model of its own and call export on that."
+            "the model is sharded: gather its state_dict, load it into an unsharded copy and call export on that."
         )
     rows = [row for row in coverage.quantized if not isinstance(row.quantizer, Identity)]
     return [_checked(row, record_of(row), affine) for row in rows]

@@ -191,7 +191,9 @@ def _move_grid_(row: Weight, record: QuantizedWeight, half: Tensor, latent: Tens
 
 
 def _warn_subnormal(records: list[QuantizedWeight], halves: list[Tensor], dtype: torch.dtype) -> None:
-    small = [r.name for r, half in zip(records, halves, strict=True) if ((half < SUBNORMAL[dtype]) & ~_is_empty(half)).any()]
+    small = [
+        r.name for r, half in zip(records, halves, strict=True) if ((half < SUBNORMAL[dtype]) & ~_is_empty(half)).any()
+    ]
     if small:
         warnings.warn(
             f"{small[0]!r}{f' and {len(small) - 1} more' if len(small) > 1 else ''} has scales below "

@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import qsam
 from qsam.functional import fake_quantize
-from qsam.fused import linear, native
+from qsam.fused import linear
 from qsam.fused.kernels import using
-from tests.methods import QUANTIZING
+from tests.methods import QUANTIZING, needs_kernels
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -25,10 +25,7 @@ needs_instructions = pytest.mark.skipif(not linear._has_instructions(), reason="
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    try:
-        native.library()
-    except OSError as error:
-        pytest.skip(f"no kernels here: {error}")
+    needs_kernels()
     with using("compiled"):
         yield
 
@@ -362,16 +359,16 @@ def test_transforms_and_compilers_take_the_ordinary_way(products):
     assert not products
 
 
-def test_anything_but_a_linear_quantizes_a_pending_input():
+def test_anything_but_a_linear_quantizes_a_deferred_input():
     module = layer(96, 72)
     x = drawn(130, 96)
-    pending = linear.pending(module, module.input_quantizer, x)
+    deferred = linear.deferred(module, module.input_quantizer, x)
     expected = module.input_quantizer(x)
-    assert isinstance(pending, linear.Pending)
-    assert torch.equal(torch.relu(pending), expected.relu())
-    assert torch.equal(torch.stack([pending, x])[0], expected)
-    assert torch.equal(functional.linear(pending, weight=module.weight), expected @ module.weight.t())
-    assert type(torch.relu(pending)) is Tensor
+    assert isinstance(deferred, linear.DeferredInput)
+    assert torch.equal(torch.relu(deferred), expected.relu())
+    assert torch.equal(torch.stack([deferred, x])[0], expected)
+    assert torch.equal(functional.linear(deferred, weight=module.weight), expected @ module.weight.t())
+    assert type(torch.relu(deferred)) is Tensor
 
 
 def test_second_derivatives_and_batched_gradients():
