@@ -254,6 +254,39 @@ def test_gguf_dequantizes_the_trained_weights(kind, tmp_path):
         assert is_rotary != torch.equal(each.rows, torch.arange(len(each.rows)))
 
 
+def test_gguf_holds_the_conv1d_of_a_gpt2_with_the_outputs_as_rows(tmp_path):
+    """The converter transposes what GPT-2 has as (in, out)."""
+    gguf = pytest.importorskip("gguf")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=12, n_embd=32, n_layer=1, n_head=2))
+    rules = [("*wpe", None), ("*", {})]
+    qsam.quantize_(model, bits=4, granularity="per_channel", activations=None, rules=rules)
+    qsam.write_(model)
+    deploy.round_scales_(model, torch.float16)
+    writer = gguf.GGUFWriter(tmp_path / "f.gguf", "gpt2")
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 1)
+    rows = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "_quantizer." not in name:
+            turn = type(model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
+            own = names.get_name(name, try_suffixes=(".weight",))
+            rows[own] = parameter.detach().t().contiguous() if turn else parameter.detach()
+            writer.add_tensor(own, rows[own].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = deploy.export_gguf(model, tmp_path / "f.gguf", tmp_path / "q.gguf")
+    assert {each.tensor for each in found} == rows.keys() - {"position_embd.weight"}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
+    for own, expected in rows.items():
+        values = gguf.quants.dequantize(tensors[own].data, tensors[own].tensor_type)
+        assert torch.equal(torch.from_numpy(values), expected)
+
+
 def llama_cpp(path, prompts):
     """Return llama.cpp's log-probabilities of the token after each prompt."""
     xllamacpp = pytest.importorskip("xllamacpp")
