@@ -165,8 +165,8 @@ def _of_integers(  # noqa: PLR0917
     """Write y by integers; return False if an operand is not on its grid, or the processor lacks the instructions."""
     if weights is None or weights.off_grid or not _has_instructions() or not weight.is_contiguous():
         return False
-    of_weight = weights.grid(weight)
-    if of_weight is None or of_weight.offset or of_weight.quant_max >= OFFSET or of_weight.scale.dtype != torch.float32:
+    of_weight = _of_whole_levels(weights.grid(weight))
+    if of_weight is None or of_weight.quant_max >= OFFSET or of_weight.scale.dtype != torch.float32:
         return False
     if len(out) < SMALLEST or x.shape[-1] not in COLUMNS or of_weight.rows not in {1, len(weight)}:
         return False
@@ -183,6 +183,14 @@ def _of_integers(  # noqa: PLR0917
     scales = grid.scale.data_ptr(), of_weight.scale.data_ptr(), of_weight.rows
     native.call("rescale", x.dtype, out.data_ptr(), *scales, *others, *out.shape, kernels.thread_count(out.numel()))
     return True
+
+
+def _of_whole_levels(grid: Grid | None) -> Grid | None:
+    """Return the same levels as integers: those half-way between integers are odd multiples of half a step."""
+    if grid is None or not grid.offset:
+        return grid
+    low, high = 2 * grid.quant_min + 1, 2 * grid.quant_max + 1
+    return grid._replace(scale=grid.scale / 2, quant_min=low, quant_max=high, offset=0.0)
 
 
 def codes(x: Tensor, grid: Grid) -> tuple[Tensor, float]:
