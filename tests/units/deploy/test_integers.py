@@ -54,17 +54,36 @@ def test_inside_a_block_integers_are_refused_and_outside_they_are_there():
 
 
 @pytest.mark.parametrize(
-    ("weights", "message"),
+    ("weights", "bits", "message"),
     [
-        ("gobo", r"'0\.weight': the quantizer 'gobo' has no `scale` to export: .*quantized with 'lsq'"),
-        ("qbert", r"'0\.weight': the quantizer 'qbert' is not codes \* scale.*'lsq'; qsam\.deploy\.save also holds"),
-        ("stretched", r"'0\.weight': the quantizer 'stretched' is not codes \* scale"),
-        ("liq", r"'0\.weight': the quantizer 'liq' is not codes \* scale"),
+        ("gobo", 4, r"'0\.weight': the quantizer 'gobo' has no `scale` to export: .*quantized with 'lsq'"),
+        ("qbert", 4, r"'0\.weight': the quantizer 'qbert' is not codes \* scale.*'lsq'; qsam\.deploy\.save also holds"),
+        ("stretched", 8, r"'0\.weight': the quantizer 'stretched' is not codes \* scale"),
+        ("liq", 8, r"'0\.weight': the quantizer 'liq' is not codes \* scale"),
     ],
 )
-def test_grids_that_are_no_multiples_of_the_scale_are_refused_by_name(weights, message):
+def test_grids_that_are_no_multiples_of_the_scale_are_refused_by_name(weights, bits, message):
     with pytest.raises(TypeError, match=message):
-        integers(written(MLP, weights=weights, activations=None))
+        integers(written(MLP, weights=weights, bits=bits, activations=None))
+
+
+@pytest.mark.parametrize("weights", ["stretched", "liq"])
+@pytest.mark.parametrize("granularity", ["per_tensor", "per_channel", "per_group"])
+def test_levels_half_way_between_integers_are_odd_integers_of_one_more_bit(weights, granularity):
+    group_size = 4 if granularity == "per_group" else None
+    model = written(
+        MLP,
+        weights=weights,
+        bits=2,
+        granularity=granularity,
+        group_size=group_size,
+        activations=None,
+        rules=[("*", {})],
+    )
+    for layer in integers(model):
+        assert layer.bits == 3
+        assert set(layer.codes.unique().tolist()) <= {-3, -1, 1, 3}
+        assert torch.equal(layer.dequantized(), layer.module.weight)
 
 
 @pytest.mark.parametrize(
