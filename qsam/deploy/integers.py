@@ -146,7 +146,9 @@ def round_scales_(model: nn.Module, dtype: torch.dtype) -> None:
     rows = {row.name: row for row in coverage.quantized}
     records = [record_of(rows[record.name]) for record in weights_of(root, coverage)]  # on their quantizers' own grids
     halves = [_rounded(rows[record.name].quantizer, record, dtype) for record in records]
-    latents = {slot.path: slot.latent for slot in owner._latents.slots} if owner else released_latents(coverage)
+    latents = (
+        {slot.path: slot.latent for slot in owner._latents.slots} if owner is not None else released_latents(coverage)
+    )
     for record, half in zip(records, halves, strict=True):
         _move_grid_(rows[record.name], record, half, latents.get(record.name))
     if owner is not None:
