@@ -46,7 +46,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
     parser.add_argument("--out", required=True, type=Path, help="the new folder or file")
     parser.add_argument("--float-gguf", type=Path, help="for gguf: what llama.cpp's converter made, with --outtype f32")
-    parser.add_argument("--scales", choices=list(SCALES), help="round the weights' scales first; the codes stay")
+    parser.add_argument(
+        "--scales", choices=list(SCALES), help="round the weights' scales first, as gguf needs; codes stay"
+    )
     parser.add_argument("--rows", type=int, default=4, help="random examples on which outputs are compared")
     options = parser.parse_args(arguments)
     try:

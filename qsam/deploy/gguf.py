@@ -2,8 +2,8 @@
 
     block = one fp16 d and some codes;   w = d * (q - zero)
 
-The file's floats must equal the model's weights, as they are or with rows in the order that the converter gives rotary
-heads: so no architecture is written down here, and no code is computed from a float.
+The file's floats must be the model's weights up to the rounding of their scales, as they are or with rows in the order
+that the converter gives rotary heads: so no architecture is written down here, and no code is computed from a float.
 
     type    bits  block   holds            by
     Q2_0    2     64      d (q - 1)        q = 1 - code, d = -s
@@ -140,7 +140,7 @@ def export_gguf(
 
     Args:
         model: A quantized model whose weights hold Q(w) and whose scales are fp16 numbers (:func:`round_scales_`).
-        float_gguf: ``convert_hf_to_gguf.py --outtype f32`` of the same weights.
+        float_gguf: ``convert_hf_to_gguf.py --outtype f32`` (or f16) of the model, before or after ``round_scales_``.
         path: The new file.
         types: Names of the block types that may be used; None: all but TQ2_0. Each weight gets the smallest that holds
             its codes and groups.
@@ -205,7 +205,7 @@ def _chosen(layer: Layer, allowed: dict[str, Type]) -> str:
     if not torch.equal(scale.half().float(), scale):
         raise ValueError(
             f"{layer.name!r} has scales that are no fp16 numbers, and GGUF's are: call "
-            "deploy.round_scales_(model, torch.float16) and evaluate again."
+            "deploy.round_scales_(model, torch.float16) (--scales fp16) and evaluate again."
         )
     return fitting[0]
 
@@ -229,16 +229,20 @@ def _heads(reader: Any) -> list[int]:
     return sorted({int(n) for value in found for n in (value if isinstance(value, list) else [value]) if int(n) > 0})
 
 
+ROUNDING = 2.0**-9
+"""Of a weight, what scales and floats in fp16 may have moved it by; the next code is at least 2^-7 away."""
+
+
 def _rows(layer: Layer, tensor: Any, heads: list[int]) -> Tensor:
     """Return the order in which the float tensor has the rows of a weight."""
     own = layer.floats()
-    there = torch.from_numpy(tensor.data.copy()) if tensor.tensor_type.name == "F32" else None
-    for rows in _orders(len(own), heads) if there is not None and there.shape == own.shape else ():
-        if torch.equal(own[rows], there):  # type: ignore[arg-type]
+    there = torch.from_numpy(tensor.data.copy()) if tensor.tensor_type.name in {"F32", "F16"} else own[:0]
+    for rows in _orders(len(own), heads) if there.shape == own.shape else ():
+        if bool(((own[rows] - there).abs() <= ROUNDING * own[rows].abs()).all()):
             return rows
     raise ValueError(
         f"{tensor.name!r} in the float GGUF does not hold the values of {layer.name!r}, in any order of rows that is "
-        "known: convert the model as it is now (after round_scales_), with --outtype f32."
+        "known: convert this model, with --outtype f32."
     )
 
 

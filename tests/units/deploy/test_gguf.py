@@ -105,6 +105,19 @@ def test_everything_else_is_copied(tmp_path):
     assert found[patched.tensor].n_bytes == patched.blocks.numel() == 8 * 64 // 32 * 18
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float16])
+def test_the_float_file_may_be_of_the_model_before_its_scales_were_rounded(dtype, tmp_path):
+    model = quantized(bits=8, half=False)
+    weight = model.model.layers[0].mlp.up_proj.weight.detach().numpy().copy()
+    source = write_float(model, tmp_path / "float.gguf", **{"blk.0.ffn_up.weight": weight.astype(dtype)})
+    deploy.round_scales_(model, torch.float16)
+    deploy.export_gguf(model, source, tmp_path / "q.gguf")
+    found = next(t for t in gguf.GGUFReader(tmp_path / "q.gguf").tensors if t.name == "blk.0.ffn_up.weight")
+    values = torch.from_numpy(gguf.quants.dequantize(found.data, found.tensor_type))
+    assert torch.equal(values, model.model.layers[0].mlp.up_proj.weight)
+    assert not np.array_equal(values.numpy(), weight)
+
+
 def test_rows_in_rotary_order_are_found_by_value(tmp_path):
     model = quantized(bits=8)
     weight = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
@@ -170,7 +183,7 @@ def test_what_no_block_holds_is_refused_and_nothing_is_written(options, call, me
 def test_a_float_file_of_other_values_of_another_type_or_without_the_tensor_is_refused(tmp_path):
     model = quantized()
     weight = model.model.layers[0].mlp.up_proj.weight.detach().numpy()
-    for other in (weight + 1e-3, weight.astype(np.float16), weight[:4]):
+    for other in (weight + 1e-3, weight * 1.003, weight[::-1], weight.astype(np.float16).view(np.int16), weight[:4]):
         source = write_float(model, tmp_path / "float.gguf", **{"blk.0.ffn_up.weight": other})
         with pytest.raises(
             ValueError, match=r"'blk\.0\.ffn_up\.weight' in the float GGUF does not hold the values of 'm"
