@@ -815,7 +815,7 @@ def chosen_runs(folder: Folder, arm: Run) -> dict[int, dict[str, Any]]:
 def arms_table(folder: Folder) -> str:
     """Return the table of E1: each arm at its chosen rate, and the paired differences to LSQ."""
     lines = [
-        "| task | arm | seeds | dev | difference to LSQ, paired | held-out | difference to LSQ, paired | training loss |",
+        "| task | arm | seeds | dev | dev, minus LSQ | held-out | held-out, minus LSQ | training loss |",
         "|---|---|---|---|---|---|---|---|",
     ]
     pairs: dict[str, tuple[list[float], list[float]]] = {}

@@ -15,6 +15,7 @@ from qsam.fused.kernels import set_backend
 from qsam.measure import bit_allocation, hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
+from qsam.recommendation import recommended, travel_lr
 
 __version__ = "0.1.0"
 
@@ -37,11 +38,13 @@ __all__ = [
     "loss_slice",
     "presets",
     "quantize_",
+    "recommended",
     "reestimate_batchnorm",
     "register_direction",
     "register_quantizer",
     "set_backend",
     "sharpness",
+    "travel_lr",
     "unwrap",
     "write_",
 ]
