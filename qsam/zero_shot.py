@@ -26,13 +26,16 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Adam, Optimizer
 
 from qsam.batches import in_eval_mode
-from qsam.optim import SAQ, QuantizedOptimizer, unwrap
+from qsam.optim import SAQ, unwrap
 from qsam.optim.optimizer import PASSES
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 
 PLAYERS = {"student_first": "sg", "generator_first": "gs", "together": "t"}
 SEES = ("theta", "theta+e")
 COUNTS = ("iterations", "student_steps", "generator_steps", "student_passes", "generator_passes")
+
+SEED_STRIDE = 16_000_057
+"""Between the numbers of two seeds. A generator of torch takes 32 bits of a seed, so z repeats after 2^31 steps."""
 
 Sample = Callable[[torch.Generator], Any]
 """x = G(z), with its graph, for the z that the random generator gives."""
@@ -89,7 +92,7 @@ class SamSga:
     def __init__(
         self,
         student_optimizer: Optimizer,
-        generator_optimizer: Optimizer | None,
+        generator_optimizer: Any,
         *,
         order: str = "student_first",
         student_steps: int = 1,
@@ -97,7 +100,10 @@ class SamSga:
         generator_sees: str = "theta",
         seed: int = 0,
     ) -> None:
-        self.student_optimizer, self.generator_optimizer = _checked_optimizers(student_optimizer, generator_optimizer)
+        self.student_optimizer, self.generator_optimizer = unwrap(student_optimizer), generator_optimizer
+        if not isinstance(generator_optimizer, Optimizer | None):
+            kind = type(generator_optimizer).__name__
+            raise TypeError(f"`generator_optimizer` must be a torch optimizer, or None for a frozen one, got {kind}.")
         for name, value, known in (("order", order, list(PLAYERS)), ("generator_sees", generator_sees, SEES)):
             if value not in known:
                 raise ValueError(f"`{name}` must be one of {', '.join(known)}, got {value!r}.")
@@ -232,7 +238,7 @@ class SamSga:
     def _chance(self, player: str) -> torch.Generator:
         """Return the random generator of a player's next z, so that no draw depends on what the other one does."""
         number = 2 * self.student_steps if player == "student" else 2 * self.generator_steps + 1
-        return torch.Generator().manual_seed((self.settings["seed"] << 40) + number)
+        return torch.Generator().manual_seed((SEED_STRIDE * self.settings["seed"] + number) % 2**32)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of both optimizers, the counts and the history; student and generator are saved apart."""
@@ -543,13 +549,12 @@ def detached(x: Any) -> Any:
 
 
 def _first(x: Any) -> Tensor:
-    """Return the first floating tensor of x."""
-    for value in x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else [x]:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value
-    raise TypeError(
-        "the generator must return a floating tensor, or a tuple or dict with one; no other has a gradient."
-    )
+    """Return the first floating tensor of x, or the first tensor if there are only integers (token ids)."""
+    values = list(x.values() if isinstance(x, Mapping) else x if isinstance(x, tuple | list) else [x])
+    tensors = [value for value in values if isinstance(value, Tensor)]
+    if not tensors:
+        raise TypeError(f"the generator must return a tensor, or a tuple or dict with one, got {type(x).__name__}.")
+    return next((tensor for tensor in tensors if tensor.is_floating_point()), tensors[0])
 
 
 def _called(model: Callable[..., Any], x: Any) -> Any:
@@ -583,21 +588,6 @@ def _check_integers(least: int, **named: Any) -> None:
             raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
         if value < least:
             raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
-
-
-def _checked_optimizers(student: Any, generator: Any) -> tuple[QuantizedOptimizer, Optimizer | None]:
-    student = unwrap(student) if isinstance(student, Optimizer) else student
-    if not isinstance(student, QuantizedOptimizer):
-        raise TypeError(
-            "`student_optimizer` must be SAQ, SQuAT, QAT, SAM or another optimizer of qsam, got "
-            f"{type(student).__name__}."
-        )
-    if not isinstance(generator, Optimizer | None):
-        raise TypeError(
-            "`generator_optimizer` must be a torch optimizer, or None for a frozen generator, got "
-            f"{type(generator).__name__}."
-        )
-    return student, generator
 
 
 def _check_players(teacher: nn.Module, student: nn.Module, generator: Any) -> None:

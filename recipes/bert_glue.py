@@ -278,11 +278,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_options(arguments: Sequence[str] | None) -> GlueOptions:
     """Read and check the command line."""
     options: GlueOptions = training.parse_options(GlueOptions, DEMO, arguments)
-    if options.task not in TASKS:
-        near = difflib.get_close_matches(options.task.lower().replace("-", ""), TASKS, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"`--task` must be one of {', '.join(TASKS)}, got {options.task!r}.{hint}")
+    check_task(options.task)
     return options
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that is none, and name the nearest."""
+    if task not in TASKS:
+        near = difflib.get_close_matches(task.lower().replace("-", ""), TASKS, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"`--task` must be one of {', '.join(TASKS)}, got {task!r}.{hint}")
 
 
 if __name__ == "__main__":

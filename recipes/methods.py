@@ -3,7 +3,8 @@
     fp32   rtn   lsq   lsq2x   saq   saq:case=1   squat:schedule=fused,direction=asam   qat:weights=diffq   sam
 
 ``lsq`` is ``qat`` under the name of its default quantizer. ``2x`` gives a method twice the steps, to compare methods at
-equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer.
+equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer. A
+word after ``@`` names the source of the inputs, for recipes that have several: ``saq:rho=.02@frozen``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ class Method:
     name: str
     factor: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
 
     @property
     def trains(self) -> bool:
@@ -101,11 +103,12 @@ def parse_method(text: str) -> Method:
 
     Example:
         >>> parse_method("saq:case=1,rho=.02")
-        Method(text='saq:case=1,rho=.02', name='saq', factor=1.0, settings={'case': 1, 'rho': 0.02})
+        Method(text='saq:case=1,rho=.02', name='saq', factor=1.0, settings={'case': 1, 'rho': 0.02}, source='')
         >>> parse_method("lsq1.5x").name, parse_method("lsq1.5x").factor
         ('qat', 1.5)
     """
-    head, _, tail = text.partition(":")
+    written, _, source = text.partition("@")
+    head, _, tail = written.partition(":")
     match = re.fullmatch(r"([a-z][a-z0-9_]*?)(?:(\d+(?:\.\d+)?)x)?", head)
     name = {"lsq": "qat"}.get(match[1], match[1]) if match else head
     if match is None or (name not in LEVELS and name not in OPTIMIZERS):
@@ -113,13 +116,15 @@ def parse_method(text: str) -> Method:
     factor = float(match[2] or 1)
     if factor <= 0 or (factor != 1 and name in LEVELS):
         raise ValueError(f"`--method {text}`: {name} cannot have {factor:g} times the steps.")
+    if ("@" in text) != bool(source) or (source and name == "fp32"):
+        raise ValueError(f"`--method {text}`: after the @ comes the source of a quantized model's inputs.")
     settings = {}
     for word in tail.split(",") if tail else ():
         key, _, value = word.partition("=")
         if not (key and value):
             raise ValueError(f"`--method {text}`: after the colon comes setting=value, got {word!r}.")
         settings[key.replace("-", "_")] = _read(value)
-    return Method(text, name, factor, settings)
+    return Method(text, name, factor, settings, source)
 
 
 def _read(value: str) -> Any:

@@ -39,7 +39,7 @@ class SamSga:
 
     def draw(self, player):
         number = 2 * self.student_number if player == "student" else 2 * self.generator_number + 1
-        return self.sample(torch.Generator().manual_seed((self.seed << 40) + number))
+        return self.sample(torch.Generator().manual_seed(16_000_057 * self.seed + number))
 
     def student_steps(self):
         x = self.draw("student").detach()
