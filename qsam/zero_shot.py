@@ -26,6 +26,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Adam, Optimizer
 
 from qsam.batches import in_eval_mode
+from qsam.layers import unwrap_model
 from qsam.optim import SAQ, unwrap
 from qsam.optim.optimizer import PASSES
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
@@ -171,12 +172,14 @@ class SamSga:
         """Return D and its gradients by the generator's parameters; those of the student are not computed."""
         _check_finite(loss, "generator")
         trained = self._trained()
-        if not loss.requires_grad or not trained:
+        may = loss.requires_grad and trained
+        gradients = list(torch.autograd.grad(loss, trained, allow_unused=True)) if may else []
+        if all(gradient is None for gradient in gradients):
             raise ValueError(
                 "D does not depend on a trainable parameter of the generator: give its parameters to "
                 "`generator_optimizer` and return x with its graph, or freeze it with generator_optimizer=None."
             )
-        return loss.item(), list(torch.autograd.grad(loss, trained, allow_unused=True))
+        return loss.item(), gradients
 
     def _step_student(self, sample: Sample, divergence: Objective) -> float:
         """Step the student on one x, which all its passes see; return D of the first."""
@@ -292,6 +295,11 @@ class Limits:
     max_growth: float = 100.0
     patience: int = 20
 
+    def __post_init__(self) -> None:
+        """Check the numbers."""
+        _check_integers(1, patience=self.patience)
+        _check_finite_numbers(min_spread=self.min_spread, max_outside=self.max_outside, max_growth=self.max_growth)
+
     def alarm(self, history: Sequence[Mapping[str, float]]) -> str | None:
         """Return what has failed and its cure, or None."""
         last, lower = history[-self.patience :], "Lower its learning rate, or"
@@ -382,7 +390,7 @@ def distill(
     _check_integers(0, steps=steps)
     _check_integers(1, keep_every=keep_every)
     optimizer = optimizer or SamSga(SAQ(student, Adam, lr=1e-5, rho=0.1), Adam(generator.parameters(), lr=1e-4))
-    if optimizer.student_optimizer._latents.root is not student:
+    if unwrap_model(optimizer.student_optimizer._latents.root) is not unwrap_model(student):
         raise ValueError("`optimizer` trains another model than `student`: build its student_optimizer on `student`.")
     game = Game(teacher, student, generator, divergence, rows=rows, batchnorm=batchnorm)
     limits, good, stopped = limits or Limits(), _copied(student, optimizer), None
@@ -418,6 +426,7 @@ class Game:
         batchnorm: float = 0.0,
     ) -> None:  # fmt: skip
         _check_integers(2, rows=rows)
+        _check_finite_numbers(batchnorm=batchnorm)
         self.teacher, self.student, self.generator, self.rows = teacher, student, generator, rows
         self.divergence = divergence if callable(divergence) else Divergence(divergence)
         norms = [m for m in teacher.modules() if isinstance(m, _NormBase) and m.running_mean is not None]
@@ -473,8 +482,7 @@ class Divergence:
     def __init__(self, outputs: str = "auto", hidden: float = 0.0) -> None:
         if outputs not in ("auto", "kl", "mse"):
             raise ValueError(f"`divergence` must be 'auto', 'kl', 'mse' or a function of two answers, got {outputs!r}.")
-        if not 0 <= hidden < math.inf:
-            raise ValueError(f"`hidden` must be finite and >= 0, got {hidden!r}.")
+        _check_finite_numbers(hidden=hidden)
         self.outputs, self.hidden = outputs, hidden
 
     def __call__(self, teacher: Any, student: Any) -> Tensor:
@@ -588,6 +596,12 @@ def _check_integers(least: int, **named: Any) -> None:
             raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
         if value < least:
             raise ValueError(f"`{name}` must be an integer >= {least}, got {value}.")
+
+
+def _check_finite_numbers(**named: float) -> None:
+    for name, value in named.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"`{name}` must be finite and >= 0, got {value!r}.")
 
 
 def _check_players(teacher: nn.Module, student: nn.Module, generator: Any) -> None:

@@ -49,7 +49,7 @@ from recipes.training import Json, option
 
 GAME = "game.pt"
 DEMO: Json = {**GLUE_DEMO, "method": ["fp32", "rtn", "lsq@random", "lsq", "saq@frozen", "saq", "lsq@real"],
-              "output_dir": Path("runs/zero-shot-demo")}  # fmt: skip
+              "fit_minutes": 6.0, "output_dir": Path("runs/zero-shot-demo")}  # fmt: skip
 """Settings of `--demo`; rate and rho are those of the GLUE demonstration, chosen there on held-out training rows."""
 
 

@@ -331,6 +331,9 @@ BAD = [
     (lambda: called(keep_every=0), ValueError, r"`keep_every` must be an integer >= 1, got 0\."),
     (lambda: called(divergence="js"), ValueError, r"`divergence` must be 'auto', 'kl', 'mse' or a .*, got 'js'\."),
     (lambda: called(batchnorm=1.0), ValueError, r"`batchnorm` needs a teacher with BatchNorm .*: leave it at 0\."),
+    (lambda: called(batchnorm=-1.0), ValueError, r"`batchnorm` must be finite and >= 0, got -1\.0\."),
+    (lambda: Limits(patience=0), ValueError, r"`patience` must be an integer >= 1, got 0\."),
+    (lambda: Limits(max_growth=float("nan")), ValueError, r"`max_growth` must be finite and >= 0, got nan\."),
     (lambda: called(generator=MLP.build()), TypeError, r"must be a module with draw\(rows, chance\) .*, got Sequential"),
     (lambda: called(student=MLP.quantized()), ValueError, r"trains another model than `student`: build its student_"),
     (lambda: called(divergence=Divergence(hidden=1.0)), ValueError, r"`hidden` needs the hidden states of teacher and"),
@@ -354,8 +357,12 @@ def test_a_teacher_that_shares_a_parameter_is_refused():
 def test_a_generator_without_a_gradient_is_refused_before_the_student_is_touched():
     _, student, generator, optimizer = players(order="generator_first")
     before = everything(optimizer.student_optimizer, student)
-    with pytest.raises(ValueError, match=r"D does not depend on a trainable parameter of the generator: give its"):
+    message = r"D does not depend on a trainable parameter of the generator: give its"
+    with pytest.raises(ValueError, match=message):
         optimizer.step(lambda chance: generator(generator.draw(8, chance)).detach(), lambda x: x.sum())
+    optimizer.generator_optimizer = SGD(MLP.build().parameters())  # of another module
+    with pytest.raises(ValueError, match=message):
+        optimizer.step(lambda chance: generator(generator.draw(8, chance)), lambda x: x.sum())
     assert_same(everything(optimizer.student_optimizer, student), before)
 
 
