@@ -172,8 +172,9 @@ class SamSga:
         """Return D and its gradients by the generator's parameters; those of the student are not computed."""
         _check_finite(loss, "generator")
         trained = self._trained()
-        may = loss.requires_grad and trained
-        gradients = list(torch.autograd.grad(loss, trained, allow_unused=True)) if may else []
+        gradients: list[Tensor | None] = []
+        if loss.requires_grad and trained:
+            gradients += torch.autograd.grad(loss, trained, allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise ValueError(
                 "D does not depend on a trainable parameter of the generator: give its parameters to "
@@ -255,7 +256,7 @@ class SamSga:
 
         Raises:
             TypeError: ``state_dict`` is not a dict.
-            ValueError: It is of other settings, or only one of the two generators is frozen; nothing is changed then.
+            ValueError: It does not fit; nothing is changed then.
         """
         if not isinstance(state_dict, dict):
             raise TypeError(f"`state_dict` must be what SamSga.state_dict() returned, got {type(state_dict).__name__}.")
@@ -268,9 +269,15 @@ class SamSga:
         if (state_dict["generator"] is None) != (self.generator_optimizer is None):
             where = "there" if state_dict["generator"] is None else "here"
             raise ValueError(f"the generator is frozen {where} only: build SamSga with the same `generator_optimizer`.")
-        self.student_optimizer.load_state_dict(state_dict["student"])
-        if self.generator_optimizer is not None:
-            self.generator_optimizer.load_state_dict(state_dict["generator"])
+        kept = None if self.generator_optimizer is None else copy.deepcopy(self.generator_optimizer.state_dict())
+        try:
+            if self.generator_optimizer is not None:
+                self.generator_optimizer.load_state_dict(state_dict["generator"])
+            self.student_optimizer.load_state_dict(state_dict["student"])
+        except BaseException:
+            if self.generator_optimizer is not None:
+                self.generator_optimizer.load_state_dict(kept)
+            raise
         for name in COUNTS:
             setattr(self, name, state_dict["counts"][name])
         self.history = copy.deepcopy(state_dict["history"])

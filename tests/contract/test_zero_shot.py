@@ -158,27 +158,34 @@ def test_resuming_is_as_if_nothing_had_stopped(method, order):
     assert resumed.generator_passes == whole.generator_passes
 
 
+def rates_of(game):
+    return [group["lr"] for one in (game.student_optimizer, game.generator_optimizer) if one is not None
+            for group in one.param_groups]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
         ({"order": "generator_first"}, r"another game: order is 'student_first' there and 'generator_first' here\."),
         ({"seed": 7}, r"another game: seed is 0 there and 7 here\. Build SamSga with the same settings\."),
         ({"generator_lr": None}, r"the generator is frozen here only: build SamSga with the same `generator_opt"),
-        ({"method": QAT}, r"the checkpoint"),
+        ({"newer": True}, r"the checkpoint has qsam_format 99"),
     ],
 )
 def test_a_state_of_another_game_is_refused_and_changes_nothing(settings, message):
     teacher, student, generator, optimizer = players(MLP, SAQ)
     distill(teacher, student, generator, optimizer, steps=2, rows=8)
     state = through_a_file(optimizer.state_dict())
-    if "method" in settings:
+    if "newer" in settings:
         state["student"]["param_groups"][0]["qsam_format"] = 99
+        state["generator"]["param_groups"][0]["lr"] = 7.0
         settings = {}
     _, student, _, other = players(MLP, SAQ, **settings)
-    before = everything(other.student_optimizer, student)
+    before, rates = everything(other.student_optimizer, student), rates_of(other)
     with pytest.raises(ValueError, match=message):
         other.load_state_dict(state)
     assert_same(everything(other.student_optimizer, student), before)
+    assert rates_of(other) == rates
     assert (other.iterations, other.history) == (0, [])
 
 
