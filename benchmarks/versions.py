@@ -51,7 +51,7 @@ def main() -> None:
         size = QUICK if options.quick else FULL
         rounds = options.rounds[: len(size.batches)]
         cases = [on_batch(size, *batch, old, n) for batch, n in zip(size.batches, rounds, strict=True)]
-    result = {"name": "versions", "older": options.revision, "machine": facts, "cases": cases}
+    result = {"name": "versions", "quick": options.quick, "older": options.revision, "machine": facts, "cases": cases}
     for case in cases:
         for name, found in case["methods"].items():
             print(f"{case['case']} {name}: {found}")

@@ -49,7 +49,7 @@ Metrics = dict[str, Callable[[Any, Any], float]]
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's rows are, in the GLUE download and on the hub, and how they are measured."""
+    """The location of a task's rows, in the GLUE download and on the hub, and its metrics."""
 
     folder: str  # in the download
     texts: tuple[str, ...]  # columns there
@@ -239,10 +239,10 @@ class BertOnGlue:
         self.tokenizer.save_pretrained(folder)
 
     def prepare(self, model: nn.Module, config: Json, batches: Iterator[Json]) -> torch.optim.Optimizer:
-        """Quantize the model as SQuAT's paper does, if the method does; return the method's optimizer, around Adam."""
+        """Quantize the model as the preset's paper or SQuAT's does; return the method's optimizer, around Adam."""
         method = parse_method(config["method"])
         if method.quantizes:
-            method.quantize_(model, config, qsam.presets.squat_bert)  # qsam
+            method.quantize_(model, config, method.rules or qsam.presets.squat_bert)  # qsam
             qsam.calibrate(model, islice(batches, training.CALIBRATION_BATCHES))  # qsam
         return method.optimizer(model, torch.optim.Adam, config, lr=config.get("lr", 0.0), fused=True)  # qsam
 

@@ -1,4 +1,4 @@
-"""What the recipes share: options, run folders, the Hugging Face Trainer, and the results.
+"""Shared parts of the recipes: options, run folders, the Hugging Face Trainer, and the results.
 
 A run is a folder of the output folder, named after task, method, bits and seed:
 
@@ -40,7 +40,7 @@ from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallb
 
 import qsam
 from qsam.integrations.trainer import TrainerMixin
-from recipes.compare import RESULTS, flat, report
+from recipes.compare import RESULTS, flat, report, widths
 from recipes.methods import PASSES, parse_method
 from recipes.offline import fixed_order
 from recipes.voice import voice
@@ -90,8 +90,9 @@ class Options:
     """The options of every recipe."""
 
     sources: ClassVar[tuple[str, ...]] = ()  # what may follow the @ of a method
-    method: list[str] = option(["lsq", "squat"], "fp32, rtn, lsq, or an optimizer of qsam; lsq2x has twice the steps; "
-                               "saq:case=1,rho=.02 sets one method's own. fp32 is run in any case")  # fmt: skip
+    method: list[str] = option(["lsq", "squat"], "fp32, rtn, lsq, q8bert, qbert, gobo, or an optimizer of qsam; lsq2x "
+                               "has twice the steps; saq:case=1,rho=.02 sets one method's own. "
+                               "fp32 is run in any case")  # fmt: skip
     bits: int = option(2, "bits of the weights")
     activation_bits: int = option(8, "bits of the layers' inputs")
     rho: float = option(0.1, "radius of the perturbation, for the methods that have one")
@@ -278,7 +279,7 @@ def planned_runs(options: Options, facts: Json) -> dict[tuple[str, int], Run]:
         for seed in options.seed:
             config = {**facts, "method": text, "seed": seed, **same, "processes": processes()}
             config |= fp32 if text == "fp32" else settings
-            bits = f"-w{config['bits']}a{config['activation_bits']}" if "bits" in config else ""
+            bits = f"-{widths(config).lower()}" if "bits" in config else ""
             name = f"{facts['task']}-{re.sub('[:,@]', '-', text)}{bits}-seed{seed}"
             runs[text, seed] = Run(Path(options.output_dir) / name, config)
     return runs
@@ -326,7 +327,7 @@ def steps_of(config: Json, rows: int) -> int:
 
 @dataclass
 class Course:
-    """How far a training is, beside what the Trainer keeps: losses since the last epoch, and the history per epoch."""
+    """The progress of a training beside the Trainer's state: losses since the last epoch, and the history per epoch."""
 
     steps: int = 0
     passes: int = 0

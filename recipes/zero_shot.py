@@ -143,7 +143,7 @@ class ZeroShot(BertOnGlue):
         divergence = Divergence(hidden=options.hidden)
         self.game = Game(teacher, model, generator, divergence, rows=max(2, config["batch_size"]))
         if method.quantizes:
-            method.quantize_(model, config, qsam.presets.squat_bert)  # qsam
+            method.quantize_(model, config, method.rules or qsam.presets.squat_bert)  # qsam
             qsam.calibrate(model, [generator(b["z"]) for b in islice(batches, training.CALIBRATION_BATCHES)])  # qsam
         optimizer = method.optimizer(model, torch.optim.Adam, config, lr=config.get("lr", 0.0), fused=True)  # qsam
         if source == "generator" and method.trains:

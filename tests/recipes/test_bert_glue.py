@@ -100,6 +100,26 @@ def test_every_method_trains_and_counts_its_passes(glue: Path, tiny: Path, tmp_p
     assert passes == dict(zip(["fp32", "rtn", *METHODS], [4, 0, 4, 6, 8, 8, 8, 12, 8], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("method", "folder", "passes", "quantizers"),
+    [
+        ("q8bert", "q8bert-w8a8", 2, ("minmax_ema", "minmax_ema")),
+        ("qbert", "qbert-w2a8", 2, ("qbert", "qbert")),
+        ("gobo", "gobo-w2a32", 0, ("gobo", None)),
+    ],
+)
+def test_a_preset_trains_with_the_quantizers_of_its_paper(
+    method: str, folder: str, passes: int, quantizers: tuple[str, str | None], glue: Path, tiny: Path, tmp_path: Path
+) -> None:
+    assert main(words(glue, tiny, tmp_path, "--method", method, steps=2)) == 0
+    found = results(tmp_path, f"cola-{folder}-seed0")
+    assert found["passes"] == passes
+    spec = json.loads((tmp_path / f"cola-{folder}-seed0" / "model" / "qsam.json").read_text())
+    kinds = [{row["quantizer"] for row in spec[part].values()} for part in ("weights", "inputs")]
+    assert kinds == [{name} - {None} for name in quantizers]
+    assert ("bert.embeddings.word_embeddings.weight" in spec["weights"]) is (method != "gobo")
+
+
 def test_a_run_leaves_what_the_docs_say(glue: Path, tiny: Path, tmp_path: Path) -> None:
     more = ["--method", "lsq", "--scale-lr", "0.5", "0.25", "--sharpness", "0.01", "0.05"]
     assert main(words(glue, tiny, tmp_path, *more)) == 0
