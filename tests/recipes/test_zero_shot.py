@@ -67,6 +67,13 @@ def test_inputs_have_the_shape_of_the_tokenizer(glue: Path, tiny: Path, tmp_path
     assert torch.equal(experiment.batch([8])["z"], experiment.batch([7, 8])["z"][1:])
 
 
+def test_the_demonstration_has_the_ceiling_the_ablations_and_less_time_than_the_glue_demonstration() -> None:
+    options = read_options(["--demo"])
+    assert options.method == ["fp32", "rtn", "lsq@random", "lsq", "saq@frozen", "saq", "lsq@real"]
+    assert (options.fit_minutes, options.output_dir) == (6.0, Path("runs/zero-shot-demo"))
+    assert read_options(["--demo", "--fit-minutes", "2"]).fit_minutes == 2.0
+
+
 # --- no training row --------------------------------------------------------------------------------------------------
 
 
