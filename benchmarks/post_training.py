@@ -44,6 +44,8 @@ FP32 = {
 }
 """Options of the recipe by task."""
 NETWORKS = ("lite0", "lite0-norms")
+LITE0, NORMS = "EfficientNet-Lite0", "EfficientNet-Lite0 with BatchNorm re-estimated"
+SUBJECTS = (*(f"MiniLM-L6, {task}" for task in FP32), LITE0, NORMS)
 
 INPUTS_OF = "stsb"  # the subject whose inputs are quantized too
 
@@ -133,9 +135,9 @@ def lite0(images: Path, name: str) -> Subject:
         found: Tensor = torch.cat([model(part) for part in torch.split(rows, 50)]).argmax(1)
         return found
 
-    title, after = "EfficientNet-Lite0", None
+    title, after = LITE0, None
     if name == "lite0-norms":
-        title += " with BatchNorm re-estimated"
+        title = NORMS
         after = partial(qsam.reestimate_batchnorm, batches=batches[:2])
         after(model)  # what is compared with has the statistics of these images too
     with torch.no_grad():
@@ -214,16 +216,16 @@ def score(subject: Subject, part: str, granularity: str, bits: int, pair: tuple[
     return subject.score(model.eval())
 
 
-def cells(subject: Subject) -> Iterator[tuple[str, str, int, list[tuple[str, str]]]]:
+def cells(subject: Subject, widths: Sequence[int]) -> Iterator[tuple[str, str, int, list[tuple[str, str]]]]:
     """Yield what is to be measured: part, granularity, bits, and quantizers that are alike."""
     for part in subject.parts:
         samples = samples_of(subject, part)
-        for bits, granularity in product(BITS, GRANULARITIES if part == "weights" else GRANULARITIES[:1]):
+        for bits, granularity in product(widths, GRANULARITIES if part == "weights" else GRANULARITIES[:1]):
             for names in alike(part, granularity, bits, samples):
                 yield part, granularity, bits, names
 
 
-def measure(subject: Subject, facts: Json, until: float) -> None:
+def measure(subject: Subject, facts: Json, until: float, widths: Sequence[int] = BITS) -> None:
     """Measure the cells of a subject that are not among the kept ones, until the processor time is spent."""
     kept = read_json(RESULTS, NAME) or {"subjects": {}}
     entry = kept["subjects"].get(subject.name) or {"metric": subject.metric, "rows": subject.rows, "cells": []}
@@ -231,7 +233,7 @@ def measure(subject: Subject, facts: Json, until: float) -> None:
         with torch.no_grad():
             entry["float"] = subject.score(subject.model)
     done = [(cell["part"], cell["granularity"], cell["bits"], cell["names"]) for cell in entry["cells"]]
-    for part, granularity, bits, names in cells(subject):
+    for part, granularity, bits, names in cells(subject, widths):
         if (part, granularity, bits, [list(pair) for pair in names]) in done:
             continue
         if time.process_time() > until:
@@ -252,11 +254,19 @@ def page(found: Json) -> Iterator[str]:
     """Yield the lines of the page."""
     error = round(200 * (0.16 / ROWS) ** 0.5)
     yield TEXT.format(rows=ROWS, images=IMAGES, side=SIDE, error=error)
+    missing = [name for name in SUBJECTS if name not in found["subjects"]]
+    if missing:
+        yield f'Not measured yet: {", ".join(missing)}. Cells that say "not run" are not either.'
+        yield ""
     for name, entry in found["subjects"].items():
         yield f"## {name}"
         yield ""
         yield f"{entry['metric']}, percent, on {entry['rows']} rows; float: **{entry['float']:.1f}**."
         yield ""
+        if control := entry.get("control"):
+            scores = ", ".join(f"{score:.1f} at {bits} bits" for bits, score in control["scores"].items())
+            yield f"A control on {control['rows']} rows, `{control['quantizer']}`, {control['granularity']}: {scores}."
+            yield ""
         for part in dict.fromkeys(cell["part"] for cell in entry["cells"]):
             yield f"{part.capitalize()} quantized, with float {'inputs' if part == 'weights' else 'weights'}:"
             yield ""
@@ -305,6 +315,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--cache", type=Path, help="keeps the full-precision runs; without it only the images are run")
     parser.add_argument("--images", type=Path, help="an .npz file with CIFAR-10's test images")
     parser.add_argument("--only", nargs="+", choices=[*FP32, *NETWORKS], help="these subjects only")
+    parser.add_argument("--bits", type=int, nargs="+", choices=BITS, default=BITS, help="these bits only")
     parser.add_argument("--minutes", type=float, default=5.0, help="processor time per subject, without training")
     parser.add_argument("--tables", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args(arguments)
@@ -316,7 +327,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         builders: dict[str, Callable[[], Subject]] = {task: partial(bert, task, options.cache) for task in tasks}
         builders |= {name: partial(lite0, options.images, name) for name in images}
         for name in options.only or builders:
-            measure(builders[name](), facts, time.process_time() + options.minutes * 60)
+            measure(builders[name](), facts, time.process_time() + options.minutes * 60, options.bits)
     PAGE.write_text("\n".join(page(read_json(RESULTS, NAME) or {"subjects": {}})) + "\n", encoding="utf-8")
     return 0
 

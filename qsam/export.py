@@ -100,8 +100,9 @@ def export(model: nn.Module, *, affine: bool = False) -> Export:
     Args:
         model: A quantized model whose weights hold Q(w): after any step of an optimizer, or after
             :func:`qsam.write_`. The optimizer need not exist any more.
-        affine: Whether to return weights of other grids too (``stretched``, ``liq``, ``qbert``). Their ``offset`` and
-            ``shift`` are then part of the record, and the caller has to use them.
+        affine: Whether to return weights of other grids as they are (``stretched``, ``liq``, ``qbert``). Their
+            ``offset`` and ``shift`` are then part of the record, and the caller has to use them. Otherwise levels
+            half-way between integers (``stretched``) are returned as odd integers of one more bit, with half the scale.
 
     Returns:
         Copies, on the devices of the model. Weights and inputs with the quantizer ``"identity"`` are float and are
@@ -166,18 +167,26 @@ def _checked(row: Weight, record: QuantizedWeight, affine: bool) -> QuantizedWei
     """Return the record, if it is the weight."""
     quantizer, p = row.quantizer, row.parameter.detach()
     assert quantizer is not None
+    if not affine and record.offset and record.shift is None and record.bits < 8:
+        record = _of_whole_levels(record)
     is_symmetric = record.offset == 0 and record.shift is None and record.signed
     if torch.equal(record.dequantized(), p) and (affine or is_symmetric):
         return record
     if torch.equal(quantizer(p), p):
         raise TypeError(
             f"{row.name!r}: {_name(quantizer)} is not codes * scale, which is all that this can hold. Export a model "
-            "that was quantized with 'lsq'; qsam.deploy.save also holds 'stretched', 'liq' and 'qbert'."
+            "that was quantized with 'lsq'; qsam.deploy.save also holds 'qbert', and 'stretched' and 'liq' of 8 bits."
         )
     raise RuntimeError(
         f"{row.name!r} does not hold its quantized values: call qsam.write_(model), or if it has an optimizer, leave "
         "the optimizer's blocks, or after a write of your own call optimizer.sync_latents(), before export."
     )
+
+
+def _of_whole_levels(record: QuantizedWeight) -> QuantizedWeight:
+    """Return the same levels as integers: those half-way between integers are odd multiples of half a step."""
+    codes, scale = (2 * record.codes + 1).to(torch.int8), record.scale / 2
+    return dataclasses.replace(record, codes=codes, scale=scale, bits=record.bits + 1, offset=0.0)
 
 
 def _input(row: Input) -> QuantizedInput:

@@ -64,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> None:
     """Write, read again, and print."""
     model, source = read_model(options.folder)
+    if options.out.resolve() == source.resolve():
+        raise ValueError(f"--out is the model's own folder {str(source)!r}: give another one.")
     if options.scales:
         deploy.round_scales_(model, SCALES[options.scales])
     held, read = write(model, source, options)
@@ -126,7 +128,7 @@ def write(model: nn.Module, source: Path, options: argparse.Namespace) -> tuple[
     if to.startswith("onnx"):
         export_onnx = importlib.import_module("qsam.deploy.onnx").export_onnx
         export_onnx(model, examples(model, options.rows), out, weights="nbits" if to == "onnx-nbits" else "int8")
-        return {}, "not yet"
+        return {}, "export_onnx has compared the integers"
     if to == "gguf":
         return held_by_gguf(deploy.export_gguf(model, options.float_gguf, out), out)
     left = {SPEC_NAME, "generation_config.json", "model.safetensors.index.json"}

@@ -68,7 +68,8 @@ def export_checkpoint(
         folder: A folder that does not exist, or is empty.
         layout: ``"compressed-tensors"`` (weights and static inputs), ``"mlx"`` or ``"olive"`` (weights only; a warning
             tells of inputs that run in float there).
-        dtype: Of the float tensors and scales; None: the model's. Scales that it would round are refused.
+        dtype: Of the float tensors and scales; None: their own, as the model has them. Scales that it would round
+            are refused.
         exact_width: For compressed-tensors: write 3, 5, 6 and 7 bits as such, which versions from 0.18 on read; else
             3 bits are written as 4, and 5 to 7 as 8.
 
@@ -94,7 +95,6 @@ def export_checkpoint(
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{str(target)!r} exists: give a new folder, so that no file of another model stays.")
     layers = integers(root)
-    dtype = dtype or next(p.dtype for p in root.parameters() if p.is_floating_point())
     if exact_width and form.holds_inputs:
         form = form._replace(widths=tuple(range(2, 9)))
     linears = [_linear(layer, layout, form, dtype) for layer in layers]
@@ -105,11 +105,11 @@ def export_checkpoint(
     for linear in linears:
         tensors |= {f"{linear.layer.path}.{key}": value.contiguous() for key, value in form.tensors(linear).items()}
     floats = [name for name, m in root.named_modules() if isinstance(m, nn.Linear) and id(m.weight) not in packed]
-    _write(root, target, tensors, {**form.config(linears, floats), "dtype": dtype})
+    _write(root, target, tensors, {**form.config(linears, floats), "dtype": dtype or root.dtype})
     return linears
 
 
-def _linear(layer: Layer, layout: str, form: Layout, dtype: torch.dtype) -> Linear:
+def _linear(layer: Layer, layout: str, form: Layout, dtype: torch.dtype | None) -> Linear:
     """Return the matrix of a layer as the layout holds it."""
     if not layer.is_linear:
         kind = "a Conv1D" if is_hf_conv1d(layer.module) else f"the {layer.attr} of {type(layer.module).__name__}"
@@ -125,7 +125,13 @@ def _linear(layer: Layer, layout: str, form: Layout, dtype: torch.dtype) -> Line
             f"{layout!r} would add one below: quantize inputs with activations='lsq'."
         )
     codes, scale = layer.matrix()
+    dtype = dtype or layer.dtype
     cast = scale.to(dtype)
+    if found is not None and form.holds_inputs and not torch.equal(found.scale.to(dtype).float(), found.scale):
+        raise ValueError(
+            f"the input of {layer.path!r} has a scale that {dtype} rounds, and the loader keeps it in that dtype: "
+            "write the model in torch.float32, or train with activations=None."
+        )
     if not torch.equal(cast.float(), scale):
         raise ValueError(
             f"{layer.name!r} has scales that {dtype} rounds, so that the file would hold other weights: call "
@@ -143,13 +149,14 @@ def _linear(layer: Layer, layout: str, form: Layout, dtype: torch.dtype) -> Line
     return linear._replace(scale=cast.repeat_interleave(linear.group // group, 1))
 
 
-def _float_tensors(root: nn.Module, packed: set[int], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Return what stays float, once, by its first name, in the checkpoint's dtype."""
+def _float_tensors(root: nn.Module, packed: set[int], dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """Return what stays float, once, by its first name."""
     seen, found = set(packed), {}
     for name, value in root.state_dict(keep_vars=True).items():
         if id(value) not in seen and "_quantizer." not in name:
             seen.add(id(value))
-            found[name] = value.detach().to(dtype if value.is_floating_point() else value.dtype).cpu().contiguous()
+            own = dtype if dtype is not None and value.is_floating_point() else value.dtype
+            found[name] = value.detach().to(own).cpu().contiguous()
     return found
 
 

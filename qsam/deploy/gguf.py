@@ -163,6 +163,8 @@ def export_gguf(
         raise FileNotFoundError(
             f"there is no {str(float_gguf)!r}: make it with llama.cpp's convert_hf_to_gguf.py --outtype f32."
         )
+    if Path(path).resolve() == Path(float_gguf).resolve():
+        raise ValueError(f"{str(path)!r} is the float file itself: give another path.")
     allowed = {name: kind for name, kind in TYPES.items() if (name in types if types else name != "TQ2_0")}
     chosen = [(layer, _chosen(layer, allowed)) for layer in integers(model) if not layer.shares]
     reader = gguf.GGUFReader(float_gguf)

@@ -143,10 +143,12 @@ def round_scales_(model: nn.Module, dtype: torch.dtype) -> None:
     owner = owner_of(coverage)
     if owner is not None:
         owner._refuse_inside_block("round_scales_")
-    records = weights_of(root, coverage)
     rows = {row.name: row for row in coverage.quantized}
+    records = [record_of(rows[record.name]) for record in weights_of(root, coverage)]  # on their quantizers' own grids
     halves = [_rounded(rows[record.name].quantizer, record, dtype) for record in records]
-    latents = {slot.path: slot.latent for slot in owner._latents.slots} if owner else released_latents(coverage)
+    latents = (
+        {slot.path: slot.latent for slot in owner._latents.slots} if owner is not None else released_latents(coverage)
+    )
     for record, half in zip(records, halves, strict=True):
         _move_grid_(rows[record.name], record, half, latents.get(record.name))
     if owner is not None:
@@ -178,7 +180,7 @@ def _move_grid_(row: Weight, record: QuantizedWeight, half: Tensor, latent: Tens
     assert quantizer is not None
     if latent is not None:
         ratio = dataclasses.replace(
-            record, codes=torch.ones_like(record.codes), scale=half / record.scale, dtype=latent.dtype
+            record, codes=torch.ones_like(record.codes), scale=half / record.scale, dtype=latent.dtype, offset=0.0
         )
         latent.mul_(ratio.dequantized())
     scale: Tensor = quantizer.scale  # type: ignore[assignment]

@@ -358,14 +358,14 @@ def test_rounding_after_training_goes_on_where_it_was_and_prints_every_cell(tmp_
 
     subject = post_training.Subject("tiny", "error", 16, model, [x], score, [("*", {})], ("weights", "inputs"))
     monkeypatch.setattr(post_training, "RESULTS", tmp_path)
-    monkeypatch.setattr(post_training, "BITS", (8, 2))
+    monkeypatch.setattr(post_training, "BITS", (8, 2))  # of the table
     monkeypatch.setattr(post_training, "INIT_RULES", ("absmax", "lsq"))  # those that search nothing
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    post_training.measure(subject, {}, until=float("inf"))
+    post_training.measure(subject, {}, float("inf"), (8, 2))
     cells = read_json(tmp_path, post_training.NAME)["subjects"]["tiny"]["cells"]
     assert len(calls) == 1 + len(cells)  # the float model, and one per cell
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    post_training.measure(subject, {}, until=float("inf"))
+    post_training.measure(subject, {}, float("inf"), (8, 2))
     assert len(calls) == 1 + len(cells), "nothing is measured twice"
     rows = list(post_training.part_table([cell for cell in cells if cell["part"] == "weights"]))
     assert len([row for row in rows if "`lsq`" in row and "| absmax" in row]) == 2  # per tensor and per channel

@@ -1,6 +1,8 @@
 """Readers that are not ours find the trained integers in our files, and runtimes compute the model's answers."""
 
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -252,6 +254,38 @@ def test_gguf_dequantizes_the_trained_weights(kind, tmp_path):
         assert is_rotary != torch.equal(each.rows, torch.arange(len(each.rows)))
 
 
+def test_gguf_holds_the_conv1d_of_a_gpt2_with_the_outputs_as_rows(tmp_path):
+    """The converter transposes what GPT-2 has as (in, out)."""
+    gguf = pytest.importorskip("gguf")
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=40, n_positions=12, n_embd=32, n_layer=1, n_head=2))
+    rules = [("*wpe", None), ("*", {})]
+    qsam.quantize_(model, bits=4, granularity="per_channel", activations=None, rules=rules)
+    qsam.write_(model)
+    deploy.round_scales_(model, torch.float16)
+    writer = gguf.GGUFWriter(tmp_path / "f.gguf", "gpt2")
+    writer.add_block_count(1)
+    writer.add_head_count(2)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GPT2, 1)
+    rows = {}
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 2 and "_quantizer." not in name:
+            turn = type(model.get_submodule(name.removesuffix(".weight"))).__name__ == "Conv1D"
+            own = names.get_name(name, try_suffixes=(".weight",))
+            rows[own] = parameter.detach().t().contiguous() if turn else parameter.detach()
+            writer.add_tensor(own, rows[own].numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    found = deploy.export_gguf(model, tmp_path / "f.gguf", tmp_path / "q.gguf")
+    assert {each.tensor for each in found} == rows.keys() - {"position_embd.weight"}
+    tensors = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "q.gguf").tensors}
+    for own, expected in rows.items():
+        assert np.array_equal(gguf.quants.dequantize(tensors[own].data, tensors[own].tensor_type), expected.numpy())
+
+
 def llama_cpp(path, prompts):
     """Return llama.cpp's log-probabilities of the token after each prompt."""
     xllamacpp = pytest.importorskip("xllamacpp")
@@ -291,3 +325,32 @@ def test_llama_cpp_computes_the_trained_model(kind, tied, tmp_path):
     assert divergence(ours, llama_cpp(tmp_path / "f.gguf", prompts)) < 5e-6
     other = logits(llama(bits=4, width=GRIDS[kind].get("width", 64)), {"input_ids": prompts})[:, -1].log_softmax(-1)
     assert TYPES[kind].bits == 8 or divergence(ours, other) > 5e-4
+
+
+# --- onnxruntime-genai ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("bits", [2, 3])
+def test_the_builder_of_onnxruntime_genai_makes_the_trained_model(bits, tmp_path):
+    """At accuracy level 0 the kernels add in fp32, in another order: some 1e-6 of the largest logit."""
+    pytest.importorskip("onnxruntime_genai")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    tokenizers = pytest.importorskip("tokenizers")
+    from transformers import PreTrainedTokenizerFast
+
+    model = llama(bits=bits, granularity="per_group", group_size=32)
+    deploy.export_checkpoint(model, tmp_path / "in", "olive")
+    words = tokenizers.models.WordLevel({f"t{i}": i for i in range(64)}, unk_token="t0")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizers.Tokenizer(words)).save_pretrained(tmp_path / "in")
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-i", tmp_path / "in", "-o", tmp_path / "out",
+               "-p", "int4", "-e", "cpu", "--extra_options", "accuracy_level=0"]  # fmt: skip
+    subprocess.run(command, check=True, capture_output=True)
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model.onnx", providers=["CPUExecutionProvider"])
+    ids = tokens(1)
+    empty = np.zeros((len(ids), 2, 0, 16), np.float32)
+    given = {"input_ids": ids.numpy(), "attention_mask": np.ones(ids.shape, np.int64)}
+    past = {i.name: empty for i in session.get_inputs() if i.name.startswith("past_key_values")}
+    theirs = torch.from_numpy(session.run(["logits"], {**given, **past})[0])
+    ours = logits(model, {"input_ids": ids})
+    assert float((theirs - ours).abs().max() / ours.abs().max()) < 1e-5

@@ -142,6 +142,21 @@ def test_dtype_casts_floats_and_refuses_scales_that_it_would_round(tmp_path):
     assert {t.dtype for key, t in tensors.items() if "packed" not in key and "shape" not in key} == {torch.float16}
 
 
+def test_tensors_keep_their_own_dtype_and_a_rounded_scale_of_an_input_is_refused(tmp_path):
+    model = llama()
+    model.model.norm.to(torch.float64)
+    deploy.export_checkpoint(model, tmp_path / "out")
+    tensors, config = read(tmp_path / "out")
+    assert config["dtype"] == "float32"
+    assert tensors["model.norm.weight"].dtype == torch.float64
+    model = bert(activations="lsq")
+    deploy.round_scales_(model, torch.bfloat16)
+    with pytest.raises(
+        ValueError, match=r"the input of 'bert.* has a scale that torch\.bfloat16 rounds.*torch\.float32"
+    ):
+        deploy.export_checkpoint(model, tmp_path / "half", dtype=torch.bfloat16)
+
+
 def test_exact_width_keeps_three_bits(tmp_path):
     (written, *_) = deploy.export_checkpoint(llama(bits=3), tmp_path / "out", exact_width=True)
     tensors, _ = read(tmp_path / "out")

@@ -184,6 +184,8 @@ def test_a_float_file_of_other_values_of_another_type_or_without_the_tensor_is_r
     source = write_float(model, tmp_path / "float.gguf")
     with pytest.raises(ValueError, match=r"'model\.layers\.0\.mlp\.odd\.weight' has no tensor in .*float\.gguf'"):
         deploy.export_gguf(model, source, tmp_path / "q.gguf")
+    with pytest.raises(ValueError, match=r"float\.gguf' is the float file itself: give another path"):
+        deploy.export_gguf(model, source, source)
     with pytest.raises(FileNotFoundError, match=r"there is no .*convert_hf_to_gguf\.py --outtype f32"):
         deploy.export_gguf(model, tmp_path / "none.gguf", tmp_path / "q.gguf")
 

@@ -78,6 +78,8 @@ def test_a_folder_without_a_spec_config_or_architecture_is_refused(run_folder, t
     call = ["--to", "packed", "--out", str(tmp_path / "out")]
     assert main([str(tmp_path), *call]) == 2
     assert "there is no qsam.json in" in capsys.readouterr().err
+    assert main([str(run_folder), "--to", "packed", "--out", str(run_folder / "model")]) == 2
+    assert "--out is the model's own folder" in capsys.readouterr().err
     path = run_folder / "model" / "config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "architectures": ["Nonesuch"]}))
