@@ -208,10 +208,11 @@ class BertOnGlue:
         voice.say(f"{source}{words}\nMetrics are measured on {measured}.")
         self.tokenizer = self._pretrained(AutoTokenizer, self.name)
         self.max_length = min(options.max_length, self.tokenizer.model_max_length)
-        self.train, self.part = self._encoded(train), by_length(self._encoded([every[row] for row in part]))
+        self.train: Any = self._encoded(train)
+        self.part = by_length(self._encoded([every[row] for row in part]))
         self.dev = {key: by_length(self._encoded(some)) for key, some in rows.items()}
-        self.lengths = [len(row["input_ids"]) for row in self.train]
-        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.lengths: list[int] | None = [len(row["input_ids"]) for row in self.train]
+        self.collate: Any = DataCollatorWithPadding(self.tokenizer)
 
     def _encoded(self, rows: Rows) -> list[Json]:
         columns = [list(column) for column in zip(*rows, strict=True)]

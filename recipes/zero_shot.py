@@ -116,7 +116,7 @@ class ZeroShot(BertOnGlue):
     def batch(self, rows: list[Any]) -> Json:
         """Return a batch of rows; for numbers the tokens z that follow from them."""
         if not isinstance(rows[0], int):
-            return self.pad(rows)  # type: ignore[no-any-return]
+            return self.pad(rows)
         chance = torch.Generator()
         draws = [torch.randint(len(self.ids), self.template.shape, generator=chance.manual_seed(row)) for row in rows]
         return {"z": self.ids[torch.stack(draws)]}
@@ -130,16 +130,16 @@ class ZeroShot(BertOnGlue):
         if source == "real":
             return super().prepare(model, config, batches)
         self.train, self.lengths = Numbers(len(self.rows)), None
-        teacher, device = copy.deepcopy(model).eval(), next(model.parameters()).device
+        teacher: Any = copy.deepcopy(model).eval()
         if source == "random":
             generator: nn.Module = RandomTokens(self.template, self.inputs)
         else:
             torch.manual_seed(config["seed"])
             language_model = self._pretrained(AutoModel, options.generator, dtype=torch.float32)
-            embedding: Any = teacher.get_input_embeddings()
-            generator = TextGenerator(language_model, embedding, self.template, tokens=options.tokens,
-                                      trained=options.trained, inputs=self.inputs, vocabulary=self.ids)  # fmt: skip
-        generator.to(device)
+            generator = TextGenerator(language_model, teacher.get_input_embeddings(), self.template,
+                                      tokens=options.tokens, trained=options.trained, inputs=self.inputs,
+                                      vocabulary=self.ids)  # fmt: skip
+        generator.to(next(model.parameters()).device)
         divergence = Divergence(hidden=options.hidden)
         self.game = Game(teacher, model, generator, divergence, rows=max(2, config["batch_size"]))
         if method.quantizes:
@@ -213,9 +213,9 @@ class Ascent(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Let the generator step."""
         is_bf16, before = self.trainer.precision == "bf16", self.sam_sga.generator_passes
-        entry = {"divergence": self.trainer.course.losses[-1]}
+        entry: dict[str, float] = {"divergence": self.trainer.course.losses[-1]}
         try:
-            for _ in range(self.steps):
+            for _number in range(self.steps):
                 with torch.autocast(args.device.type, torch.bfloat16) if is_bf16 else nullcontext():
                     entry["generator_divergence"] = self.sam_sga.ascend(self.game.sample, self.game)  # qsam
         except GameOver as failure:
