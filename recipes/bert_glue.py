@@ -208,10 +208,11 @@ class BertOnGlue:
         voice.say(f"{source}{words}\nMetrics are measured on {measured}.")
         self.tokenizer = self._pretrained(AutoTokenizer, self.name)
         self.max_length = min(options.max_length, self.tokenizer.model_max_length)
-        self.train, self.part = self._encoded(train), by_length(self._encoded([every[row] for row in part]))
+        self.train: Any = self._encoded(train)
+        self.part = by_length(self._encoded([every[row] for row in part]))
         self.dev = {key: by_length(self._encoded(some)) for key, some in rows.items()}
-        self.lengths = [len(row["input_ids"]) for row in self.train]
-        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.lengths: list[int] | None = [len(row["input_ids"]) for row in self.train]
+        self.collate: Any = DataCollatorWithPadding(self.tokenizer)
 
     def _encoded(self, rows: Rows) -> list[Json]:
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -278,11 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_options(arguments: Sequence[str] | None) -> GlueOptions:
     """Read and check the command line."""
     options: GlueOptions = training.parse_options(GlueOptions, DEMO, arguments)
-    if options.task not in TASKS:
-        near = difflib.get_close_matches(options.task.lower().replace("-", ""), TASKS, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"`--task` must be one of {', '.join(TASKS)}, got {options.task!r}.{hint}")
+    check_task(options.task)
     return options
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that is none, and name the nearest."""
+    if task not in TASKS:
+        near = difflib.get_close_matches(task.lower().replace("-", ""), TASKS, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"`--task` must be one of {', '.join(TASKS)}, got {task!r}.{hint}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 
 ``lsq`` is ``qat`` under the name of its default quantizer; the last line names presets: a method with the quantizers of
 a paper, and the layers that it quantizes. ``2x`` gives a method twice the steps, to compare methods at
-equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer.
+equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer. A
+word after ``@`` names the source of the inputs, for recipes that have several: ``saq:rho=.02@frozen``.
 """
 
 from __future__ import annotations
@@ -54,6 +55,7 @@ class Method:
     factor: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
     rules: Any = field(default=None, repr=False)
+    source: str = ""
 
     @property
     def trains(self) -> bool:
@@ -116,11 +118,12 @@ def parse_method(text: str) -> Method:
 
     Example:
         >>> parse_method("saq:case=1,rho=.02")
-        Method(text='saq:case=1,rho=.02', name='saq', factor=1.0, settings={'case': 1, 'rho': 0.02})
+        Method(text='saq:case=1,rho=.02', name='saq', factor=1.0, settings={'case': 1, 'rho': 0.02}, source='')
         >>> parse_method("lsq1.5x").name, parse_method("lsq1.5x").factor
         ('qat', 1.5)
     """
-    head, _, tail = text.partition(":")
+    written, _, source = text.partition("@")
+    head, _, tail = written.partition(":")
     match = re.fullmatch(r"([a-z][a-z0-9_]*?)(?:(\d+(?:\.\d+)?)x)?", head)
     name, preset, rules = PRESETS.get(match[1], (match[1], {}, None)) if match else (head, {}, None)
     if match is None or (name not in LEVELS and name not in OPTIMIZERS):
@@ -128,13 +131,15 @@ def parse_method(text: str) -> Method:
     factor = float(match[2] or 1)
     if factor <= 0 or (factor != 1 and name in LEVELS):
         raise ValueError(f"`--method {text}`: {name} cannot have {factor:g} times the steps.")
+    if ("@" in text) != bool(source) or (source and name == "fp32"):
+        raise ValueError(f"`--method {text}`: after the @ comes the source of a quantized model's inputs.")
     settings = dict(preset)
     for word in tail.split(",") if tail else ():
         key, _, value = word.partition("=")
         if not (key and value):
             raise ValueError(f"`--method {text}`: after the colon comes setting=value, got {word!r}.")
         settings[key.replace("-", "_")] = _read(value)
-    return Method(text, name, factor, settings, rules)
+    return Method(text, name, factor, settings, rules, source)
 
 
 def _read(value: str) -> Any:

@@ -1,4 +1,4 @@
-"""Shared parts of both recipes: options, run folders, the Hugging Face Trainer, and the results.
+"""Shared parts of the recipes: options, run folders, the Hugging Face Trainer, and the results.
 
 A run is a folder of the output folder, named after task, method, bits and seed:
 
@@ -27,7 +27,7 @@ from datetime import timedelta
 from importlib.metadata import distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ TIMEOUT = int(os.environ.get("QSAM_TIMEOUT", "600"))  # seconds that a process w
 HAS_BF16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else (
     torch.cpu.get_capabilities().get("avx512_bf16", False))  # fmt: skip
 MAY_BE_0 = {"rho", "lr", "fp32_lr", "scale_lr", "seed", "fit_minutes", "momentum", "weight_decay", "warmup_epochs",
-            "workers", "reestimate_batchnorm"}  # fmt: skip
+            "workers", "reestimate_batchnorm", "hidden", "generator_lr", "generator_steps"}  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "scikit-learn", "scipy")
 VERSIONS = {"python": platform.python_version(), "qsam": qsam.__version__,
             **{name: version(name) for name in PACKAGES if list(distributions(name=name))}}  # fmt: skip
@@ -73,6 +73,7 @@ Experiment = Any
     metric, metrics(predictions, labels)      the name of the main metric; all of them
     after_training_(model, config, batches)
     save(folder, model, weights)              writes an ordinary checkpoint, on the grid
+    callbacks(trainer), figures()             if it has them: callbacks of the Trainer; more for the history per epoch
 """
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -88,6 +89,7 @@ def option(default: Any, words: str) -> Any:
 class Options:
     """The options of every recipe."""
 
+    sources: ClassVar[tuple[str, ...]] = ()  # what may follow the @ of a method
     method: list[str] = option(["lsq", "squat"], "fp32, rtn, lsq, q8bert, qbert, gobo, or an optimizer of qsam; lsq2x "
                                "has twice the steps; saq:case=1,rho=.02 sets one method's own. "
                                "fp32 is run in any case")  # fmt: skip
@@ -136,6 +138,9 @@ def parse_options(options_class: type[Options], demo: Json, arguments: Sequence[
             raise ValueError(f"`--{name.replace('_', '-')}` must be {words}, got {value}.")
     for method in options.method:
         parse_method(method).configured(options.method_settings())
+        if (source := parse_method(method).source) not in {"", *options.sources}:
+            known = f"one of {', '.join(options.sources)}" if options.sources else "nothing in this recipe"
+            raise ValueError(f"`--method {method}`: after the @ comes {known}, got {source!r}.")
     return options
 
 
@@ -275,7 +280,7 @@ def planned_runs(options: Options, facts: Json) -> dict[tuple[str, int], Run]:
             config = {**facts, "method": text, "seed": seed, **same, "processes": processes()}
             config |= fp32 if text == "fp32" else settings
             bits = f"-{widths(config).lower()}" if "bits" in config else ""
-            name = f"{facts['task']}-{re.sub('[:,]', '-', text)}{bits}-seed{seed}"
+            name = f"{facts['task']}-{re.sub('[:,@]', '-', text)}{bits}-seed{seed}"
             runs[text, seed] = Run(Path(options.output_dir) / name, config)
     return runs
 
@@ -417,6 +422,7 @@ class Follower(TrainerCallback):
         course, goes_on = self.trainer.course, bool(self.save_every) and state.global_step < state.max_steps
         entry = {"epoch": len(course.history) + 1, "step": state.global_step, "passes": course.passes,
                  "seconds": course.seconds, "mean_loss": float(np.mean(course.losses)), "dev": {}}  # fmt: skip
+        entry |= getattr(self.trainer.experiment, "figures", dict)()
         course.history.append(entry)
         course.losses = []
         for key, rows in self.trainer.experiment.dev.items() if goes_on else ():
@@ -480,6 +486,8 @@ def train(
         experiment, config["precision"], model=model, args=arguments, train_dataset=experiment.train,
         optimizers=(optimizer, None),
     )  # fmt: skip
+    for callback in getattr(experiment, "callbacks", lambda _: [])(trainer):
+        trainer.add_callback(callback)
     trainer.add_callback(Follower(trainer, name, 0 if max_steps else save_every))
     torch.manual_seed(config["seed"] + 1_000_003 * arguments.process_index)  # each process drops out on its own
     if method.name == "rtn":

@@ -268,6 +268,7 @@ def test_a_training_that_diverges_says_so(glue: Path, tiny: Path, tmp_path: Path
         (["--glue-dir", "nowhere"], r"CoLA.train\.tsv does not exist\. --glue-dir must name the folder"),
         (["--model", "./nowhere"], r".*\./nowhere"),
         (["--method", "sqat"], r"`--method sqat`: the methods are fp32, rtn, lsq, "),
+        (["--method", "saq@real"], r"`--method saq@real`: after the @ comes nothing in this recipe, got 'real'\."),
         (["--method", "saq:case=4"], r"`--method saq:case=4`: .*case"),
         (["--nonsense", "1"], r"Some specified arguments are not used"),
     ],

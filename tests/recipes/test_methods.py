@@ -59,10 +59,18 @@ def test_own_settings_go_before_the_shared_ones_and_reach_the_optimizer() -> Non
     assert (optimizer.schedule, optimizer.period) == ("next_batch", 3)  # type: ignore[attr-defined]
 
 
+def test_the_source_of_the_inputs_follows_an_at_sign() -> None:
+    method = parse_method("saq2x:rho=.02@frozen")
+    assert (method.name, method.factor, method.settings, method.source) == ("saq", 2.0, {"rho": 0.02}, "frozen")
+    assert parse_method("saq").source == ""
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("sqat", "the methods are fp32, rtn, lsq, q8bert, qbert, gobo, "),
+        ("saq@", "after the @ comes the source of a quantized model's inputs"),
+        ("fp32@real", "after the @ comes the source of a quantized model's inputs"),
         ("lsq0x", "qat cannot have 0 times the steps"),
         ("gobo2x", "rtn cannot have 2 times the steps"),
         ("q8bert:rho=1", "no perturbation and takes no"),
