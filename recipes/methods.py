@@ -1,10 +1,10 @@
 """Which method to train, as a command line writes it: a registered name and its settings.
 
     fp32   rtn   lsq   lsq2x   saq   saq:case=1   squat:schedule=fused,direction=asam   qat:weights=diffq   sam
-    q8bert   qbert   gobo
+    recommended   q8bert   qbert   gobo
 
 ``lsq`` is ``qat`` under the name of its default quantizer; the last line names presets: a method with the quantizers of
-a paper, and the layers that it quantizes. ``2x`` gives a method twice the steps, to compare methods at
+``qsam.recommended(bits)`` or of a paper, and the layers that it quantizes. ``2x`` gives a method twice the steps, to compare methods at
 equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer. A
 word after ``@`` names the source of the inputs, for recipes that have several: ``saq:rho=.02@frozen``.
 """
@@ -31,6 +31,7 @@ LEVELS = ("fp32", "rtn")
 
 PRESETS: Mapping[str, tuple[str, Mapping[str, Any], Any]] = {
     "lsq": ("qat", {}, None),
+    "recommended": ("qat", {"weights": None, "granularity": "per_channel"}, None),  # the weights depend on the bits
     "q8bert": (
         "qat",
         {"weights": "minmax_ema", "activations": "minmax_ema", "bits": 8, "activation_bits": 8},
@@ -75,6 +76,8 @@ class Method:
         own = {key: value for key, value in shared.items() if self.quantizes and key in _QUANTIZATION}
         own |= {key: shared[key] for key in _SHARED if key in shared and self._takes(key)}
         own |= self.settings
+        if own.get("weights", "") is None:
+            own["weights"] = qsam.recommended(own.get("bits", 4)).quantize["weights"]
         try:
             self._try(own)
         except (TypeError, ValueError) as error:

@@ -114,7 +114,7 @@ class Options:
     output_dir: Path = option(Path("runs"), "folder of the runs")
     save_every: int = option(500, "steps between checkpoints; each epoch ends with one too")
     fit_minutes: float = option(0.0, "shorten the training to about so many minutes in all, after timing its steps")
-    demo: bool = option(False, "fp32, rtn, squat, and lsq at squat's passes, in minutes")
+    demo: bool = option(False, "fp32, rtn, squat, and lsq and recommended at squat's passes, in minutes")
 
     def method_settings(self) -> Json:
         """Return the settings that each method has which takes them."""
@@ -127,7 +127,8 @@ def parse_options(options_class: type[Options], demo: Json, arguments: Sequence[
     parser: Any = HfArgumentParser(options_class, allow_abbrev=False)  # type: ignore[arg-type]
     (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     if options.demo:
-        methods = ["fp32", "rtn", f"lsq{PASSES[demo.get('schedule', options.schedule)]:g}x", "squat"]
+        factor = PASSES[demo.get("schedule", options.schedule)]
+        methods = ["fp32", "rtn", f"lsq{factor:g}x", f"recommended{factor:g}x", "squat"]
         parser.set_defaults(**{"method": methods, "fit_minutes": 8.0, **demo})
         (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     for name, value in vars(options).items():

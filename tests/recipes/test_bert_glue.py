@@ -169,12 +169,17 @@ def test_the_demonstration_fits_the_machine_and_goes_on(
     assert main([*arguments, "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
     assert ONE_SEED in printed
-    for method in ("fp32", "rtn W2A8", "lsq2x W2A8", "squat W2A8"):
+    for method in ("fp32", "rtn W2A8", "lsq2x W2A8", "recommended2x W2A8", "squat W2A8"):
         assert re.search(rf"^{method} ", printed, re.MULTILINE)
     assert results(tmp_path, "stsb-lsq2x-w2a8-seed0")["passes"] == results(tmp_path, "stsb-squat-w2a8-seed0")["passes"]
-    assert set(json.loads((tmp_path / "fit.json").read_text())["seconds_per_step"]) == {"fp32", "lsq2x", "squat"}
+    assert set(json.loads((tmp_path / "fit.json").read_text())["seconds_per_step"]) == {
+        "fp32",
+        "lsq2x",
+        "recommended2x",
+        "squat",
+    }
     assert main([*arguments, "--precision", "fp32"]) == 0  # nothing is left but the table: the fit was kept
-    assert capsys.readouterr().out.count("finished before") == 4
+    assert capsys.readouterr().out.count("finished before") == 5
 
 
 def test_a_slow_machine_runs_fewer_epochs(

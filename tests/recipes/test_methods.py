@@ -68,7 +68,7 @@ def test_the_source_of_the_inputs_follows_an_at_sign() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("sqat", "the methods are fp32, rtn, lsq, q8bert, qbert, gobo, "),
+        ("sqat", "the methods are fp32, rtn, lsq, recommended, q8bert, qbert, gobo, "),
         ("saq@", "after the @ comes the source of a quantized model's inputs"),
         ("fp32@real", "after the @ comes the source of a quantized model's inputs"),
         ("lsq0x", "qat cannot have 0 times the steps"),
@@ -89,3 +89,12 @@ def test_the_source_of_the_inputs_follows_an_at_sign() -> None:
 def test_a_method_that_makes_no_sense_is_refused_with_its_text(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"`--method {text}`: .*{message}"):
         parse_method(text).configured(SHARED)
+
+
+@pytest.mark.parametrize(("bits", "weights"), [(2, "stretched"), (3, "lsq"), (4, "lsq")])
+def test_recommended_takes_what_qsam_recommends_at_these_bits(bits: int, weights: str) -> None:
+    method = parse_method("recommended2x")
+    config = method.configured({"bits": bits, "activation_bits": 8, "rho": 0.1})
+    assert (method.name, method.factor) == ("qat", 2.0)
+    assert {"weights": weights, "granularity": "per_channel"}.items() <= config.items()
+    assert parse_method("recommended:weights=lsq").configured({"bits": bits})["weights"] == "lsq"
