@@ -4,9 +4,9 @@
     recommended   q8bert   qbert   gobo
 
 ``lsq`` is ``qat`` under the name of its default quantizer; the last line names presets: a method with the quantizers of
-``qsam.recommended(bits)`` or of a paper, and the layers that it quantizes. ``2x`` gives a method twice the steps, to compare methods at
-equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer. A
-word after ``@`` names the source of the inputs, for recipes that have several: ``saq:rho=.02@frozen``.
+``qsam.recommended(bits)`` or of a paper, and the layers that it quantizes. ``2x`` gives a method twice the steps, to
+compare methods at equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to
+the optimizer. A word after ``@`` names the source of the inputs, for recipes that have several: ``saq:rho=.02@frozen``.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_a_tau_that_is_no_length_is_refused(tau):
 
 
 def test_a_float_model_has_no_travel_rate():
-    with pytest.raises(RuntimeError, match="travel_lr needs a quantized model: call qsam.quantize_"):
+    with pytest.raises(RuntimeError, match=r"travel_lr needs a quantized model: call qsam\.quantize_"):
         qsam.travel_lr(MLP.build(), 10)
 
 
