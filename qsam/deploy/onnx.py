@@ -105,10 +105,8 @@ def export_onnx(
     uses = list(_uses(root, exported.weights))
     twin = copy.deepcopy(root).cpu()
     dequantize_(twin)
-    args, kwargs = _arguments(_on_cpu(example_inputs))
     if getattr(getattr(twin, "config", None), "use_cache", False):
         twin.config.use_cache = False  # type: ignore[union-attr]
-    names = _output_names(twin, args, kwargs)
     by_grid: dict[int, _Input] = {}
     for record in exported.inputs:
         grid = by_grid.setdefault(id(grids[record.name]), _Input(record))
@@ -119,8 +117,10 @@ def export_onnx(
         module = twin.get_submodule(layer)
         called = id(module) not in off and attr == "weight"
         held[path_of(layer, attr)] = _lower_(module, attr, record, called, weights, accuracy_level, block_size)
+    args, kwargs = _arguments(_on_cpu(example_inputs))
     if dynamic_shapes is None:
         dynamic_shapes = _dynamic(kwargs) if kwargs else tuple(_dynamic(list(args)))
+    names = _output_names(twin, args, kwargs)
     program = _traced(twin.eval(), args, kwargs, names, dynamic_shapes or None, opset)
     _refuse_lost(program, held)
     _save(program, path)
