@@ -26,7 +26,15 @@ from qsam.layers import unwrap_model
 Runtime = Callable[[Any], Any]
 Metric = Callable[[list[Any]], float]
 
-INTEGER = ("MatMulIntegerToFloat", "MatMulInteger", "QLinearMatMul", "QGemm", "QLinearConv", "ConvInteger", "MatMulNBits")
+INTEGER = (
+    "MatMulIntegerToFloat",
+    "MatMulInteger",
+    "QLinearMatMul",
+    "QGemm",
+    "QLinearConv",
+    "ConvInteger",
+    "MatMulNBits",
+)
 FLOAT = ("MatMul", "Gemm", "FusedMatMul", "FusedGemm", "Conv", "FusedConv", "ConvTranspose")  # fmt: skip
 
 
@@ -110,7 +118,9 @@ class OnnxRuntime:
         return self.session.run(["logits" if "logits" in outputs else outputs[0]], feed)[0]
 
 
-def onnx_runtime(path: str | os.PathLike[str], threads: int = 1, config: Mapping[str, str] | None = None) -> OnnxRuntime:
+def onnx_runtime(
+    path: str | os.PathLike[str], threads: int = 1, config: Mapping[str, str] | None = None
+) -> OnnxRuntime:
     """Return an ONNX file as a function ``batch -> array`` that runs in onnxruntime.
 
     Args:
@@ -156,7 +166,9 @@ def check(
             exact = _output(wide, _double(batch)).cpu()
             found = torch.as_tensor(runtime(batch)).float()
             if found.shape != expected.shape:
-                raise ValueError(f"the runtime returned the shape {tuple(found.shape)}, the model {tuple(expected.shape)}.")
+                raise ValueError(
+                    f"the runtime returned the shape {tuple(found.shape)}, the model {tuple(expected.shape)}."
+                )
             difference = (found - expected).abs()
             total, largest = total + float(difference.double().sum()), max(largest, float(difference.max()))
             noise += float((exact - expected).abs().sum())

@@ -185,7 +185,9 @@ MODELS = {
 
 
 @pytest.mark.parametrize("activations", [None, "lsq"])
-@pytest.mark.parametrize(("name", "weights"), [(n, w) for n in MODELS for w in ("int8", "nbits") if (n, w) != ("cnn", "nbits")])
+@pytest.mark.parametrize(
+    ("name", "weights"), [(n, w) for n in MODELS for w in ("int8", "nbits") if (n, w) != ("cnn", "nbits")]
+)
 def test_a_whole_model_answers_as_torch_does(name, weights, activations, tmp_path):
     """With float inputs up to rounding; with quantized ones rounding flips a code now and then."""
     torch.manual_seed(0)
@@ -204,6 +206,8 @@ def test_a_whole_model_answers_as_torch_does(name, weights, activations, tmp_pat
     else:
         assert float((relative > 1e-4).float().mean()) < 0.05 and float(relative.mean()) <= 1e-2
     if activations and weights == "int8" and name != "cnn":
-        assert runtime.operators["MatMulIntegerToFloat"] > 4 and not [n for n in runtime.fallback if "conv" not in n.lower()]
+        assert runtime.operators["MatMulIntegerToFloat"] > 4 and not [
+            n for n in runtime.fallback if "conv" not in n.lower()
+        ]
     report = check(model, runtime, [batch], metric=lambda outputs: float(np.mean(outputs[0])))
     assert report.metric[0] == pytest.approx(report.metric[1], abs=1e-2)

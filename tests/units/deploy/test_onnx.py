@@ -89,7 +89,9 @@ class Uncalled(nn.Module):
             r"'0\.weight' has scales along axis 1, .* axis 0: quantize it without `axis`",
         ),
         (
-            lambda: ready(nn.Sequential(nn.Conv1d(4, 4, 4)), X, activations=None, granularity="per_group", group_size=16),
+            lambda: ready(
+                nn.Sequential(nn.Conv1d(4, 4, 4)), X, activations=None, granularity="per_group", group_size=16
+            ),
             {"weights": "nbits"},
             ValueError,
             r"'0\.weight' of Conv1d is quantized per group.*'per_channel'",
