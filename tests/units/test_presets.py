@@ -67,3 +67,39 @@ def test_a_papers_preset_quantizes_the_papers_layers(preset, call, others, bits)
     inside = {name: width for name, width in widths.items() if ".layer." in name}
     assert len(inside) == 2 * 6 and set(inside.values()) == {call["bits"]}
     assert {name: width for name, width in widths.items() if name not in inside} == dict.fromkeys(others, bits)
+
+
+def llama(**arguments):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=50, **arguments
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def test_onnx_cpu_gives_the_ends_seven_bits_and_leaves_the_rest():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    coverage = qsam.quantize_(model, bits=3, rules=qsam.presets.onnx_cpu(model))
+    assert [row.quantizer.bits for row in coverage.quantized] == [7, 3, 7]
+    assert [row.quantizer.bits for row in coverage.inputs] == [8, 8, 8]
+
+
+def test_llm_int4_keeps_embeddings_head_and_inputs_float():
+    model = llama()
+    coverage = qsam.quantize_(model, rules=qsam.presets.llm_int4(model))
+    kinds = {(row.quantizer.bits, row.quantizer.group_size) for row in coverage.quantized}
+    assert len(coverage.quantized) == 2 * 7 and kinds == {(4, 32)}
+    assert {row.quantizer for row in coverage.inputs} == {None}
+    assert {row.name for row in coverage.weights if row.bits == 32 and len(row.shape) == 2} == {
+        "model.embed_tokens.weight", "lm_head.weight",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_gguf_q4_0_gives_embeddings_and_head_eight_bits(tied):
+    model = llama(tie_word_embeddings=tied)
+    coverage = qsam.quantize_(model, rules=qsam.presets.gguf_q4_0(model))
+    wide = {row.name for row in coverage.quantized if row.quantizer.bits == 8}
+    assert wide == {"model.embed_tokens.weight"} | (set() if tied else {"lm_head.weight"})
+    assert {row.quantizer.group_size for row in coverage.quantized} == {32}
+    assert {row.quantizer for row in coverage.inputs} == {None}
