@@ -197,7 +197,7 @@ def _digest(array: Any) -> tuple[Any, ...]:
 # --- layers that speak ONNX ---------------------------------------------------------------------------------------
 
 
-def _lower_(
+def _lower_(  # noqa: PLR0917
     module: nn.Module, attr: str, record: QuantizedWeight, called: bool, form: str, level: int, block: int | None
 ) -> Tensor:  # fmt: skip
     """Make one layer of the copy speak ONNX; return the integers as the file will hold them."""
@@ -322,12 +322,12 @@ class _Matrix(_Kernel):
 
 
 class _NBits(nn.Module):
-    """``x @ (s * W) + b`` by MatMulNBits. B is (out, blocks, bytes), its integers plus 2^(bits-1), lowest bits first."""
+    """``x @ (s * W) + b`` by MatMulNBits. Its B, (out, blocks, bytes), holds W + 2^(bits-1), lowest bits first."""
 
     codes: Tensor
     scale: Tensor
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self, record: QuantizedWeight, where: str, bias: Any, conv1d: bool, level: int, block: int | None
     ) -> None:
         super().__init__()
@@ -423,7 +423,7 @@ def _output_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any
     return ["output"] if isinstance(out, Tensor) else None
 
 
-def _traced(
+def _traced(  # noqa: PLR0917
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], names: list[str] | None, shapes: Any, opset: int
 ) -> Any:
     fastpath: Callable[[bool], None] = torch.backends.mha.set_fastpath_enabled

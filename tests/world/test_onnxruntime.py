@@ -122,6 +122,7 @@ def test_openvino_reads_the_same_file(weights, tmp_path):
     openvino = pytest.importorskip("openvino")
     x = torch.randn(3, 5, INPUTS, generator=torch.Generator().manual_seed(1))
     model = fan(x, {f"b{bits}": {"bits": bits} for bits in range(2, 9)}, granularity="per_channel")
+    x = model.layers["b2"].input_quantizer(x).detach()  # at ties OpenVINO, which multiplies by 1 / s, rounds otherwise
     path = export_onnx(model, x, tmp_path / "m.onnx", weights=weights)
     compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     found = list(compiled(x.numpy()).values())
@@ -159,7 +160,7 @@ def hugging_face(name, **more):
     def build():
         transformers = pytest.importorskip("transformers")
         sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
-        kind, _, task = name.partition("For")
+        kind = name.partition("For")[0].removesuffix("LMHeadModel")
         if kind == "GPT2":
             sizes = dict(n_embd=32, n_layer=2, n_head=2, vocab_size=50, bos_token_id=0, eos_token_id=0)
         elif kind == "ViT":
@@ -192,13 +193,14 @@ def test_a_whole_model_answers_as_torch_does(name, weights, activations, tmp_pat
     """With float inputs up to rounding; with quantized ones rounding flips a code now and then."""
     torch.manual_seed(0)
     model, batch = MODELS[name]()
+    model.eval()
     qsam.quantize_(model, activations=activations, granularity="per_channel")
     qsam.calibrate(model, [batch]) if activations else None
     qsam.write_(model)
     path = export_onnx(model, batch, tmp_path / "m.onnx", weights)
     runtime = onnx_runtime(path)
     with torch.no_grad():
-        out = model.eval()(**batch).logits if isinstance(batch, dict) else model(batch)
+        out = model(**batch).logits if isinstance(batch, dict) else model(batch)
     theirs = torch.from_numpy(runtime(batch))
     relative = (theirs - out).abs() / out.abs().max()
     if activations is None:
