@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib
 import json
 import shutil
 import sys
@@ -128,8 +127,8 @@ def write(model: nn.Module, source: Path, options: argparse.Namespace) -> tuple[
     """Write the format and read it again; return what the file holds for each weight, and what was compared."""
     to, out = options.to, options.out
     if to.startswith("onnx"):
-        export_onnx = importlib.import_module("qsam.deploy.onnx").export_onnx
-        export_onnx(model, examples(model, options.rows), out, weights="nbits" if to == "onnx-nbits" else "int8")
+        form = "nbits" if to == "onnx-nbits" else "int8"
+        deploy.export_onnx(model, examples(model, options.rows), out, weights=form)
         return {}, "export_onnx has compared the integers"
     if to == "gguf":
         return held_by_gguf(deploy.export_gguf(model, options.float_gguf, out), out)
