@@ -128,8 +128,10 @@ def write(model: nn.Module, source: Path, options: argparse.Namespace) -> tuple[
     to, out = options.to, options.out
     if to.startswith("onnx"):
         form = "nbits" if to == "onnx-nbits" else "int8"
-        deploy.export_onnx(model, examples(model, options.rows), out, weights=form)
-        return {}, "export_onnx has compared the integers"
+        batch = examples(model, options.rows)
+        deploy.export_onnx(model, batch, out, weights=form)
+        report = deploy.check(model, deploy.onnx_runtime(out), [batch])
+        return {}, f"the graph holds the trained integers. ONNX Runtime on random examples:\n{report}"
     if to == "gguf":
         return held_by_gguf(deploy.export_gguf(model, options.float_gguf, out), out)
     left = {SPEC_NAME, "generation_config.json", "model.safetensors.index.json"}

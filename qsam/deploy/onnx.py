@@ -433,6 +433,7 @@ def _traced(  # noqa: PLR0917
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):  # torch's exporter about its own calls
                 warnings.simplefilter("ignore", category)
+            warnings.filterwarnings("ignore", "# The axis name")  # two inputs share a length, as is meant
             program = torch.onnx.export(
                 model, args, kwargs=kwargs, dynamo=True, opset_version=opset, optimize=True, verbose=False,
                 output_names=names, dynamic_shapes=shapes,
