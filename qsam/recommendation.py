@@ -50,8 +50,8 @@ class Recommendation:
 
 
 _STRETCHED = (
-    "MiniLM-L6 at W2A8, equal passes, each arm at its own best rate, three seeds on each task: above LSQ on the dev sets "
-    "by about two standard errors, equal to it on held-out training rows (docs/lowbit.md)."
+    "MiniLM-L6 at W2A8, equal passes, each arm at its own best rate, three seeds on each task: above LSQ on the dev "
+    "sets by about two standard errors, equal to it on held-out training rows (docs/lowbit.md)."
 )
 _LSQ = "Nothing has been measured to be above LSQ at this width; tau is a guess."
 
