@@ -1,7 +1,7 @@
 # `make` lists the targets. To choose on the command line:
 #   QSAM_VENV  the environment (default .venv); made if absent, and kept in step with pyproject.toml and constraints.txt
 #   PYTHON     what makes it (default python3)
-#   TASK       the task of `make glue` (default stsb)
+#   TASK       the task of `make glue` and `make zero-shot` (default stsb)
 #   WORKERS    processes of pytest (default 2: each computes on one thread)
 #   ARGS       appended to the arguments of the recipe, of pytest, or of the benchmarks
 PYTHON ?= python3
@@ -38,13 +38,16 @@ STAMP_OLDEST := $(ENV)-oldest/qsam-oldest.stamp
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: help glue vision check format test test-oldest test-all bench clean
+.PHONY: help glue zero-shot vision check format test test-oldest test-all bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 glue: $(STAMP_GLUE) ## train the small GLUE demo: make glue TASK=stsb ARGS="..."
 	$(RUN) recipes.bert_glue --demo --task $(TASK) $(ARGS)
+
+zero-shot: $(STAMP_GLUE) ## train the GLUE demo without training text: make zero-shot TASK=stsb ARGS="..."
+	$(RUN) recipes.zero_shot --demo --task $(TASK) $(ARGS)
 
 vision: $(STAMP_VISION) ## train a small ResNet on MNIST, 2 bits: make vision ARGS="..."
 	$(RUN) recipes.vision --demo $(ARGS)

@@ -15,7 +15,7 @@ Batch = dict[str, Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """How large a BERT, and the batches ``(sentences, tokens)`` it is trained on."""
+    """The size of a BERT, and the batches ``(sentences, tokens)`` it is trained on."""
 
     layers: int = 4
     hidden: int = 384

@@ -28,7 +28,7 @@ def compiled(formula: Formula) -> Formula:
 
 
 class WeightInGraph(nn.Module):
-    """A parametrization: the layer sees Q(w), computed anew in each forward."""
+    """A parametrization: the layer uses Q(w), computed in each forward."""
 
     def __init__(self, weight: Tensor, bits: int, formula: Formula) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class WeightInGraph(nn.Module):
 
 
 class InputInGraph(nn.Module):
-    """What a forward pre-hook calls on a layer's input; the first one sets the scale."""
+    """A quantizer that a forward pre-hook calls on a layer's input; the first input sets the scale."""
 
     def __init__(self, bits: int, formula: Formula) -> None:
         super().__init__()

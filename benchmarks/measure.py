@@ -1,7 +1,7 @@
-"""What the benchmarks of cost share: facts about the machine, interleaved timing, ratios, and the JSON files.
+"""Shared parts of the benchmarks of cost: facts about the machine, interleaved timing, ratios, and the JSON files.
 
-A ratio is taken between two times of the same round, in one process, and the median of these ratios is reported: what
-disturbs a machine for a while disturbs both.
+A ratio is taken between two times of the same round, in one process, because a disturbance of the machine then affects
+both. The median of these ratios is reported.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Variant:
 def interleaved(
     variants: Sequence[Variant], rounds: int, warmup: int = 2, clock: Clock = time.perf_counter
 ) -> dict[str, list[float]]:
-    """Time all variants, once each a round, in an order that is drawn anew for each round.
+    """Time all variants once per round, in an order that is drawn for each round.
 
     Args:
         variants: Of distinct names.

@@ -15,7 +15,7 @@ NOT_YET = "Not measured yet."
 
 def read_results(folder: Path = RESULTS) -> Results:
     """Return the JSON of each benchmark that has been kept."""
-    found = {name: read_json(folder, name) for name in NAMES}
+    found = {name: read_json(folder, name) for name in (*NAMES, "versions")}
     return {name: result for name, result in found.items() if result is not None}
 
 
@@ -25,7 +25,7 @@ def marks(name: str) -> tuple[str, str]:
 
 
 def rewritten(text: str, results: Results) -> str:
-    """Return the page with every block made anew."""
+    """Return the page with every block written again."""
     for name, lines in blocks(results).items():
         begin, end = marks(name)
         before, rest = text.split(begin)
@@ -41,6 +41,7 @@ def blocks(results: Results) -> dict[str, list[str]]:
         "step": step_table,
         "ablation": ablation_table,
         "memory": memory_table,
+        "versions": versions_table,
     }
     found = {name: list(make(results[name])) if name in results else [NOT_YET] for name, make in made.items()}
     anything = bool(results)
@@ -88,7 +89,7 @@ def target_table(results: Results) -> Iterator[str]:
     yield ""
     yield f"{sum(t.met for t in found)} of {len(found)} met. Where another way is ahead:"
     yield ""
-    yield from [f"- {sentence}" for sentence in ahead(results)] or ["- nowhere in what was measured."]
+    yield from [f"- {sentence}" for sentence in ahead(results)] or ["- No other way is ahead in any measured case."]
 
 
 def kernel_tables(result: Json) -> Iterator[str]:
@@ -127,6 +128,19 @@ def step_table(result: Json) -> Iterator[str]:
 
 def _step_cell(figures: Json) -> str:
     return f"missing: {figures['missing']}" if "missing" in figures else between(figures["ratio"])
+
+
+def versions_table(result: Json) -> Iterator[str]:
+    """Yield the table of this version against an older one."""
+    cases = result["cases"]
+    rows = [
+        (name, *(cell for case in cases for cell in map(between, case["methods"][name].values())))
+        for name in cases[0]["methods"]
+    ]
+    older = result["older"]
+    heads = [f"{case['case']} tokens, {case['rounds']} rounds: {what}" for case in cases
+             for what in (f"time / time of {older}", "difference, in steps of fp32")]  # fmt: skip
+    yield from table(("method", *heads), *rows)
 
 
 def memory_table(result: Json) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""What was promised of speed and memory, and whether the measurements keep it."""
+"""The targets of speed and memory, and whether the measurements meet them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RIVALS = {
     "QAT": ("LSQ in the graph, eager", "LSQ in the graph, torch.compile", "torchao QAT", "brevitas"),
     "SAQ": ("SAM of pytorch_optimizer, LSQ in the graph",),
 }
-"""What is compared with which of our methods: as many passes, and quantization too."""
+"""Peers, each with the method of ours that has as many passes and quantizes too."""
 
 Results = Mapping[str, Json]
 """The JSON of each benchmark by its name, of those that have run."""

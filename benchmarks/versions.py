@@ -51,7 +51,7 @@ def main() -> None:
         size = QUICK if options.quick else FULL
         rounds = options.rounds[: len(size.batches)]
         cases = [on_batch(size, *batch, old, n) for batch, n in zip(size.batches, rounds, strict=True)]
-    result = {"name": "versions", "older": options.revision, "machine": facts, "cases": cases}
+    result = {"name": "versions", "quick": options.quick, "older": options.revision, "machine": facts, "cases": cases}
     for case in cases:
         for name, found in case["methods"].items():
             print(f"{case['case']} {name}: {found}")
@@ -79,7 +79,7 @@ def on_batch(size: Size, sentences: int, tokens: int, old: ModuleType, rounds: i
         model = build(size)
         preset = importlib.import_module(f"{package.__name__}.presets").squat_bert
         package.quantize_(model, bits=WEIGHT_BITS, activation_bits=ACTIVATION_BITS, rules=preset)
-        optimizer = getattr(package, method.split(",")[0])(model, AdamW, **RATE, **METHODS[method])
+        optimizer = getattr(package, method.split(",", maxsplit=1)[0])(model, AdamW, **RATE, **METHODS[method])
         closure = _closure(model, batch, optimizer)
         return lambda: optimizer.step(closure)
 

@@ -3,7 +3,7 @@
     optimizer = qsam.SQuAT(model, AdamW, lr=2e-5, rho=0.1)
     loss = optimizer.step(closure)
 
-The optimizer owns the full-precision weights; the model always holds the weights it will be deployed with.
+The optimizer owns the full-precision weights, and the model always holds the weights that will be deployed.
 """
 
 from qsam import presets
@@ -12,9 +12,10 @@ from qsam.batchnorm import reestimate_batchnorm
 from qsam.coverage import Coverage, coverage_of
 from qsam.export import export
 from qsam.fused.kernels import set_backend
-from qsam.measure import hessian_top_eigenvalue, loss_slice, sharpness
+from qsam.measure import bit_allocation, hessian_top_eigenvalue, loss_slice, sharpness
 from qsam.optim import QAT, SAM, SAQ, Direction, JointSAM, SQuAT, register_direction, unwrap
 from qsam.quantizers import Quantizer, list_quantizers, register_quantizer
+from qsam.recommendation import recommended, travel_lr
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "JointSAM",
     "Quantizer",
     "SQuAT",
+    "bit_allocation",
     "calibrate",
     "coverage_of",
     "dequantize_",
@@ -36,11 +38,13 @@ __all__ = [
     "loss_slice",
     "presets",
     "quantize_",
+    "recommended",
     "reestimate_batchnorm",
     "register_direction",
     "register_quantizer",
     "set_backend",
     "sharpness",
+    "travel_lr",
     "unwrap",
     "write_",
 ]

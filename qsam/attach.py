@@ -1,6 +1,6 @@
 """Attach quantizers to a model, set their scales, and take them off again.
 
-No weight is touched here but by :func:`write_` and, given an optimizer, :func:`dequantize_`.
+Only :func:`write_` and, given an optimizer, :func:`dequantize_` change weights.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qsam.coverage import (
     Weight,
     attached,
     coverage_of,
-    overlooked,
+    float_matrices_warning,
     owner_of,
     record_,
     refuse_unrecorded,
@@ -69,8 +69,8 @@ def quantize_(
     layers are quantized; an input convolution and the head get 8 bits; embeddings, norms, biases, position tables
     and LoRA factors stay float. The result lists every one of them with its reason.
 
-    Graphs that ``torch.compile`` made before are dropped, for they would not see the hooks. ``torch.jit.script`` does
-    not take a model with these hooks; ``torch.export`` does.
+    Graphs that ``torch.compile`` made before are dropped, because they would run without the hooks.
+    ``torch.jit.script`` does not accept a model with these hooks; ``torch.export`` does.
 
     Args:
         model: Any module; its Parameters keep identity, address and name.
@@ -95,9 +95,10 @@ def quantize_(
         What was quantized, what was not and why.
 
     Raises:
-        TypeError: an argument of the wrong kind.
-        ValueError: a bad value, a rule that matches nothing, nothing to quantize, a name that is taken.
-        RuntimeError: the model is quantized, sharded or in DistributedDataParallel already.
+        TypeError: An argument has the wrong type.
+        ValueError: An argument has a bad value, a rule matches nothing, there is nothing to quantize, or a module
+            already has an attribute of the quantizer's name.
+        RuntimeError: The model is quantized, sharded or in DistributedDataParallel already.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
@@ -116,14 +117,14 @@ def quantize_(
     if data_parallel_group(model) is not None:
         raise RuntimeError(
             "the model is in DistributedDataParallel already, which would not know of the new scales: call quantize_ "
-            "before that."
+            "before wrapping it."
         )
     if spec is not None:
         plan, tensors = read_spec(spec)
         return _attach_(root, _built(root, plan, tensors))
     call = Settings(weights, bits, activations, activation_bits, granularity, group_size, init)
     coverage = _built(root, plan_by_rules(root, call, rules))
-    if warning := overlooked(coverage):
+    if warning := float_matrices_warning(coverage):
         warnings.warn(warning, UserWarning, stacklevel=2)
     return _attach_(root, coverage)
 
@@ -133,15 +134,15 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> None:
     """Set the scales (and signs) of the input quantizers from data, in eval mode and without gradient.
 
     Args:
-        model: A model that :func:`quantize_` has been called on. Given a DistributedDataParallel model, every process
-            calls this with batches of its own, and all get the same scales.
+        model: A model that :func:`quantize_` has been called on. For a DistributedDataParallel model, every process
+            calls this with its own batches, and all get the same scales.
         batches: Inputs: a dict is called as ``model(**batch)``, a tuple or list as ``model(*batch)``, anything else
             as ``model(batch)``.
 
     Raises:
-        TypeError: no module, or batches that cannot be iterated over.
-        RuntimeError: the model is not quantized, is sharded already, or no batch reached an input that has no scale.
-        ValueError: there was no batch, or an input is not finite.
+        TypeError: ``model`` is not a module, or ``batches`` cannot be iterated over.
+        RuntimeError: The model is not quantized, is sharded already, or no batch reached an input that has no scale.
+        ValueError: There was no batch, or an input is not finite.
     """
     coverage = require_coverage(model, "calibrate")
     require_batches(batches)
@@ -167,8 +168,8 @@ def write_(model: nn.Module) -> None:
     """Write ``p <- Q(p)`` for every quantized weight: post-training quantization, without an optimizer.
 
     Raises:
-        RuntimeError: the model is not quantized, or an optimizer owns its weights (it writes them itself).
-        ValueError: an fp16 Parameter cannot hold its quantized values; nothing has been written then.
+        RuntimeError: The model is not quantized, or an optimizer owns its weights (it writes them itself).
+        ValueError: An fp16 Parameter cannot hold its quantized values; no weight has been written then.
     """
     coverage = require_coverage(model, "write_")
     if owner_of(coverage) is not None:
@@ -178,7 +179,7 @@ def write_(model: nn.Module) -> None:
     with restored_if_refused([row.quantizer for row in coverage.quantized if row.quantizer is not None]):
         for row in coverage.quantized:
             assert row.quantizer is not None
-            row.quantizer.settle_(row.parameter)
+            row.quantizer.set_from_weight_(row.parameter)
             refuse_overflow(row.name, row.parameter, row.quantizer)
     for row in coverage.quantized:
         assert row.quantizer is not None
@@ -187,7 +188,7 @@ def write_(model: nn.Module) -> None:
 
 @contextlib.contextmanager
 def restored_if_refused(quantizers: Sequence[Quantizer]) -> Iterator[None]:
-    """Give quantizers their tensors back if an exception leaves this context; what is unchanged is not written."""
+    """Restore the tensors of quantizers if an exception leaves this context; unchanged ones are not written."""
     tensors = [local(t) for q in quantizers for t in q.state_dict(keep_vars=True).values()]
     before, set_from = [t.detach().clone() for t in tensors], [q._set_from for q in quantizers]
     try:
@@ -204,14 +205,7 @@ def restored_if_refused(quantizers: Sequence[Quantizer]) -> Iterator[None]:
 
 @torch.no_grad()
 def refuse_overflow(name: str, parameter: Tensor, quantizer: Quantizer, weight: Tensor | None = None) -> None:
-    """Raise ValueError if a Parameter is fp16 and its quantized values are not: the rounded-up ones are infinity.
-
-    Args:
-        name: Its path, for the message.
-        parameter: Where Q(w) will be written.
-        quantizer: Q.
-        weight: w; None where the Parameter holds it.
-    """
+    """Raise ValueError if an fp16 Parameter cannot hold Q(w); ``weight`` is w, None if the Parameter holds it."""
     if parameter.dtype != torch.float16:
         return
     wide = quantizer(parameter.float() if weight is None else weight)
@@ -223,7 +217,7 @@ def refuse_overflow(name: str, parameter: Tensor, quantizer: Quantizer, weight: 
 
 
 def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
-    """Take every quantizer and hook off the model, those of copied, replaced or merged modules included.
+    """Take every quantizer and hook off the model, including those of copied, replaced or merged modules.
 
     Args:
         model: The model, or what is left of a quantized one (after peft's ``merge_and_unload``).
@@ -231,7 +225,7 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
             Without it the weights stay as they are (on the grid, once they have been written).
 
     Raises:
-        RuntimeError: the model is not quantized, another optimizer owns its weights, or the owner is inside a block.
+        RuntimeError: The model is not quantized, another optimizer owns its weights, or the owner is inside a block.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
@@ -264,14 +258,8 @@ def dequantize_(model: nn.Module, optimizer: Any | None = None) -> None:
 def _built(root: nn.Module, plan: Plan, tensors: Mapping[str, Tensor] | None = None) -> Coverage:
     """Build every quantizer of a plan before anything is attached, so that an error leaves the model as it was.
 
-    Args:
-        root: The model.
-        plan: The plan.
-        tensors: State of the quantizers by its key in the model's state_dict; without it the weights' scales are set
-            from the weights, and the inputs have none yet.
-
-    Raises:
-        ValueError: a plan of another model, nothing to quantize, or tensors that do not fit.
+    ``tensors`` is the state of the quantizers by its key in the model's state_dict. Without it the weights' scales are
+    set from the weights, and the inputs have no scales yet.
     """
     sites, modules = find_sites(root), dict(root.named_modules())
     _refuse_other_model(plan, sites, modules)
@@ -313,19 +301,9 @@ def _refuse_other_model(plan: Plan, sites: list[Site], modules: Mapping[str, nn.
 def _build(
     entry: Entry, module: nn.Module, attr: str | None, path: str, tensors: Mapping[str, Tensor] | None
 ) -> Quantizer:
-    """Build one quantizer and set its state: from ``tensors``, and a weight's before that from the weight.
+    """Build one quantizer and set its state: a weight's from the weight, then from ``tensors`` if they are given.
 
-    Args:
-        entry: How to quantize.
-        module: The owner of the weight, or the layer whose input it is.
-        attr: The weight's name in its owner; None for an input.
-        path: Where the quantizer will be.
-        tensors: State of all quantizers by its key in the model's state_dict, or None.
-
-    Raises:
-        TypeError: not a registered name.
-        ValueError: the path, and what the quantizer refused.
-        RuntimeError: the module has such a quantizer.
+    ``attr`` is the weight's name in its module, None for an input; ``path`` is that of the quantizer.
     """
     name = path.removesuffix("_quantizer") if attr is not None else path.removesuffix(INPUT_NAME).removesuffix(".")
     where = repr(name) if attr is not None else input_of(name)
@@ -339,17 +317,18 @@ def _build(
         raise TypeError(f"{where}: a quantizer is a registered name or None, got {entry.quantizer!r}.")
     try:
         quantizer = build_quantizer(entry.quantizer, **entry.arguments)
-        quantizer.init = entry.init
+        quantizer.init = entry.init if tensors is None else "absmax"  # only the shapes matter: the values are loaded
         quantizer.to(parameter.device)
         if attr is not None:
             quantizer.init_weight_(parameter.detach())
             quantizer.requires_grad_(False)  # the optimizer alone uses it; DDP would wait for its gradient
+        quantizer.init = entry.init
     except (TypeError, ValueError) as error:
         cure = "" if attr is not None else " Inputs are quantized per tensor: name another in `activations`."
         raise type(error)(f"{where}: {error}{cure}") from error
     if tensors is not None:
         _load(quantizer, path, tensors)
-    # A dict holds no scales: a state_dict that is loaded next does. A file holds `limits`, if it is not an old one.
+    # A spec given as a dict holds no scales; the state_dict that is loaded next does. Old files lack `limits`.
     if attr is None and (tensors is not None or set(quantizer.state_dict()) == {LIMITS}):
         if f"{path}.{LIMITS}" not in (tensors or {}):
             quantizer.set_sign_(entry.signed if entry.calibrated else None)
@@ -369,7 +348,7 @@ def _refuse_owner(module: nn.Module, where: str, name: str) -> None:
     if isinstance(module, nn.Sequential | nn.ModuleList | nn.ModuleDict):
         raise ValueError(
             f"{where!r} belongs to a {type(module).__name__}, which iterates its children: a quantizer there would "
-            "join them. Keep it float in `rules`, or move the parameter to a module of its own."
+            "join them. Keep it float in `rules`, or move the parameter to a separate module."
         )
     if hasattr(module, name):
         raise ValueError(f"{where!r}: its module has an attribute {name!r} already, which qsam needs: rename it.")
@@ -388,6 +367,6 @@ def _attach_(root: nn.Module, coverage: Coverage) -> Coverage:
 
 
 def _forget_compiled() -> None:
-    """Drop compiled graphs: torch does not guard hooks, and would run the old graph of this code without them."""
+    """Drop compiled graphs, because torch does not guard hooks and would run the old graphs without them."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()

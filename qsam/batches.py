@@ -1,4 +1,4 @@
-"""Batches as the functions that look at data take them, and the model as it runs on them: plain, in eval mode."""
+"""Run a model on batches, unwrapped and in eval mode."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def refuse_empty(count: int, caller: str) -> None:
 
 @contextlib.contextmanager
 def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
-    """Yield the model inside its wrappers, in eval mode; afterwards every module is in the mode it was in."""
+    """Yield the model inside its wrappers, in eval mode; restore the modes of all modules afterwards."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         yield unwrap_model(model.eval())
@@ -37,13 +37,10 @@ def in_eval_mode(model: nn.Module) -> Iterator[nn.Module]:
 
 @contextlib.contextmanager
 def fresh_norms_by_batch(model: nn.Module) -> Iterator[None]:
-    """Within this context a BatchNorm that has seen nothing normalizes by its batch, in eval mode too.
+    """Within this context a BatchNorm that has seen no batch normalizes by the present one, in eval mode too.
 
-    Its running statistics, 0 and 1, say nothing of the data; divided by 1, activations shrink from layer to layer. The
-    buffers are taken out while this runs, and come back as they were.
-
-    Raises:
-        ValueError: a batch with one value per channel.
+    Its running statistics, 0 and 1, are not those of the data, and without normalization activations shrink from layer
+    to layer. The buffers are removed meanwhile and restored afterwards.
     """
     norms = [(n, n.running_mean, n.running_var) for n in model.modules() if isinstance(n, _NormBase) and _is_fresh(n)]
     tracked = [norm.track_running_stats for norm, _, _ in norms]
@@ -65,7 +62,7 @@ def fresh_norms_by_batch(model: nn.Module) -> Iterator[None]:
 
 
 def _is_fresh(norm: _NormBase) -> bool:
-    """Whether no batch has come yet; old files have statistics without a count of batches."""
+    """Whether the norm has seen no batch; old files have statistics without a count of batches."""
     mean, var, count = norm.running_mean, norm.running_var, norm.num_batches_tracked
     if mean is None or var is None or count is None or bool(count):
         return False
@@ -73,7 +70,7 @@ def _is_fresh(norm: _NormBase) -> bool:
 
 
 def run_each(model: nn.Module, batches: Iterable[Any]) -> int:
-    """Run the model on each batch, a dict as keywords, a tuple or list as arguments; return how many there were."""
+    """Run the model on each batch, a dict as keywords, a tuple or list as arguments; return the number of batches."""
     count = 0
     for batch in batches:
         if isinstance(batch, Mapping):

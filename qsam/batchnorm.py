@@ -1,7 +1,7 @@
-"""BatchNorm's running statistics, taken again from data: after training they lag behind the last weights.
+"""Estimate BatchNorm's running statistics again, because after training they lag behind the last weights.
 
-A quantized weight that oscillates between two codes moves the statistics of its output at each step, and the running
-averages show a mixture of what the last weights and those before them gave (Nagel et al. 2022, section 5).
+A quantized weight that oscillates between two codes changes the statistics of its output at each step, and the running
+averages mix those of the last weights with earlier ones (Nagel et al. 2022, section 5).
 """
 
 from __future__ import annotations
@@ -24,31 +24,30 @@ from qsam.optim.snapshot import buffers_kept
 
 @torch.no_grad()
 def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
-    """Set the running statistics of every BatchNorm again: the plain average over some batches, at the present weights.
+    """Set the running statistics of every BatchNorm to the plain average over some batches, at the present weights.
 
         running_mean <- 1/n sum_i mean(x_i)        running_var <- 1/n sum_i var(x_i)        (unbiased)
 
-    x_i is the layer's input in batch i; each batch counts alike, whatever its size. Call it after training, before the
-    model is evaluated or saved, with batches as in training: some dozens are enough. The BatchNorms normalize by the
-    batch while this runs, as in training; everything else is in eval mode (no dropout). Nothing but ``running_mean``,
-    ``running_var`` and ``num_batches_tracked`` (which becomes n) changes: weights, latents, scales, gradients,
-    ``momentum`` and modes are as before; after an exception these statistics are too.
+    x_i is the layer's input in batch i; batches of all sizes have the same weight. Call it after training, before the
+    model is evaluated or saved, with some dozens of batches as in training. While it runs, the BatchNorms normalize by
+    the batch, as in training; everything else is in eval mode (no dropout). Only ``running_mean``, ``running_var`` and
+    ``num_batches_tracked`` (which becomes n) change, and after an exception these have their old values too.
 
-    All subclasses of torch's BatchNorm that keep running statistics are meant, timm's ``BatchNormAct2d`` and
-    ``SyncBatchNorm`` among them. One that is in eval mode inside a model in training mode counts as frozen and stays as
-    it is; in a model that is in eval mode nothing tells a frozen one apart, and all are set.
+    All subclasses of torch's BatchNorm that keep running statistics are set, such as timm's ``BatchNormAct2d`` and
+    ``SyncBatchNorm``. One that is in eval mode inside a model in training mode counts as frozen and is not set. If the
+    whole model is in eval mode, all are set.
 
     Args:
-        model: A quantized model, owned by an optimizer or not; a float one too. Given a DistributedDataParallel model,
-            every process calls this with batches of its own, and all get the average over the batches of all.
+        model: A quantized or float model, with or without an optimizer. For a DistributedDataParallel model, every
+            process calls this with its own batches, and all get the average over the batches of all processes.
         batches: Inputs: a dict is called as ``model(**batch)``, a tuple or list as ``model(*batch)``, anything else
             as ``model(batch)``.
 
     Raises:
-        TypeError: no module, or batches that cannot be iterated over.
-        ValueError: no BatchNorm to set, no batch, one that no batch reached, or statistics that are not finite; from
-            torch itself, a batch with a single value a channel (a last batch of one image: drop it).
-        RuntimeError: inside a block of the optimizer, or the model is sharded (FSDP2).
+        TypeError: ``model`` is not a module, or ``batches`` cannot be iterated over.
+        ValueError: There is no BatchNorm to set or no batch, no batch reached a BatchNorm, statistics are not finite,
+            or (from torch) a batch has a single value per channel: drop a last batch of one image.
+        RuntimeError: It was called inside a block of the optimizer, or the model is sharded (FSDP2).
 
     Example:
         >>> model = nn.BatchNorm1d(2)
@@ -68,7 +67,7 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
     root = unwrap_model(model)
     _refuse_unready(root)
     norms = _norms(root)
-    # Everything that the model writes meanwhile, its other buffers too, is put back whatever happens.
+    # All buffers that the model writes meanwhile are restored, also after an exception.
     with buffers_kept(root), in_eval_mode(model) as plain, _averaging(norms.values()):
         count = run_each(plain, batches)
         found = {name: _statistics(norm) for name, norm in norms.items()}
@@ -86,13 +85,13 @@ def reestimate_batchnorm(model: nn.Module, batches: Iterable[Any]) -> None:
 
 
 def _statistics(norm: _BatchNorm) -> tuple[Tensor, Tensor]:
-    """Return a copy of the running mean and variance, one after the other, and the number of calls they average."""
+    """Return the running mean and variance in one vector, and the number of calls they average; copies."""
     moments = torch.cat([norm.get_buffer("running_mean"), norm.get_buffer("running_var")])
     return moments, norm.get_buffer("num_batches_tracked").clone()
 
 
 def _over_ranks(moments: Tensor, calls: Tensor, group: distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
-    """Return the average over the calls in all processes, whichever number of them each process had."""
+    """Return the average over all calls in all processes, which may have made different numbers of them."""
     weight = calls.to(moments.dtype)
     sums = torch.cat([moments * weight, weight[None]])
     distributed.all_reduce(sums, group=group)
@@ -100,7 +99,6 @@ def _over_ranks(moments: Tensor, calls: Tensor, group: distributed.ProcessGroup)
 
 
 def _refuse_unready(root: nn.Module) -> None:
-    """Raise RuntimeError inside a block of an optimizer, and if the model is sharded."""
     coverage = coverage_of(root)
     owner = None if coverage is None else owner_of(coverage)
     if owner is not None:
@@ -109,8 +107,8 @@ def _refuse_unready(root: nn.Module) -> None:
         raise RuntimeError(f"reestimate_batchnorm() inside the block {block}(): leave the block first.")
     if is_sharded(root.modules()):
         raise RuntimeError(
-            "the model is sharded, and each process would get statistics of its own: gather its state_dict, load it "
-            "into a model of its own and call reestimate_batchnorm there."
+            "the model is sharded, and each process would get different statistics: gather its state_dict, load it "
+            "into an unsharded copy and call reestimate_batchnorm on that."
         )
 
 
@@ -121,7 +119,7 @@ def _norms(root: nn.Module) -> dict[str, _BatchNorm]:
     if not live:
         raise ValueError(
             "every BatchNorm is in eval mode inside a model in training mode, and so frozen: call model.eval() before "
-            "reestimate_batchnorm to set them all the same."
+            "reestimate_batchnorm to set them nevertheless."
             if named
             else "the model has no BatchNorm with running statistics: leave reestimate_batchnorm out."
         )
@@ -130,13 +128,13 @@ def _norms(root: nn.Module) -> dict[str, _BatchNorm]:
 
 @contextlib.contextmanager
 def _averaging(norms: Iterable[_BatchNorm]) -> Iterator[None]:
-    """Let each BatchNorm start from nothing and take the cumulative average, as torch does for ``momentum=None``."""
+    """Reset each BatchNorm and let it take the cumulative average, as torch does for ``momentum=None``."""
     kept = [(norm, norm.momentum) for norm in norms]
     try:
         for norm, _ in kept:
             norm.reset_running_stats()
             norm.momentum = None
-            norm.training = True  # itself only: its children (timm has a dropout there) stay in eval mode
+            norm.training = True  # not .train(), because its children (timm has a dropout there) stay in eval mode
         yield
     finally:
         for norm, momentum in kept:
@@ -144,7 +142,7 @@ def _averaging(norms: Iterable[_BatchNorm]) -> Iterator[None]:
 
 
 def _check(found: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-    """Raise ValueError, before anything is written, if a BatchNorm saw no batch or none that is finite."""
+    """Raise ValueError if a BatchNorm saw no batch, or its statistics are not finite."""
     missed = [shown(name) for name, (_, calls) in found.items() if not bool(calls)]
     if missed:
         raise ValueError(

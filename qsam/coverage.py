@@ -33,8 +33,8 @@ class Weight:
         shape: Its shape.
         quantizer: The submodule that quantizes it, or None.
         reason: Why it is float, or a remark ("head").
-        module: Its owner.
-        attr: Its name in the owner.
+        module: The module that holds it.
+        attr: Its name in that module.
     """
 
     name: str
@@ -56,17 +56,12 @@ class Weight:
 
     @property
     def bits(self) -> int:
-        """Bits of one entry: 32 where it stays float."""
+        """Bits of one entry; 32 if it stays float."""
         return 32 if self.quantizer is None or isinstance(self.quantizer, Identity) else self.quantizer.bits
 
 
 def parameter_at(module: nn.Module, attr: str, path: str) -> nn.Parameter:
-    """Return a Parameter of a module.
-
-    Raises:
-        RuntimeError: ``torch.nn.utils.prune`` or a parametrization computes it in each forward, so that what is
-            written into it is lost. Names the path and the cure.
-    """
+    """Return a Parameter of a module; raise if a pruning or a parametrization computes it in each forward."""
     p = module._parameters.get(attr)
     if p is not None:
         return p
@@ -92,7 +87,7 @@ class Input:
 
 
 class Status:
-    """What changes about a quantized model while it is used.
+    """The facts about a quantized model that change while it is used.
 
     Attributes:
         owner: Weak reference to the optimizer that owns the latents of the weights; a copy has none.
@@ -115,10 +110,10 @@ class Coverage:
     """Every parameter and every layer input of a model: quantized how, or float why. ``print`` shows the table.
 
     Attributes:
-        weights: One row a parameter.
-        inputs: One row a layer that has quantized weights, or was meant to.
-        attention: Paths of the modules that are attention, as far as names tell: scores and probabilities, products of
-            two activations, are the input of no layer and stay float.
+        weights: One row per parameter.
+        inputs: One row per layer whose weights are quantized.
+        attention: Paths of the modules that are attention, recognised by their names. Scores and probabilities are
+            products of two activations and not the input of a layer, so they stay float.
         status: What changes while the model is used.
     """
 
@@ -141,7 +136,7 @@ class Coverage:
 
     @property
     def places(self) -> list[tuple[nn.Module, str, str]]:
-        """Every quantizer's owner, its name there, and its path."""
+        """The module that holds each quantizer, the quantizer's name in it, and its path."""
         weights = [(row.module, f"{row.attr}_quantizer", f"{row.name}_quantizer") for row in self.quantized]
         inputs = [row for row in self.inputs if row.quantizer is not None]
         return weights + [(row.module, "input_quantizer", path_of(row.name, "input_quantizer")) for row in inputs]
@@ -163,7 +158,7 @@ class Coverage:
         return 4 * sum(row.numel for row in self.weights)
 
     def __str__(self) -> str:
-        """Return the table: one line for all layers of a stack that are treated alike."""
+        """Return the table, with one line for all layers of a stack that are treated alike."""
         return "\n".join(_table(self))
 
     __repr__ = __str__
@@ -215,7 +210,7 @@ def coverage_of(model: nn.Module) -> Coverage | None:
     """Return the coverage of a quantized model (also of one inside it), or None for a float model.
 
     Raises:
-        RuntimeError: two parts of the model were quantized apart.
+        RuntimeError: Two parts of the model were quantized separately.
 
     Example:
         >>> import qsam
@@ -226,14 +221,14 @@ def coverage_of(model: nn.Module) -> Coverage | None:
     holders = [module for module in model.modules() if _ATTRIBUTE in vars(module)]
     if len(holders) > 1:
         raise RuntimeError(
-            f"{len(holders)} parts of the model were quantized apart: call qsam.dequantize_ on each of them, then "
+            f"{len(holders)} parts of the model were quantized separately: call qsam.dequantize_ on each of them, then "
             "qsam.quantize_ on the whole model."
         )
     return vars(holders[0])[_ATTRIBUTE] if holders else None
 
 
 def record_(model: nn.Module, coverage: Coverage | None) -> None:
-    """Attach a coverage to its model, or with None take off the one that is there."""
+    """Attach a coverage to its model, or with None remove the present one."""
     if coverage is not None:
         setattr(model, _ATTRIBUTE, coverage)
         return
@@ -248,13 +243,13 @@ def owner_of(coverage: Coverage) -> Any | None:
 
 
 def set_owner(coverage: Coverage, owner: Any | None) -> None:
-    """Note, by a weak reference, which optimizer owns the latents of these weights; drop the released latents."""
+    """Set the optimizer that owns the latents of these weights, by a weak reference; drop the released latents."""
     coverage.status.released.clear()
     coverage.status.owner = None if owner is None else weakref.ref(owner)
 
 
 def keep_released_latents(coverage: Coverage, latents: dict[str, nn.Parameter]) -> None:
-    """Keep the latents of weights that no optimizer owns, by path, for the next one."""
+    """Keep the latents that an optimizer has released, by path, for the next one."""
     coverage.status.released.update(latents)
 
 
@@ -264,7 +259,7 @@ def released_latents(coverage: Coverage) -> Mapping[str, nn.Parameter]:
 
 
 def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]]:
-    """Yield the quantizers in the tree where ``quantize_`` puts them: path, owner, name in the owner, quantizer."""
+    """Yield the quantizers where ``quantize_`` attaches them: path, module that holds it, name in it, quantizer."""
     for path, module in model.named_modules():
         for name, child in module._modules.items():
             stem = name.removesuffix("_quantizer")
@@ -273,14 +268,14 @@ def attached(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Quantizer]
 
 
 def quantizer_parameters(root: nn.Module) -> Iterator[nn.Parameter]:
-    """Iterate over the parameters of all quantizers in a model, weights' and inputs'."""
+    """Iterate over the parameters of all quantizers in a model, of weights and inputs."""
     for module in root.modules():
         if isinstance(module, Quantizer):
             yield from module.parameters()
 
 
 def require_coverage(model: nn.Module, caller: str) -> Coverage:
-    """Return the coverage of a model that is quantized, and still is the model that was."""
+    """Return the coverage of a quantized model, or raise if it is not quantized or has changed since."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"`model` must be a torch.nn.Module, got {type(model).__name__}.")
     coverage = coverage_of(model)
@@ -292,7 +287,7 @@ def require_coverage(model: nn.Module, caller: str) -> Coverage:
 
 
 def refuse_unrecorded(model: nn.Module) -> None:
-    """Refuse a float model that holds quantizers: a part of a quantized one, or what a merge has left of it."""
+    """Refuse quantizers without a coverage, in a part of a quantized model or in what a merge has left of it."""
     for path, _, name, _ in attached(model):
         weight = path.removesuffix("_quantizer") if name != "input_quantizer" else path
         raise RuntimeError(
@@ -305,9 +300,8 @@ def refuse_unrecorded(model: nn.Module) -> None:
 def refuse_changed(coverage: Coverage, root: nn.Module) -> None:
     """Refuse a model whose modules are no longer those that were quantized.
 
-    Raises:
-        RuntimeError: a quantized module has left the tree (a head that was replaced), its quantizer was taken off, or a
-            copy of it has come in and would be trained in float (peft's ``modules_to_save``). Names path and cure.
+    A quantized module may have left the tree (a head that was replaced), its quantizer may have been taken off, or a
+    copy of it may have been added that would be trained in float (peft's ``modules_to_save``).
     """
     present = {id(module) for module in root.modules()}
     cure = (
@@ -335,10 +329,10 @@ def refuse_changed(coverage: Coverage, root: nn.Module) -> None:
             )
 
 
-def overlooked(coverage: Coverage) -> str:
-    """Return a warning if most entries of matrices stay float because their layers are unknown; else an empty string.
+def float_matrices_warning(coverage: Coverage) -> str:
+    """Return a warning if most entries of matrices stay float because their layers are unknown, or "".
 
-    Embeddings and what a rule keeps float were meant to stay float and do not count.
+    Embeddings and parameters that a rule keeps float do not count.
     """
     unknown = [row for row in coverage.weights if row.quantizer is None and row.reason.startswith(NO_DEFAULT)]
     lost, kept = sum(row.numel for row in unknown), sum(row.numel for row in coverage.quantized)
@@ -359,9 +353,9 @@ def overlooked(coverage: Coverage) -> str:
 
 
 def _table(coverage: Coverage) -> Iterator[str]:
-    lines = [("parameter", "shape", "weight", "input", ""), *_merged(_rows(coverage))]
+    lines = [("parameter", "shape", "weight", "input", ""), *merged(_rows(coverage))]
     note = "attention, by its name: scores and probabilities stay float"
-    lines += _merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
+    lines += merged((name or "the model itself", ("", "", "", note)) for name in coverage.attention)
     small = sum(len(row.shape) < 2 for row in coverage.weights)
     if small:
         lines.append((f"vectors and scalars ({small})", "", "float", "", "biases, norms: fewer than two dimensions"))
@@ -373,7 +367,7 @@ def _table(coverage: Coverage) -> Iterator[str]:
 
 
 def _rows(coverage: Coverage) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Yield name and cells of each parameter of two or more dimensions, and of each input that shares its weight."""
+    """Yield the name and cells of each parameter of two or more dimensions, and of each layer with a shared weight."""
     inputs = {id(row.module): row for row in coverage.inputs}
     for row in coverage.weights:
         entry = inputs.get(id(row.module))
@@ -387,8 +381,8 @@ def _rows(coverage: Coverage) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield entry.name, ("", "", _describe_input(entry), entry.reason)
 
 
-def _merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
-    """Yield one line for the rows that differ in the numbers of their path only: "layer.{0-11}.fc.weight"."""
+def merged(rows: Iterator[tuple[str, tuple[str, ...]]]) -> Iterator[tuple[str, ...]]:
+    """Yield one line for the rows that differ only in the numbers of their path: "layer.{0-11}.fc.weight"."""
     alike: dict[tuple[tuple[str, ...], tuple[str, ...]], list[tuple[int, ...]]] = {}
     for name, cells in rows:
         parts = name.split(".")

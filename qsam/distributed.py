@@ -1,21 +1,20 @@
-"""A model on several processes: its weights in parts on each (FSDP2), or a copy on each (DistributedDataParallel).
+"""A model on several processes, sharded (FSDP2) or copied (DistributedDataParallel).
 
-Parts. A sharded tensor is a DTensor. Q, its pull-back and norms are computed on a process's own rows where that gives
-what the whole weight would,
+Sharded: a tensor is a DTensor. Q, its pull-back and norms are computed on a process's own rows if that gives the same
+result as the whole weight,
 
     Q(w)[rows] = Q(w[rows]; s),   ds = sum over processes of ds[rows],   ||d||^2 = sum over processes of ||d[rows]||^2
 
-and on the gathered weight, one weight at a time, for a quantizer that may look at more than its own entries.
-``torch.distributed.tensor.experimental.local_map`` would do the former, but it takes a result to be split evenly, and
-the rows of a weight need not divide among the processes (a head of 10 classes on 4); it is experimental, too.
+and otherwise on the gathered weight, one weight at a time. (``local_map`` of torch.distributed.tensor.experimental
+assumes that the result is split evenly, but a head of 10 classes on 4 processes is not.)
 
-Copies. The processes must agree on what DistributedDataParallel knows nothing of:
+Copied: the processes must agree on the tensors that DistributedDataParallel does not know:
 
-    first step      rank 0's latents, scales and noise seeds go to all (DDP broadcasts p alone)
-    each check      one flag: if a weight was written on one rank, all ranks raise and none waits for ever
+    first step      rank 0's latents, scales and noise seeds go to all (DDP broadcasts p only)
+    each check      one flag: if a weight was written on one rank, all ranks raise, and none waits forever
     scope="rank"    the first pass under no_sync: each rank perturbs with its own gradient (SAM's m-sharpness)
 
-Without a process group of more than one process nothing here costs anything.
+In a single process nothing here costs time.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ DataParallel = DistributedDataParallel | bool | None
 
 
 def in_process_group() -> bool:
-    """Whether this process is one of a group (of one or more)."""
+    """Whether this process belongs to a process group."""
     return distributed.is_available() and distributed.is_initialized()
 
 
@@ -62,21 +61,21 @@ def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return this process's part, detached and sharing memory; a plain tensor is its own part."""
+    """Return this process's part of a tensor, or a plain tensor; detached, sharing memory."""
     if not is_sharded(tensor):
         return tensor.detach()
-    with torch.no_grad():  # else it is a view with a count of versions of its own, and the guard reads that
+    with torch.no_grad():  # otherwise it would be a view with a separate version, which the guard reads
         part: Tensor = tensor.to_local()
     return part.detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Return the tensor gathered from all processes, which all must ask for it; a plain one as it is."""
+    """Return the tensor gathered from all processes, which must all call this; a plain tensor unchanged."""
     return tensor.detach().full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
 
 
 def own_part(tensor: Tensor, like: Tensor) -> Tensor:
-    """Return a whole tensor, which every process holds, as sharded as ``like`` is; no communication."""
+    """Shard a tensor that every process holds as ``like`` is sharded, without communication."""
     if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
@@ -96,7 +95,7 @@ def from_rows(rows: Tensor, like: Tensor) -> Tensor:
 
 
 def norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the L2 norm of each tensor, of all its parts together, in fp32 or wider, without a temporary of its size.
+    """Return the L2 norm of each whole tensor, in fp32 or wider, without a temporary of its size.
 
     There is one communication per process group, not one per tensor.
     """
@@ -120,8 +119,14 @@ def any_process(flag: bool, tensors: Iterable[Tensor]) -> bool:
     return flag
 
 
+def _mesh_groups(tensors: Iterable[Tensor]) -> list[distributed.ProcessGroup | None]:
+    """Return the groups of processes over which parts or copies of these tensors are spread."""
+    meshes = {t.device_mesh for t in tensors if is_sharded(t)}
+    return [group for mesh in sorted(meshes, key=str) for group in mesh.get_all_groups()]
+
+
 def _shard_groups(tensor: Tensor) -> list[distributed.ProcessGroup]:
-    """Return the groups over which the rows are spread; over the others they are repeated."""
+    """Return the process groups over which the rows are distributed."""
     if not is_sharded(tensor):
         return []
     return [tensor.device_mesh.get_group(i) for i, kind in enumerate(tensor.placements) if kind.is_shard()]
@@ -155,11 +160,7 @@ def vjp(
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """Return Q(w), and the VJP of Q at (w, parameters) applied to ``grad``: dw, and one gradient per Parameter by name.
 
-    Args:
-        quantizer: Q.
-        w: The point, sharded or not.
-        grad: dL/dQ, sharded as w is.
-        run: Calls the function that computes Q, with gradients enabled.
+    ``grad`` is dL/dQ, sharded as w is; ``run`` calls the function that computes Q, with gradients enabled.
     """
     part = _Part.of(quantizer, w)
     x = part.x.detach().requires_grad_()
@@ -182,7 +183,7 @@ def step_size(quantizer: Quantizer, w: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def apply(quantizer: Quantizer, method: str, w: Tensor) -> Any:
-    """Call a method of a quantizer that sets its Parameters from a weight; both may be sharded."""
+    """Call a method of a quantizer that sets its Parameters from a weight; either may be sharded."""
     own = dict(quantizer.named_parameters())
     if not any(map(is_sharded, [w, *own.values()])):
         return getattr(quantizer, method)(w)
@@ -193,13 +194,13 @@ def apply(quantizer: Quantizer, method: str, w: Tensor) -> Any:
 
 
 def _call_whole(quantizer: Quantizer, method: str, w: Tensor) -> tuple[Any, dict[str, Tensor]]:
-    """Call a method on the gathered weight; return its answer, and copies of the Parameters, which it may have set."""
+    """Call a method on the gathered weight; return its answer and copies of the Parameters, which it may have set."""
     leaves = {f"quantizer.{name}": whole(s).clone() for name, s in quantizer.named_parameters()}
     return functional_call(_Call(quantizer, method), leaves, (whole(w),)), leaves
 
 
 class _Call(nn.Module):
-    """A method of a quantizer as a module, which ``functional_call`` needs."""
+    """A method of a quantizer as a module, for ``functional_call``."""
 
     def __init__(self, quantizer: Quantizer, method: str) -> None:
         super().__init__()
@@ -211,7 +212,7 @@ class _Call(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class _Part:
-    """The tensors on which a process computes Q: a plain weight, its own rows of a sharded one, or all of it."""
+    """The tensors on which a process computes Q: a plain weight, its rows of a sharded one, or a gathered one."""
 
     quantizer: Quantizer
     x: Tensor
@@ -236,17 +237,17 @@ class _Part:
         return own_part(out, w) if self.is_whole else from_rows(out, w)
 
     def place_gradient(self, name: str, ds: Tensor, s: Tensor, w: Tensor) -> Tensor:
-        """Sum the gradient of a parameter over the processes that computed parts of it, and shard it as that is."""
+        """Sum the gradient of a parameter over the processes that computed parts of it; shard it as the parameter."""
         if self.is_whole or not is_sharded(w):
             return own_part(ds, s)
-        # LSQ divides by the root of the number of entries that it sees, here too few.
+        # LSQ divides by the root of the number of entries that it sees, which are only a part here.
         total, seen = w.numel() // max(s.numel(), 1), self.x.numel() // max(self.leaves[name].numel(), 1)
         ds = ds * (self.quantizer.gradient_scale(total) / self.quantizer.gradient_scale(seen))
         return from_rows(ds, s) if _follows(s, w) else own_part(_sum_(ds, _shard_groups(w)), s)
 
 
 def _works_on_rows(quantizer: Quantizer, w: Tensor) -> bool:
-    """Whether Q of this process's rows can be computed from them: Q is so, and its tensors are there row by row."""
+    """Whether Q of this process's rows needs only these rows, and its tensors are split by the same rows."""
     if not quantizer.rowwise:
         return False
     own = [t for key, t in quantizer.state_dict(keep_vars=True).items() if key != LIMITS]
@@ -263,16 +264,7 @@ def _follows(s: Tensor, w: Tensor) -> bool:
 
 
 def follow_fsdp(latents: Latents, base: Optimizer | None = None) -> None:
-    """See that a sharded model's shards are in place, and shard each latent as its p is.
-
-    Args:
-        latents: The latents of the model.
-        base: The optimizer whose state and groups go with them, once there is one.
-
-    Raises:
-        ValueError: The model is sharded in a way that qsam does not know, or with scales in 16 bits.
-        RuntimeError: The optimizer's groups hold Parameters that ``fully_shard`` has replaced.
-    """
+    """Put a sharded model's shards in place, and shard each latent, and its state in ``base``, as its p is."""
     if not in_process_group():
         return
     root = latents.root
@@ -294,7 +286,7 @@ def follow_fsdp(latents: Latents, base: Optimizer | None = None) -> None:
 
 
 def reshard_(root: nn.Module) -> None:
-    """Put the gathered Parameters away: after an evaluation FSDP2 leaves those of the root where the shards belong."""
+    """Replace gathered Parameters by their shards; after an evaluation FSDP2 leaves those of the root gathered."""
     from torch.distributed.fsdp import FSDPModule
 
     for module in root.modules():
@@ -303,11 +295,7 @@ def reshard_(root: nn.Module) -> None:
 
 
 def refuse_unknown(root: nn.Module) -> None:
-    """Refuse a model whose weights are split in another way.
-
-    Raises:
-        ValueError: It is under FSDP1 or DeepSpeed's ZeRO 3, or holds a DTensor that is not split by rows.
-    """
+    """Refuse a model under FSDP1 or DeepSpeed's ZeRO 3, and a DTensor that is not split by rows."""
     for name, module in root.named_modules():
         if type(module).__name__ == "FullyShardedDataParallel":
             raise ValueError(f"{name or 'the model'!r} is wrapped in FSDP1, which flattens weights: {_CURE}")
@@ -329,7 +317,7 @@ def _by_rows(kind: Any) -> bool:
 
 
 def _refuse_16_bit_scales(latents: Latents) -> None:
-    """Refuse a ``param_dtype`` that would round the scales of inputs in the forward: 8 % of 8-bit codes change."""
+    """Refuse a ``param_dtype`` that would round the scales of inputs in the forward and change 8 % of 8-bit codes."""
     from torch.distributed.fsdp import FSDPModule
 
     sharders = [m for m in latents.root.modules() if isinstance(m, FSDPModule)]
@@ -346,7 +334,7 @@ def _refuse_16_bit_scales(latents: Latents) -> None:
 
 
 def _refuse_stale_groups(root: nn.Module, groups: Iterable[dict[str, Any]]) -> None:
-    """Refuse groups that hold Parameters from before ``fully_shard``, because a step would train nothing."""
+    """Refuse groups that hold Parameters from before ``fully_shard``, because a step would not train the model."""
     present = {id(p) for p in root.parameters()}
     stale = sum(id(p) not in present for group in groups for p in group["params"])
     if stale:
@@ -361,24 +349,13 @@ def _refuse_stale_groups(root: nn.Module, groups: Iterable[dict[str, Any]]) -> N
 
 
 class Ranks:
-    """The processes that train copies of one model.
-
-    Args:
-        model: What the user gave the optimizer: the model, or a wrapper around it.
-        ddp: The DistributedDataParallel model, if ``model`` is not in one. None: every process of the default group
-            trains the same model, once there is a group. False: this process trains a model of its own.
-        scope: ``"global"``: one e for all. ``"rank"``: each rank its own.
-
-    Raises:
-        TypeError: ``ddp`` has the wrong type.
-        ValueError: ``ddp`` is around another model; or the scope is ``"rank"`` without ``ddp`` or with static_graph.
-    """
+    """The processes that train copies of one model; ``ddp`` and ``scope`` as in the optimizer."""
 
     def __init__(self, model: nn.Module, ddp: DataParallel, scope: str = "global") -> None:
         if not (ddp is None or ddp is False or isinstance(ddp, DistributedDataParallel)):
             raise TypeError(
-                "`ddp` must be the DistributedDataParallel model, None, or False where each process trains a model of "
-                f"its own, got {type(ddp).__name__}."
+                "`ddp` must be the DistributedDataParallel model, None, or False if each process trains a different "
+                f"model, got {type(ddp).__name__}."
             )
         if isinstance(ddp, DistributedDataParallel) and unwrap_model(ddp) is not unwrap_model(model):
             raise ValueError(
@@ -408,7 +385,7 @@ class Ranks:
         return group if group is not None and group.size() > 1 else None
 
     def first_pass(self) -> contextlib.AbstractContextManager[None]:
-        """Keep the gradients of a first pass apart, forward and backward, where each rank has its own e."""
+        """Return a context in which gradients are not averaged if each rank has its own e."""
         if self.scope == "rank":
             assert isinstance(self.ddp, DistributedDataParallel)
             return self.ddp.no_sync()
@@ -417,13 +394,7 @@ class Ranks:
     def share_rank_0(self, latents: Latents, steps: int, groups: Sequence[dict[str, Any]]) -> None:
         """Take rank 0's latents, scales, seeds and rates of the scales, once per process group.
 
-        Args:
-            latents: The optimizer's latents.
-            steps: How many steps it has taken.
-            groups: Its parameter groups; balanced rates of scales come from the weights, which may have differed.
-
-        Raises:
-            RuntimeError: They are at different steps; all ranks raise.
+        If the ranks are at different ``steps``, all raise. ``groups`` are the optimizer's parameter groups.
         """
         group = self.group
         if group is None or group is self._shared_in or latents.sharded:
@@ -443,12 +414,23 @@ class Ranks:
         group = self.group
         return flag if group is None or latents.sharded else _any(flag, _device(latents), group)
 
+    def take_largest_(self, tensors: Sequence[Tensor], latents: Latents) -> None:
+        """Write the entrywise largest values of all ranks into some tensors of one entry, in one communication."""
+        groups = [self.group] if not latents.sharded else _mesh_groups(latents.root.parameters())
+        if not tensors or groups == [None]:
+            return
+        flat = torch.cat([t.flatten() for t in tensors])
+        for group in groups:
+            distributed.all_reduce(flat, distributed.ReduceOp.MAX, group)
+        for tensor, value in zip(tensors, flat, strict=True):
+            tensor.copy_(value)
+
     def mean(self, grads: Mapping[int, Tensor], order: Sequence[Tensor]) -> dict[int, Tensor]:
-        """Average gradients that come from a pass that was not synchronized, in one communication.
+        """Average gradients of a pass that was not synchronized, in one communication.
 
         Args:
             grads: By the id of the tensor; one that is missing on some ranks counts as 0 there.
-            order: The tensors, in an order that all ranks share.
+            order: The tensors, in the same order on all ranks.
         """
         group = self.group
         if group is None or self.scope != "rank" or not order:
@@ -464,11 +446,7 @@ class Ranks:
         return {id(t): v.view_as(t) for t, v, n in zip(order, means, counts, strict=True) if n > 0}
 
     def refuse_unequal(self, latents: Latents) -> None:
-        """Refuse ranks that differ after the first step, because without DDP their gradients are not averaged.
-
-        Raises:
-            RuntimeError: They differ; all ranks raise.
-        """
+        """Raise on all ranks if they differ after the first step, because their gradients are not averaged."""
         group = self.group
         if not self._compares_after_step or group is None or latents.sharded:
             return
@@ -477,12 +455,12 @@ class Ranks:
         if not _equal(torch.stack([n.to(_device(latents)) for n in sums]), group):
             raise RuntimeError(
                 "the ranks hold different weights after a step: wrap the model in DistributedDataParallel after "
-                "quantize_ (and run the wrapper, not the model inside), or give `ddp=False` where each process trains "
-                "a model of its own."
+                "quantize_ (and run the wrapper, not the model inside), or give `ddp=False` if each process trains a "
+                "different model."
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Forget the process group: a copy takes rank 0's latents again."""
+        """Omit the process group, so that a copy takes rank 0's latents again."""
         return {**self.__dict__, "_shared_in": None}
 
 
@@ -496,7 +474,7 @@ def _device(latents: Latents) -> torch.device:
 
 
 def _owned(latents: Latents) -> Iterable[Tensor]:
-    """Yield the tensors that DDP does not know of, which must be equal before it averages anything."""
+    """Yield the tensors that DDP does not know, which must be equal on all ranks."""
     for slot in latents.slots:
         yield slot.latent.detach()
     for quantizer in latents.coverage.quantizers.values() if latents.coverage is not None else ():
@@ -504,7 +482,7 @@ def _owned(latents: Latents) -> Iterable[Tensor]:
 
 
 def _share_rates(groups: Sequence[dict[str, Any]], group: distributed.ProcessGroup, device: torch.device) -> None:
-    """Give all ranks rank 0's balance of the scales' rates: it was taken from weights that may have differed."""
+    """Give all ranks rank 0's balance of the scales' rates, because it depends on the initial weights."""
     balanced = [g for g in groups if "qsam_balance" in g]
     numbers = torch.tensor([[g["qsam_balance"], g["lr"]] for g in balanced], dtype=torch.float64, device=device)
     _broadcast(numbers, group)
@@ -519,7 +497,7 @@ def _broadcast(tensor: Tensor, group: distributed.ProcessGroup) -> None:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    """Return a sum over the bits, which no rounding touches."""
+    """Return a sum over the bits as integers, which is exact."""
     flat = tensor.detach().contiguous().flatten()
     words = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     return flat.view(words[flat.element_size()]).sum(dtype=torch.int64)
@@ -533,7 +511,7 @@ def _equal(numbers: Tensor, group: distributed.ProcessGroup) -> bool:
 
 
 def owned_copy(gradient: Tensor) -> Tensor:
-    """Return a gradient that nobody overwrites: with ``gradient_as_bucket_view`` DDP reuses the place of the last."""
+    """Return a gradient that DDP will not overwrite: with ``gradient_as_bucket_view`` it reuses their memory."""
     if gradient.is_sparse or hasattr(gradient, "device_mesh"):
         return gradient
     return gradient if gradient.untyped_storage().nbytes() == gradient.nbytes else gradient.clone()

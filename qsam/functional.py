@@ -2,8 +2,8 @@
 
     v = x / s,    codes = round(clip(v, Qn, Qp)),    Q(x; s) = s * codes
 
-Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x``, and by true division:
-a multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit arithmetic gives wrong codes.
+Everything is computed in fp32 (fp64 for fp64 input) whatever the dtype of ``x``, and by true division, because a
+multiplication by ``1 / s`` rounds exact ties to the other side, and 16-bit arithmetic gives wrong codes.
 """
 
 from __future__ import annotations
@@ -23,25 +23,18 @@ SCALE_FLOOR = float(torch.finfo(torch.float32).tiny)
 
 
 class Grid(NamedTuple):
-    """A uniform grid whose scales belong to contiguous rows of a tensor: what a fused kernel has to know of LSQ's Q.
-
-    Attributes:
-        scale: The step sizes.
-        quant_min: Qn.
-        quant_max: Qp.
-        grad_scale: LSQ's gs.
-        rows: How many contiguous rows the tensor has, with one step size each: as many as there are step sizes.
-    """
+    """A grid for a fused kernel: limits Qn and Qp, the factor gs, one step size per contiguous row, and the offset."""
 
     scale: Tensor
     quant_min: int
     quant_max: int
     grad_scale: float
     rows: int
+    offset: float = 0.0
 
 
 Limit = int | Tensor
-"""Qn or Qp; a tensor in a compiled kernel, for which a number would be a constant."""
+"""Qn or Qp; a tensor in a compiled kernel, in which a number would be a constant."""
 
 
 def integer_limits(bits: int, signed: bool) -> tuple[int, int]:
@@ -80,7 +73,7 @@ def wide_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def positive(scale: Tensor) -> Tensor:
-    """Return ``max(|scale|, SCALE_FLOOR)``: the step size that is in force, whatever an optimizer did to ``scale``."""
+    """Return the effective step size ``max(|scale|, SCALE_FLOOR)``."""
     return scale.abs().clamp_min(SCALE_FLOOR)
 
 
@@ -110,7 +103,7 @@ def codes_of(v: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
 
 
 def clipped(v: Tensor, quant_min: Limit, quant_max: Limit) -> Tensor:
-    """Return ``1 - M``: where ``v <= Qn`` or ``v >= Qp``, and no gradient passes."""
+    """Return ``1 - M``, True where ``v <= Qn`` or ``v >= Qp`` and no gradient passes."""
     return (v <= quant_min) | (v >= quant_max)
 
 
@@ -126,7 +119,6 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def forward(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: float) -> Tensor:
-        """Return ``s * round(clip(x / s, Qn, Qp))`` in the dtype of ``x``."""
         fused = kernels.quantized(x, _grid(x, scale, quant_min, quant_max, grad_scale))
         if fused is not None:
             return fused
@@ -135,14 +127,12 @@ class _FakeQuantize(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: FunctionCtx, inputs: tuple[Tensor, Tensor, int, int, float], output: Tensor) -> None:
-        """Keep what the backward and the tangent need."""
         x, scale, *ctx.settings = inputs  # type: ignore[attr-defined]
         ctx.save_for_backward(x, scale)
         ctx.save_for_forward(x, scale)
 
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``."""
         x, scale = ctx.saved_tensors  # type: ignore[attr-defined]
         needs = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         dx, ds = fake_quantize_vjp(x, scale, grad, *ctx.settings, needs=needs)  # type: ignore[attr-defined]
@@ -167,7 +157,6 @@ class _WithTangent(_FakeQuantize):
 
 
 def _clipping(x: Tensor, scale: Tensor, quant_min: int, quant_max: int) -> tuple[Tensor, Tensor]:
-    """Return v and ``1 - M``."""
     wide = wide_dtype(x.dtype)
     v = x.to(wide) / positive(scale).to(wide)
     return v, clipped(v, quant_min, quant_max)
@@ -187,7 +176,7 @@ def _grid(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad_scale: 
     return Grid(scale, quant_min, quant_max, grad_scale, scale.numel())
 
 
-# torch binds the arguments of each call by this signature, and would otherwise find it out anew, in 0.1 ms.
+# torch binds the arguments of each call by this signature, and would otherwise compute it again each time, in 0.1 ms.
 _FakeQuantize.forward.__signature__ = inspect.signature(_FakeQuantize.forward)  # type: ignore[attr-defined]
 
 
@@ -199,13 +188,13 @@ def fake_quantize(x: Tensor, scale: Tensor, quant_min: int, quant_max: int, grad
         dQ/dx = M
         dQ/ds = round(v) - v  where M,   Qn where v <= Qn,   Qp where v >= Qp
 
-    and the gradient of ``s`` is the sum over the entries that share it, times ``grad_scale``. The gradient is
-    scaled and never the value: the usual detach trick moves ``s`` by up to 1e-3 in fp16.
+    and the gradient of ``s`` is the sum over the entries that share it, times ``grad_scale``. The gradient is scaled
+    directly, because the usual detach trick changes the value of ``s`` by up to 1e-3 in fp16.
 
     Args:
         x: Any shape, any floating dtype; the result has the same shape and dtype.
-        scale: Step size s, fp32, broadcastable against ``x``. ``max(|s|, tiny)`` is in force; the gradient passes
-            through that guard with the sign of ``s``, so a scale at the bound is not dead.
+        scale: Step size s, fp32, broadcastable against ``x``. ``max(|s|, tiny)`` is used, and the gradient passes
+            through it with the sign of ``s``, so that a scale at the bound still learns.
         quant_min: Qn <= 0.
         quant_max: Qp > 0.
         grad_scale: LSQ's ``gs = 1 / sqrt(N * Qp)``; see :func:`lsq_grad_scale`.
@@ -233,17 +222,9 @@ def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradien
     x: Tensor, scale: Tensor, grad: Tensor, quant_min: int, quant_max: int, grad_scale: float,
     *, needs: tuple[bool, bool] = (True, True), overwrite: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-    """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``: what the backward of :func:`fake_quantize` returns.
+    """Return ``M(x) * grad`` and ``gs * <grad, dQ/ds>``, as the backward of :func:`fake_quantize`.
 
-    Args:
-        x: As :func:`fake_quantize` took it.
-        scale: s.
-        grad: dL/dQ, of the shape of ``x``.
-        quant_min: Qn.
-        quant_max: Qp.
-        grad_scale: gs.
-        needs: Which of the two are asked for; None is returned for the other one.
-        overwrite: Whether dx may take the memory of ``grad``.
+    ``grad`` is dL/dQ. ``needs`` selects the results; the other one is None. ``overwrite`` lets dx overwrite ``grad``.
     """
     fused = kernels.pulled_back(x, _grid(x, scale, quant_min, quant_max, grad_scale), grad, overwrite)
     if fused is not None:
@@ -254,7 +235,7 @@ def fake_quantize_vjp(  # noqa: PLR0917 (those of fake_quantize, and the gradien
         return dx, None
     slope = slope_of(v, codes_of(v, quant_min, quant_max), outside)
     ds = (slope * grad).sum_to_size(scale.shape) * grad_scale
-    # s enters as |s|: on the negative side its slope is -1, so that a descent still moves |s| the right way.
+    # Q depends on |s|, whose slope is -1 for a negative s, so that a descent still moves |s| the right way.
     return dx, torch.where(scale < 0, -ds, ds).to(scale.dtype)
 
 
@@ -294,7 +275,7 @@ def channel_count(x: Tensor, axis: Axis) -> int:
 
 
 def are_leading(axis: Axis | None) -> bool:
-    """Whether the channel dimensions are the first ones, so that channels are rows that follow each other in memory.
+    """Whether the channel dimensions are the first ones, so that channels are consecutive rows in memory.
 
     Example:
         >>> are_leading(0), are_leading((0, 1)), are_leading(1), are_leading((0, 2))
@@ -309,7 +290,7 @@ def to_groups(x: Tensor, axis: Axis, group_size: int) -> Tensor:
     Args:
         x: Two or more dimensions, with C channels along ``axis``.
         axis: The channel dimension, or several.
-        group_size: Entries a group; divides ``x.numel() / C``.
+        group_size: Entries per group; divides ``x.numel() / C``.
 
     Returns:
         A view or copy of shape ``(C, G, group_size)``.

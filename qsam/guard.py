@@ -1,8 +1,8 @@
-"""The guard: only the optimizer writes quantized weights, and their quantizers stay the ones it was built with.
+"""The guard checks that only the optimizer writes quantized weights, and that their quantizers stay the same.
 
-A write that torch counts changes a fingerprint, and the next check sees it. A write through ``.data`` leaves no trace
-but the value. So each verb that overwrites p (pull back, perturb, a pass with noise) first compares p with the Q(w)
-that it computes anyway; the answer is read at the next check, because to read it at once would wait for the device.
+A write that torch counts changes a fingerprint, which the next check compares. A write through ``.data`` changes the
+value only. So each verb that overwrites p (pull back, perturb, a pass with noise) first compares p with the Q(w) that
+it computes anyway. The next check reads the answer, because reading it at once would wait for the device.
 
 While a block is open, p is not Q(w), and a hook on the model refuses its ``state_dict``.
 """
@@ -31,11 +31,7 @@ _OVERFLOW = (
 
 
 class Guard:
-    """The state in which the optimizer left a model, and the differences that have been seen since.
-
-    Args:
-        coverage: The model's coverage; None for a float model.
-        root: The model.
+    """The state in which the optimizer left a model, and the differences found since.
 
     Attributes:
         released: Whether the optimizer has handed the model over.
@@ -43,7 +39,7 @@ class Guard:
 
     def __init__(self, coverage: Coverage | None, root: nn.Module) -> None:
         self.released = False
-        # A checkpoint may bring other latents than the model had at construction, so they are judged in the first pass.
+        # A checkpoint may bring other latents than the model had at construction, so the first check examines them.
         self._is_first_check = True
         self._root = root
         self._coverage = coverage
@@ -58,25 +54,20 @@ class Guard:
         self._fingerprints = [slot.fingerprint() for slot in slots]
 
     def accept_current_weights(self) -> None:
-        """Drop what the comparisons have found, because the present weights are to become the latents."""
+        """Drop the differences found so far, because the present weights become the latents."""
         self._differs.clear()
 
     def check(
         self, slots: Sequence[Slot], agree: Callable[[bool], bool] | None, among: Callable[[bool], bool] | None
     ) -> None:
-        """Refuse to go on if anybody else wrote p or a scale since the last :meth:`remember`.
+        """Raise if other code wrote p or a scale since the last :meth:`remember`.
 
-        A changed fingerprint with equal values is no alarm (DDP broadcasts at construction).
+        A changed fingerprint with equal values is not an error (DDP broadcasts at construction).
 
         Args:
             slots: The weights.
-            agree: Tells whether a flag is set in any process; None if the other processes may not be asking.
+            agree: Returns whether a flag is set in any process; None if the other processes may not call it now.
             among: The same, among the processes that hold parts of the weights; None if each holds all.
-
-        Raises:
-            RuntimeError: The model's weights are not the Q(w) that were left there, its quantizers are others, or it is
-                on another device.
-            ValueError: An fp16 Parameter could not hold its Q(w) in the step before.
         """
         self.check_attached()
         self._check_tree()
@@ -91,7 +82,7 @@ class Guard:
         late = [path for path, flag in self._differs if bool(flag)]
         self._differs.clear()
         changed = [slot for slot, old in zip(slots, self._fingerprints, strict=True) if slot.fingerprint() != old]
-        if among is not None:  # to compare takes all processes, and so does what comes next
+        if among is not None:  # the comparison needs all processes, and so does the next call
             agree, changed = among, list(slots) if among(bool(changed)) else []
         foreign = list(dict.fromkeys([s.path for s in changed if not same_values(s.parameter, s.quantized())] + late))
         if bool(foreign) if agree is None else agree(bool(foreign)):
@@ -100,11 +91,7 @@ class Guard:
             self.remember(slots)
 
     def check_attached(self) -> None:
-        """Refuse to go on if the model no longer has the quantizers that this optimizer was built with.
-
-        Raises:
-            RuntimeError: They were taken off or replaced, or the optimizer has handed the model over.
-        """
+        """Raise if the model no longer has the quantizers that this optimizer was built with, or was handed over."""
         if self.released:
             raise RuntimeError(
                 "this optimizer has handed its model over (release): it can no longer be used. Go on with the "
@@ -119,7 +106,7 @@ class Guard:
                 )
 
     def _check_tree(self) -> None:
-        """Refuse to go on if a quantized module has left the model; a module that was wrapped has not."""
+        """Raise if a quantized module has left the model; wrapping a module is allowed."""
         if self._coverage is not None and any(p._modules.get(name) is not child for p, name, child in self._links):
             refuse_changed(self._coverage, self._root)
             self._links = _links(self._root)
@@ -134,7 +121,7 @@ class Guard:
             self.report(slot, ((q == p) | torch.isnan(p)).all())
 
     def report(self, slot: Slot, same: Tensor | bool) -> None:
-        """Take the answer of a kernel to whether p held Q(w)."""
+        """Note a kernel's answer whether p held Q(w)."""
         if same is not True:
             self._differs.append((slot.path, True if same is False else ~same))
 
@@ -146,25 +133,23 @@ def same_values(p: Tensor, expected: Tensor) -> bool:
 
 
 def _links(root: nn.Module) -> list[tuple[nn.Module, str, nn.Module | None]]:
-    """Return the tree: every module with its children."""
     return [(parent, name, child) for parent in root.modules() for name, child in parent._modules.items()]
 
 
 def _places(coverage: Coverage) -> list[tuple[nn.Module, str, Quantizer]]:
-    """Return every quantizer with the module and the name where it is attached."""
     return [(module, name, getattr(module, name)) for module, name, _ in coverage.places]
 
 
 def _refuse_foreign(paths: list[str]) -> None:
     where = repr(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else "") if paths else "of another rank"
     raise RuntimeError(
-        f"the quantized weight {where} was written by somebody else since the last step. If that was meant (a "
+        f"the quantized weight {where} was written by other code since the last step. If that was meant (a "
         "checkpoint, a merge), call optimizer.sync_latents() to take the present weights as latents."
     )
 
 
 def _refuse_moved(slots: Iterable[Slot]) -> None:
-    """Refuse latents that stayed behind when the model was moved to another kind of device."""
+    """Raise if the model was moved to another kind of device and its latents were not."""
     for slot in slots:
         here, there = slot.latent.device, slot.parameter.device
         if here.type != there.type:
@@ -187,7 +172,7 @@ def _warn_if_on_grid(slots: Sequence[Slot]) -> None:
 
 
 def _is_on_grid(slot: Slot) -> bool:
-    """Whether quantizing the latent changes next to nothing, so that it was rounded before."""
+    """Whether quantizing the latent hardly changes it, because it was rounded before."""
     w = whole(slot.latent.detach())
     gap = (whole(slot.fake_quantize(slot.latent.detach())) - w).abs().max()
     return bool(gap <= 1e-3 * w.abs().max())
@@ -198,10 +183,7 @@ def _is_on_grid(slot: Slot) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class _OpenBlock:
-    """A hook on the root module that refuses its state_dict, and whose presence says that a block is open.
-
-    It is removed when the block ends, because the optimizer may be thrown away after that.
-    """
+    """A hook on the root module that refuses its state_dict, and whose presence shows that a block is open."""
 
     name: str
 
@@ -212,13 +194,13 @@ class _OpenBlock:
 
 
 def open_block(root: nn.Module, name: str) -> None:
-    """Mark the model: from here on its p are not Q(w)."""
+    """Mark the model, because from here on its p are not Q(w)."""
     close_block(root)
     root.register_state_dict_pre_hook(_OpenBlock(name))  # type: ignore[no-untyped-call]
 
 
 def close_block(root: nn.Module) -> None:
-    """Take the mark off."""
+    """Remove the mark."""
     for key, hook in list(root._state_dict_pre_hooks.items()):
         if isinstance(hook, _OpenBlock):
             del root._state_dict_pre_hooks[key]

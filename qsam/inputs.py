@@ -1,8 +1,8 @@
 """Quantization of a layer's input in the graph: the forward pre-hook, and how it gets its first scale.
 
-The hook is a module-level function, so that a deepcopy or pickle of the model runs its own quantizer. Whether an input
-has a scale, and its sign, are in the quantizer's buffer ``limits``: eager code reads them, a compiled graph computes
-with them and stays whole.
+The hook is a module-level function, so that a deepcopy or pickle of the model runs its own quantizer. The quantizer's
+buffer ``limits`` says whether the input has a scale, and its sign: eager code reads it, and a compiled graph computes
+with it, without a graph break.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ _SAMPLE_ENTRIES = 2**16
 """Entries of one batch that calibration keeps, besides its smallest and largest."""
 
 _TOTAL_ENTRIES = 2**20
-"""Entries of all batches that calibration keeps; beyond, they are thinned out."""
+"""Entries of all batches that calibration keeps; if there are more, they are subsampled."""
 
 
 @dataclasses.dataclass
 class _Calibration:
-    """Whether inputs may be calibrated now: not during perturbed passes, which threads may run at the same time."""
+    """Counts the perturbed passes that are running, in any thread: inputs are not calibrated meanwhile."""
 
     forbidden: int = 0
     lock: threading.Lock = dataclasses.field(default_factory=threading.Lock)
 
     def forbid(self, count: int) -> None:
-        """Count a pass that begins (1) or ends (-1)."""
+        """Add 1 when a pass begins and -1 when it ends."""
         with self.lock:
             self.forbidden += count
 
@@ -50,17 +50,18 @@ _CALIBRATION = _Calibration()
 
 
 _LOOKS = 128
-"""Forwards after calibration in which an unsigned input is watched for negative entries, at powers of two."""
+"""The last forward after calibration in which an unsigned input is checked for negative entries; forwards 1, 2, 4, 8
+and so on are checked."""
 
 
 @dataclasses.dataclass(eq=False)
 class Place:
-    """Where an input quantizer sits, and what its hook remembers.
+    """The path of an input quantizer, and the state of its hook.
 
     Attributes:
         path: Path of the module whose input it quantizes; empty for the model itself.
-        said: What has been warned of once; one set for all inputs of a model.
-        samples: What calibration has collected so far; None outside calibration.
+        said: The warnings that have been given; one set for all inputs of a model.
+        samples: The samples that calibration has collected so far; None outside calibration.
         looks: How many forwards have come since the input was calibrated, up to :data:`_LOOKS`.
         passed: Whether the layer has been called and its input passed in float, because no scale could be set from it.
     """
@@ -81,9 +82,9 @@ def attach_input_(module: nn.Module, quantizer: Quantizer, place: Place) -> None
 
 
 def batch_first_of(root: nn.Module, path: str) -> bool | None:
-    """Return ``batch_first`` of the module at ``path`` or of its nearest ancestor that tells it; None if none does.
+    """Return ``batch_first`` of the module at ``path`` or of its nearest ancestor that has it; None if none has.
 
-    A module tells it by an attribute ``batch_first``, its own or that of an ``nn.MultiheadAttention`` right inside it.
+    The attribute may also belong to an ``nn.MultiheadAttention`` that is a direct child of the module.
 
     Example:
         >>> batch_first_of(nn.TransformerEncoderLayer(8, 2, 16), "linear1"), batch_first_of(nn.Linear(2, 2), "")
@@ -110,13 +111,13 @@ def detach_input_(module: nn.Module) -> None:
 
 
 def shown(path: str) -> str:
-    """Return a module's path for a message: the model itself has none."""
+    """Return a module's path for a message; the model itself has none."""
     return repr(path) if path else "the model itself"
 
 
 @contextlib.contextmanager
 def frozen() -> Iterator[None]:
-    """Within this context no input is calibrated: its statistics would be those of a perturbed model."""
+    """Within this context no input is calibrated, because its statistics would be those of a perturbed model."""
     _CALIBRATION.forbid(1)
     try:
         yield
@@ -128,14 +129,11 @@ def frozen() -> Iterator[None]:
 def collecting(quantizers: list[Quantizer], group: distributed.ProcessGroup | None = None) -> Iterator[set[Quantizer]]:
     """Within this context inputs pass through as float and samples of them are kept; then signs and scales are set.
 
-    An input that was not reached, in one of the processes of ``group``, stays as it was; so does one that held zeros
-    only, about which a warning tells.
+    An input that was not reached in one of the processes of ``group`` stays as it was. So does an input that held only
+    zeros, with a warning. An input that is not finite raises ValueError at the end.
 
     Yields:
-        A set that holds at the end, after this context, the quantizers whose inputs were reached.
-
-    Raises:
-        ValueError: at the end, if an input was not finite.
+        A set that holds, after this context, the quantizers whose inputs were reached.
     """
     places = [_place(quantizer) for quantizer in quantizers]
     for place in places:
@@ -145,7 +143,7 @@ def collecting(quantizers: list[Quantizer], group: distributed.ProcessGroup | No
         yield reached
         reached |= {quantizer for quantizer, place in zip(quantizers, places, strict=True) if place.samples}
         for quantizer, place in zip(quantizers, places, strict=True):
-            # An input that was not reached takes part with nothing, on its device: other processes may wait for it.
+            # An input that was not reached takes part with no entries, because other processes may wait for it.
             _observe(quantizer, torch.cat([quantizer.limits.new_zeros(0), *(place.samples or ())]), group)
         _warn_zeros(
             [_place(quantizer).path for quantizer in quantizers if quantizer in reached and not quantizer.calibrated]
@@ -178,7 +176,7 @@ def _quantize_first_input(
             return None
         if _is_floating(value):
             return (*args[:i], _quantized(module, value), *args[i + 1 :]), kwargs
-    for key in ("input", *kwargs):  # `gru(hx=h, input=x)`: what torch calls the input is the input
+    for key in ("input", *kwargs):  # `gru(hx=h, input=x)`: torch's layers name their input so
         value = kwargs.get(key)
         if isinstance(value, PackedSequence):
             return None
@@ -190,7 +188,7 @@ def _quantize_first_input(
 def _quantize_attention_inputs(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Quantize query, key and value, each distinct tensor once: self-attention must still see one tensor."""
+    """Quantize query, key and value, each distinct tensor once, because self-attention must still get one tensor."""
     names = ("query", "key", "value")
     given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
     done: dict[int, Tensor] = {}
@@ -214,12 +212,12 @@ def _quantized(module: nn.Module, x: Tensor) -> Tensor:
         return x
     if x.is_nested:
         return torch.nested.as_nested_tensor([quantizer(part) for part in x.unbind()], layout=x.layout)
-    found = linear.pending(module, quantizer, x)  # to its layer as good as a tensor
+    found = linear.deferred(module, quantizer, x)  # a stand-in that only nn.Linear will use
     return quantizer(x) if found is None else found  # type: ignore[return-value]
 
 
 def _quantized_outside(module: nn.Module, x: Tensor) -> Tensor:
-    """Leave the graph that is being compiled, until the input has a scale."""
+    """Leave the graph that is being compiled, because the input has no scale yet."""
     if torch.compiler.is_exporting():
         raise RuntimeError(
             f"the input of {shown(_place(module._modules[NAME]).path)} has no scale yet, as far as torch.export can "  # type: ignore[arg-type]
@@ -237,7 +235,7 @@ def _quantized_eagerly(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def _is_ready(module: nn.Module, quantizer: Quantizer, x: Tensor) -> bool:
-    """Whether the input is to be quantized now; calibrate it, if it may be and has not been."""
+    """Whether to quantize the input now; calibrate it if it has no scale and may be calibrated."""
     place = _place(quantizer)
     if place.samples is not None:
         _keep_sample(place.samples, x)
@@ -273,7 +271,7 @@ def _is_zero(x: Tensor) -> bool:
 
 
 def _watch_sign(place: Place, x: Tensor) -> None:
-    """Tell once of negative entries at an unsigned input; look rarely, because a look waits for the device."""
+    """Warn once of negative entries at an unsigned input; check rarely, because a check waits for the device."""
     place.looks += 1
     if place.looks & (place.looks - 1):
         return
@@ -286,7 +284,7 @@ def _watch_sign(place: Place, x: Tensor) -> None:
         warnings.warn(
             f"the input of {shown(place.path)} held no negative entry in the data that its scale was set from, and is "
             "unsigned; now it holds negative entries, which become 0. Call qsam.calibrate(model, batches) with typical "
-            "batches: they decide the sign of every input anew.",
+            "batches, which sets the sign of every input again.",
             UserWarning,
             stacklevel=3,
         )
@@ -305,7 +303,7 @@ def _observe_first_batch(quantizer: Quantizer, x: Tensor) -> None:
 def _observe(quantizer: Quantizer, x: Tensor, group: distributed.ProcessGroup | None = None) -> None:
     """Set sign and parameters from data: a negative entry in any process makes it signed; parameters are averaged.
 
-    No entry, or none but zeros, in any of the processes says nothing: the input stays as it was.
+    If a process has no entry or only zeros, the input stays as it was.
     """
     facts = torch.stack([(x < 0).any(), ~x.isfinite().all(), ~(x != 0).any()]).to(torch.int32)
     if group is not None:
@@ -338,7 +336,7 @@ def _active_data_parallel_group() -> distributed.ProcessGroup | None:
 
 
 def _is_sharded_within(quantizer: Quantizer) -> bool:
-    """Whether a module above ``quantizer`` is sharded: its parameters are gathered copies now, and writes are lost."""
+    """Whether a module above ``quantizer`` is sharded, so that writes to gathered parameters would be lost."""
     if not _in_process_group():
         return False
     modules = composed_modules()
@@ -348,7 +346,7 @@ def _is_sharded_within(quantizer: Quantizer) -> bool:
 
 
 def _flat(x: Tensor) -> Tensor:
-    """Return all entries of a tensor in one dimension; of a nested one too."""
+    """Return all entries of a tensor, nested or not, in one dimension."""
     x = x.detach()
     return torch.cat([part.flatten() for part in x.unbind()]) if x.is_nested else x.flatten()
 
@@ -362,9 +360,9 @@ def _keep_sample(samples: list[Tensor], x: Tensor) -> None:
 
 
 def _sample(flat: Tensor, entries: int = _SAMPLE_ENTRIES) -> Tensor:
-    """Return about so many evenly spread entries, and the extremes; everything, if it is little.
+    """Return about ``entries`` evenly spread entries and the extremes, or everything if there are fewer.
 
-    The stride has no factor in common with the number of entries, thus with no dimension of the tensor: otherwise it
+    The stride has no factor in common with the number of entries, and so with no dimension of the tensor. Otherwise it
     would visit the same few channels in each row.
     """
     stride = max(1, flat.numel() // entries)
@@ -379,7 +377,7 @@ def _place(quantizer: Quantizer) -> Place:
 
 
 def was_passed_as_float(quantizer: Quantizer) -> bool:
-    """Whether the layer has been called with an input that could set no scale: zeros, or outside of training mode."""
+    """Whether the layer has been called with an input that could set no scale: zeros, or not in training mode."""
     return _place(quantizer).passed
 
 

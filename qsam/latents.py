@@ -5,8 +5,8 @@
     pull back  (dw, ds) = VJP of Q at (w, s) applied to the gradient of the loss with respect to Q(w)
     update     an optimizer steps w; if it fails, w is what it was before
 
-A weight is a slot (module, attribute) and is looked up at each verb, because Accelerate and FSDP replace Parameters.
-Each verb runs in one sweep over a weight where a kernel can (:mod:`qsam.fused.kernels`), and eagerly elsewhere.
+A weight is a slot (module, attribute) and is looked up by each verb, because Accelerate and FSDP replace Parameters.
+Each verb is one sweep over a weight if a kernel fits it (:mod:`qsam.fused.kernels`), and runs eagerly otherwise.
 """
 
 from __future__ import annotations
@@ -46,19 +46,16 @@ _log = logging.getLogger("qsam")
 
 @dataclasses.dataclass(eq=False)
 class Slot:
-    """One quantized weight: where it lives, and its latent.
+    """One quantized weight: the attribute ``attr`` of ``module``, at ``path`` in the model, and its latent.
 
     Attributes:
-        path: "encoder.layer.0.query.weight".
-        module: The owner of the Parameter.
-        attr: Its name there.
         latent: w, fp32 or the Parameter's dtype if that is wider.
         p_holds: ``"quantized"``: p is Q(w). ``"perturbed"``: Q(w) + e, or Q(w + e), from a perturbation until the next
             write. ``"latent"``: a copy of w, from a fused pull-back until the next write.
         inner_e: The e that was added to w before it was quantized in the last perturbed pass (SAQ, case 2), until the
             update.
         lacks_scale: Whether a row of w, or all of it, has been 0 so far, so that no scale could be set from it.
-        is_initial: Whether the scale is the one that w gave when the optimizer was built, and no step has come since.
+        is_initial: Whether no step has come since the scale was set from w at construction.
     """
 
     path: str
@@ -78,11 +75,11 @@ class Slot:
 
     @property
     def quantizer(self) -> Quantizer:
-        """Q."""
+        """The quantizer Q."""
         return getattr(self.module, f"{self.attr}_quantizer")  # type: ignore[no-any-return]
 
     def fake_quantize(self, w: Tensor) -> Tensor:
-        """Return Q at another point than the latent, sharded as that is."""
+        """Return Q of any tensor shaped and sharded as the latent."""
         return distributed.quantized(self.quantizer, w)
 
     @torch.no_grad()
@@ -91,14 +88,14 @@ class Slot:
         return self.fake_quantize(self.latent).to(self.parameter.dtype)
 
     def note(self, holds: Literal["quantized", "perturbed", "latent"]) -> None:
-        """Note what p holds now; a layer that multiplies integers asks its quantizer whether p is on the grid."""
+        """Note what p holds now, and tell the quantizer whether p is on the grid, for layers of integers."""
         if holds != self.p_holds:
             self.p_holds = holds
             # Q(w + e) is on the grid too.
             self.quantizer.off_grid = holds == "latent" or (holds == "perturbed" and self.inner_e is None)
 
     def point(self) -> Tensor:
-        """Return where Q was evaluated: w, or ``w + e``; where w has no scale yet, any e would be beyond the grid."""
+        """Return the point at which Q was evaluated: w or ``w + e``; w in rows that have no scale yet."""
         w = self.latent.detach()
         if self.inner_e is None:
             return w
@@ -108,55 +105,48 @@ class Slot:
         return w if step is None else torch.where(step > SCALE_FLOOR, w + self.inner_e, w)
 
     def step_size(self) -> Tensor | None:
-        """Return the distance of neighbouring grid values, broadcastable against the latent; None without a grid."""
+        """Return the distance of neighbouring grid values, broadcastable against the latent, or None."""
         return distributed.step_size(self.quantizer, self.latent.detach())
 
     def set_scale(self) -> None:
-        """Set the scale from w, if no checkpoint brought one, and find out whether w sufficed for it."""
+        """Set the scale from w if no checkpoint brought one, and note whether some entries are still missing."""
         self.is_initial = self.is_initial or not self.quantizer.calibrated
         if self.is_initial:
             self.quantizer.set_sign_(None)
-            distributed.apply(self.quantizer, "settle_", self.latent.detach())
+            distributed.apply(self.quantizer, "set_from_weight_", self.latent.detach())
         self.lacks_scale = True
         self.complete_scale()
 
     def take_loaded_scale(self) -> None:
-        """Keep the scale, which a checkpoint brought together with w."""
+        """Keep the scale that a checkpoint brought together with w."""
         self.is_initial = False
         self.lacks_scale = True
 
     def complete_scale(self) -> None:
-        """Set the entries of the scale that zeros left open, where w differs from 0 now."""
+        """Set the scales of rows of w that were zeros before and are not now."""
         if self.lacks_scale:
             self.lacks_scale = not distributed.apply(self.quantizer, "complete_", self.latent.detach())
 
     def move_state(self) -> None:
-        """Let the quantizer move its state by one step; one without state is not asked to look at all shards of w."""
+        """Let the quantizer move its state by one step; w is gathered only for a quantizer that has state."""
         self.is_initial = False
-        self.quantizer.requires_grad_(False)  # model.requires_grad_(True) flips it, and DDP would wait for it
+        self.quantizer.requires_grad_(False)  # model.requires_grad_(True) sets it, and DDP would wait for a gradient
         w = self.latent.detach()
         self.quantizer.update(distributed.whole(w) if type(self.quantizer).update is not Quantizer.update else w)
 
     def fingerprint(self) -> tuple[Any, ...]:
-        """Return a tuple that changes when p or a tensor of its quantizer is written in a way that torch counts."""
+        """Return a tuple that changes whenever torch counts a write to p or to a tensor of its quantizer."""
         p, quantizer = self.parameter, self.quantizer
-        is_plain = len(quantizer._buffers) == 1 and not quantizer._modules  # its Parameters and `limits` are all
+        is_plain = len(quantizer._buffers) == 1 and not quantizer._modules  # only Parameters and `limits`
         own = quantizer._parameters if is_plain else quantizer.state_dict(keep_vars=True)
-        # DDP broadcasts buffers in each forward: the version of `limits` means nothing.
+        # DDP broadcasts buffers in each forward, so the version of `limits` means nothing.
         versions = [distributed.local(t)._version for key, t in own.items() if t is not None and key != LIMITS]
         part = distributed.local(p)
         return (id(p), p._version, part._version, part.data_ptr(), p.dtype, *versions)
 
 
 class Target(NamedTuple):
-    """A tensor to perturb.
-
-    Attributes:
-        slot: Its slot, if it is a quantized weight; else None.
-        parameter: The Parameter.
-        direction: d, of its shape.
-        coefficient: c, a scalar tensor.
-    """
+    """A tensor to perturb by ``c * d``: d has its shape, c is a scalar tensor, and float parameters have no slot."""
 
     slot: Slot | None
     parameter: Tensor
@@ -165,24 +155,15 @@ class Target(NamedTuple):
 
 
 class Latents:
-    """The latent weights of one model.
-
-    Args:
-        model: The model.
-        owner: The optimizer; a model's latents have one owner.
-        coverage: The model's coverage; None for a float model, which has no slots.
+    """The latent weights of one model, whose owner is one optimizer; without coverage there are no slots.
 
     Attributes:
         root: The model without wrappers.
         slots: The quantized weights.
         sharded: Whether ``fully_shard`` was called on the model, so that each process holds a part of it.
-        guard: Sees whether anybody else writes the weights.
+        guard: Detects writes by other code.
         noises: The streams of noise that the quantizers of weights and inputs draw from.
-        noisy: Whether the gradients in p were taken at a noisy Q(w), with whose draw they are pulled back.
-
-    Raises:
-        RuntimeError: Another optimizer owns this model's weights.
-        ValueError: An fp16 Parameter cannot hold its quantized values, or two quantized weights are tied.
+        noisy: Whether the gradients in p were computed at a noisy Q(w); they are pulled back with the same draw.
     """
 
     def __init__(self, model: nn.Module, owner: Any, coverage: Coverage | None) -> None:
@@ -210,8 +191,8 @@ class Latents:
 
     @torch.no_grad()
     def write(self) -> None:
-        """Write ``p <- Q(w)``, in place, and remember how p looks now."""
-        if self.sharded:  # after an exception in a forward, gathered copies are where the shards belong
+        """Write ``p <- Q(w)``, in place, and remember the fingerprint of p."""
+        if self.sharded:  # after an exception in a forward, the model holds gathered copies instead of shards
             distributed.reshard_(self.root)
         for slot, written in zip(self.slots, kernels.write_(self._weights(self.slots)), strict=True):
             if not written:
@@ -225,25 +206,22 @@ class Latents:
     @torch.no_grad()
     def write_latents(self) -> None:
         """Write ``p <- w``, in place."""
-        for p, slot in [(slot.parameter, slot) for slot in self.slots]:  # all are looked up before one is written
+        for p, slot in [(slot.parameter, slot) for slot in self.slots]:  # the lookup may raise, so it comes first
             p.copy_(slot.latent)
             slot.note("latent")
         torch.clear_autocast_cache()
 
     def open_block(self, name: str) -> None:
-        """Mark the model until the next :meth:`write`: its p are not Q(w)."""
+        """Mark the model until the next :meth:`write`, because its p are not Q(w)."""
         open_block(self.root, name)
         torch.clear_autocast_cache()  # the cache holds Q(w), and p will not
 
     @contextlib.contextmanager
     def noise(self, block: str, check: Callable[[], None]) -> Iterator[None]:
-        """Within this context noise quantizers draw: p holds the noisy Q(w), and outside the exact one again.
+        """Within this context noise quantizers draw, and p holds the noisy Q(w); afterwards it holds the exact one.
 
-        Gradients taken inside are pulled back with the same draw. Without noise quantizers nothing happens.
-
-        Args:
-            block: The name of the pass, for messages.
-            check: Lets all processes :meth:`check` and raise together, because p is about to be overwritten.
+        Gradients computed inside are pulled back with the same draw. Without noise quantizers nothing happens.
+        ``check`` lets all processes raise together before p is overwritten.
         """
         if not self.noises:
             yield
@@ -302,17 +280,14 @@ class Latents:
         slot.note("perturbed")
 
     def keep_perturbed(self) -> None:
-        """Leave p perturbed after its pass, because an update comes next: this saves two sweeps over the weights.
-
-        Noise and shards want p to be written again.
-        """
+        """Leave p perturbed for the update that follows, which saves two sweeps; with noise or shards, write Q(w)."""
         if self.noises or self.sharded:
             self.write()
         else:
             self.guard.remember(self.slots)
 
     def end_perturbation(self) -> None:
-        """Write p if :meth:`keep_perturbed` left it perturbed and no update has come."""
+        """Write p if :meth:`keep_perturbed` left it perturbed and no update came."""
         if block_of(self.root) is not None:
             self.write()
 
@@ -321,15 +296,12 @@ class Latents:
     def pull_back(self, *, masked: bool) -> Iterator[tuple[Slot, Tensor, dict[str, Tensor]]]:
         """Pull back the gradient of each p that has one; yield its slot, dw, and ds of each parameter of Q by name.
 
-        dw is made when its slot is asked for, so memory for one is enough if each gradient is let go of before the
-        next. Kernels make it in the memory of p's gradient.
+        Each dw is computed when the iterator reaches it, so memory for one suffices if the caller frees each gradient.
+        Kernels write dw over p's gradient.
 
         Args:
             masked: True: dw carries Q's mask, and p may hold w afterwards, until the next :meth:`write`. False:
                 dw = dL/dQ, and p stays as it is.
-
-        Raises:
-            TypeError: A gradient is sparse.
         """
         slots = [slot for slot in self.slots if slot.parameter.grad is not None]
         held = {id(slot) for slot in self.slots if slot.p_holds == "quantized" and slot.inner_e is None}
@@ -347,7 +319,7 @@ class Latents:
     def _pulled_back(
         self, slot: Slot, answer: tuple[Tensor, kernels.Verdict] | None, masked: bool, held_q: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return dw and ds of one weight, from a kernel's answer if there is one, and let the guard see what p held."""
+        """Return dw and ds of one weight, from a kernel's answer if there is one; let the guard check what p held."""
         grad = slot.parameter.grad
         assert grad is not None
         if answer is not None:
@@ -361,17 +333,9 @@ class Latents:
         return dw if masked else grad.to(slot.latent.dtype), ds
 
     def vjp(self, slot: Slot, grad: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """Return Q, and its VJP applied to ``grad``, at w; at w + e if ``slot.inner_e`` holds an e.
+        """Return Q, dw and the gradients of Q's Parameters by name, at w, or at w + e if ``slot.inner_e`` holds an e.
 
-        Args:
-            slot: The weight.
-            grad: dL/dQ, of the shape of p.
-
-        Returns:
-            Q and dw in the latent's dtype, and the gradient of each Parameter of the quantizer by name.
-
-        Raises:
-            TypeError: The gradient is sparse.
+        ``grad`` is dL/dQ, of the shape of p; Q and dw have the latent's dtype.
         """
         if grad.is_sparse:
             raise TypeError(
@@ -385,7 +349,7 @@ class Latents:
         return distributed.vjp(slot.quantizer, slot.point(), grad, run)
 
     def _weights(self, slots: Iterable[Slot]) -> list[kernels.Weight]:
-        """Return these weights as kernels see them; without a grid if p is to hold another Q than theirs."""
+        """Return these weights for the kernels; without a grid if p holds something else than Q(w)."""
         return [
             kernels.Weight(
                 slot.latent,
@@ -402,7 +366,7 @@ class Latents:
         """Within this context an optimizer steps the latents; if it raises, they are what they were before.
 
         Args:
-            copies_in_p: Whether the copies may stand in p, which is rewritten after the step anyway. A base that runs
+            copies_in_p: Whether to keep the copies in p, which is written after the step anyway. A base that runs
                 forward passes in its step needs p itself.
         """
         copies = [self._copy(slot, copies_in_p) for slot in self.slots]
@@ -425,29 +389,31 @@ class Latents:
         return p.detach()
 
     def complete_scales(self) -> None:
-        """Set the scales of weights that were zeros before this step; called once per step, after :meth:`write`."""
+        """Set the scales of weights that were zeros before this step; called once per step after :meth:`write`."""
         lacking = [slot for slot in self.slots if slot.lacks_scale]
         for slot in lacking:
             slot.complete_scale()
         if lacking:
             self.write()
 
-    def move_input_noise(self) -> None:
-        """Move the state of the inputs' quantizers: the next draw of noise, and ranges by what was seen."""
+    def move_input_noise(self, share: Callable[[list[Tensor]], None]) -> None:
+        """Move the state of the inputs' quantizers: go on to the next draw of noise, and move observed ranges.
+
+        Args:
+            share: Writes the largest values of all processes into some tensors.
+        """
+        rows = self.coverage.inputs if self.coverage is not None else ()
+        quantizers = [row.quantizer for row in rows if row.quantizer is not None]
+        share([seen for quantizer in quantizers if (seen := quantizer.observations()) is not None])
         for noise in self._input_noises:
             noise.advance()
-        for row in self.coverage.inputs if self.coverage is not None else ():
-            if row.quantizer is not None:
-                row.quantizer.take_observations()
+        for quantizer in quantizers:
+            quantizer.take_observations()
 
     # --- other writers and owners ---------------------------------------------------------------------------------
 
     def check(self, agree: Callable[[bool], bool] | None = None) -> None:
-        """Refuse to go on if anybody else wrote p or a scale since the last :meth:`write`; see :class:`Guard`.
-
-        Args:
-            agree: Tells whether a flag is set in any process; None if the other processes may not be asking.
-        """
+        """Raise if other code wrote p or a scale since the last :meth:`write`; see :meth:`Guard.check`."""
         among = (
             functools.partial(distributed.any_process, tensors=list(self.root.parameters())) if self.sharded else None
         )
@@ -468,19 +434,19 @@ class Latents:
 
     @torch.no_grad()
     def load_frozen(self, slot: Slot, saved: Tensor | None) -> None:
-        """Set a latent that no group of the checkpoint holds: as saved, else from a p that was loaded since."""
+        """Set a latent that no group of the checkpoint holds: as saved, or from p if the model was loaded since."""
         if saved is not None:
             slot.latent.copy_(saved)
         elif not same_values(slot.parameter, slot.quantized()):
             slot.latent.copy_(slot.parameter)
 
     def set_owner(self, owner: Any) -> None:
-        """Make ``owner`` the one optimizer of these weights."""
+        """Make ``owner`` the only optimizer of these weights."""
         if self.coverage is not None and not self.guard.released:
             set_owner(self.coverage, owner)
 
     def release(self, *, into_model: bool) -> None:
-        """Give up ownership, and write the latents into the model, or else keep them with it for the next optimizer."""
+        """Give up ownership: write the latents into the model, or keep them beside it for the next optimizer."""
         if into_model:
             self.write_latents()
         else:
@@ -493,15 +459,7 @@ class Latents:
 
 
 def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
-    """Return the model's coverage, quantizing a plain model with the defaults if a method wants it.
-
-    Args:
-        model: The model.
-        wanted: Whether the method uses quantizers.
-
-    Raises:
-        RuntimeError: A method without quantizers was given a quantized model.
-    """
+    """Return the model's coverage; if ``wanted`` by the method, quantize a plain model with the defaults."""
     coverage = coverage_of(unwrap_model(model))
     if not wanted:
         if coverage is not None:
@@ -516,10 +474,7 @@ def coverage_for(model: nn.Module, wanted: bool) -> Coverage | None:
 
 
 def add_(target: Tensor, direction: Tensor, coefficient: Tensor) -> None:
-    """Add ``c * d`` in place, without a temporary: c is a scalar tensor.
-
-    A 16-bit target is added to in fp32 and then rounded.
-    """
+    """Add ``c * d`` in place, without a temporary; a 16-bit target is added to in fp32 and then rounded."""
     target, direction = distributed.local(target), distributed.local(direction)
     wide = wide_dtype(target.dtype)
     if wide == target.dtype:
@@ -553,13 +508,13 @@ def _new_slots(coverage: Coverage) -> list[Slot]:
 
 
 def slot_of(path: str, module: nn.Module, attr: str) -> Slot:
-    """Return a slot whose latent is what its Parameter holds now, in fp32 or wider."""
+    """Return a slot whose latent is a copy of its Parameter, in fp32 or wider."""
     p = getattr(module, attr)
     return Slot(path, module, attr, nn.Parameter(p.detach().to(wide_dtype(p.dtype), copy=True)))
 
 
 def _refuse_tied(slots: Sequence[Slot]) -> None:
-    """Refuse two weights that are one Parameter: it cannot hold two Q(w)."""
+    """Refuse two weights that are one Parameter, which cannot hold two Q(w)."""
     first: dict[int, str] = {}
     for slot in slots:
         other = first.setdefault(id(slot.parameter), slot.path)
@@ -585,7 +540,6 @@ def _take_released(slots: Sequence[Slot], released: Mapping[str, nn.Parameter]) 
 
 
 def _noises(quantizers: Iterable[Quantizer | None]) -> list[Noise]:
-    """Return the streams of noise that these quantizers hold."""
     return [m for q in quantizers if q is not None for m in q.modules() if isinstance(m, Noise)]
 
 
@@ -626,9 +580,9 @@ def own_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 @contextlib.contextmanager
 def pointed_at_latents(base: Optimizer, latents: Latents) -> Iterator[None]:
-    """Within this context the base's groups hold the latents in place of their Parameters.
+    """Within this context the base's groups hold the latents instead of their Parameters.
 
-    The base's state is keyed by the latents, always: it is only ever touched inside this context.
+    The base's state is always keyed by the latents, because it is only used inside this context.
     """
     forth = {id(slot.parameter): slot.latent for slot in latents.slots}
     back = {id(slot.latent): slot.parameter for slot in latents.slots}
@@ -641,7 +595,7 @@ def pointed_at_latents(base: Optimizer, latents: Latents) -> Iterator[None]:
 
 @contextlib.contextmanager
 def pointed_at_model(base: Optimizer, latents: Latents) -> Iterator[None]:
-    """Within :func:`pointed_at_latents`, let the base's groups hold the model's Parameters for a while."""
+    """Within :func:`pointed_at_latents`, let the base's groups hold the model's Parameters again."""
     _exchange(base, {id(slot.latent): slot.parameter for slot in latents.slots})
     try:
         yield

@@ -1,6 +1,6 @@
-"""The layers that qsam knows: where a model's parameters are, which dimension counts channels, what is attention.
+"""The layers that qsam knows: a model's parameters, their channel dimensions, and its attention modules.
 
-Two facts are recognised by names, because nothing in a module tells them: that it multiplies two activations
+Two facts are recognised by names, because nothing else in a module shows them: that it multiplies two activations
 (attention), and that another module uses its weight without calling it.
 """
 
@@ -19,14 +19,12 @@ _ATTENTION_NAME = re.compile(r"(^|_)(attn|attention)\d*$")
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """A parameter of the model, where it lives, and what else points at it.
+    """A parameter of the model at the path ``name``, the module that holds it, and the other holders of a tied weight.
 
     Attributes:
         name: The parameter's path, "layer2.0.conv1.weight".
-        module_name: Its owner's path.
-        module: Its owner.
-        attr: Its name in the owner.
-        parameter: The parameter.
+        module_name: Path of the module that holds it.
+        attr: Its name in that module.
         aliases: The other places of a tied weight, as (module path, module, attribute).
     """
 
@@ -60,11 +58,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
 
 
 def find_sites(model: nn.Module) -> list[Site]:
-    """Return every parameter of the model once, in registration order, with the places that share it.
-
-    Raises:
-        ValueError: a parameter has no shape yet (lazy modules).
-    """
+    """Return every parameter of the model once, in registration order, with the places that share it."""
     places: dict[int, list[tuple[str, nn.Module, str]]] = {}
     parameters: dict[int, nn.Parameter] = {}
     for module_name, module in model.named_modules():
@@ -83,7 +77,7 @@ def find_sites(model: nn.Module) -> list[Site]:
 
 
 def path_of(module_name: str, attr: str) -> str:
-    """Return the path of an attribute of a module; the model itself has the path ""."""
+    """Return the path of an attribute of a module; the path of the model itself is ""."""
     return f"{module_name}.{attr}" if module_name else attr
 
 
@@ -98,7 +92,7 @@ def is_lora(name: str) -> bool:
 
 
 def channel_axis(module: nn.Module, attr: str) -> int | None:
-    """Return the output-channel dimension of a weight of a layer we know, or None for every other parameter."""
+    """Return the output-channel dimension of a weight of a known layer, or None for every other parameter."""
     if isinstance(module, nn.RNNBase | nn.RNNCellBase):
         return 0 if attr.startswith("weight_") else None
     if isinstance(module, nn.MultiheadAttention):
@@ -106,7 +100,7 @@ def channel_axis(module: nn.Module, attr: str) -> int | None:
     if attr != "weight":
         return None
     if isinstance(module, _ConvTransposeNd):
-        # (in, out / groups, ...): in a depthwise one all outputs of a group come from one row, and dimension 1 is short
+        # (in, out / groups, ...): in a depthwise layer each group's outputs come from one row; dimension 1 is short
         return 0 if 1 < module.groups == module.in_channels else 1
     if is_hf_conv1d(module):
         return 1
@@ -125,7 +119,7 @@ def boundary_modules(model: nn.Module) -> dict[int, str]:
 
 
 def _default_owners(model: nn.Module) -> Iterator[nn.Module]:
-    """Iterate over the modules whose matrices are quantized by default, those that share another's included."""
+    """Iterate over the modules whose matrices are quantized by default, including those that share a weight."""
     for name, module in model.named_modules():
         matrices = (attr for attr, p in module._parameters.items() if p is not None and p.dim() >= 2)
         if not is_lora(name) and any(channel_axis(module, attr) is not None for attr in matrices):
@@ -141,14 +135,14 @@ def _head(model: nn.Module, owners: Sequence[nn.Module]) -> nn.Module | None:
         if isinstance(head, nn.Module):
             inside = {id(module) for module in head.modules()}
             return next((owner for owner in reversed(owners) if id(owner) in inside), None)
-    # A model with a single layer has no head: the bits that were asked for are meant for that layer.
+    # In a model with a single layer that layer is not the head, because the given bits are meant for it.
     return owners[-1] if len(owners) > 1 else None
 
 
 def find_attention(model: nn.Module) -> tuple[str, ...]:
     """Return the paths of the modules that are attention by the name of their class or their own, innermost only.
 
-    A module without Parameters (an attention dropout) is none.
+    A module without Parameters (an attention dropout) does not count.
 
     Example:
         >>> find_attention(nn.TransformerEncoderLayer(8, 2, 16))
@@ -168,8 +162,8 @@ def _is_attention(name: str, module: nn.Module) -> bool:
 def never_called(model: nn.Module) -> dict[int, str]:
     """Return the ids of the layers that are not called in a forward, with the reason.
 
-    A pre-hook on them never runs: an input quantizer there would never see a batch, and DistributedDataParallel would
-    wait for its gradient.
+    A pre-hook on them never runs, so an input quantizer would never see a batch, and DistributedDataParallel would wait
+    for its gradient.
     """
     reasons = set_aside(model)
     for module in model.modules():

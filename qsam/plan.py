@@ -1,7 +1,7 @@
 """The plan: how each weight and each layer input of a model is quantized, or why it stays float.
 
-One data structure from rules to file: the user's rules and the default policy make a :class:`Plan`,
-``qsam.json`` is one, and a model that is quantized can tell its own (:attr:`qsam.Coverage.plan`).
+The user's rules and the default policy make a :class:`Plan`, ``qsam.json`` holds one, and
+:attr:`qsam.Coverage.plan` is that of a quantized model.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from qsam.registry import nearest
 from qsam.scales import INIT_RULES
 
 FORMAT = 1
-"""Version of the files; a newer one is refused by name."""
+"""Version of the files; a newer one is refused."""
 
 SPEC_NAME = "qsam.json"
 TENSORS_NAME = "qsam.safetensors"
@@ -53,7 +53,7 @@ BOUNDARY_BITS = 8
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """How one weight or one input is quantized: everything that builds its quantizer again, but for its tensors.
+    """The settings of one weight or input, from which its quantizer can be built again, without its tensors.
 
     Attributes:
         quantizer: The registered name.
@@ -87,11 +87,7 @@ class Entry:
 
     @classmethod
     def read(cls, content: Any, where: str) -> Entry:
-        """Return the entry that a spec holds.
-
-        Raises:
-            ValueError: it is no dict, or lacks something.
-        """
+        """Return the entry that a spec holds; raise ValueError if it is not a complete dict."""
         if not isinstance(content, Mapping):
             raise ValueError(f"{where}: its entry in the spec must be a dict, got {content!r}.")
         for key in _REQUIRED:
@@ -121,13 +117,13 @@ _REQUIRED = ("bits", "signed", "granularity", "axis", "group_size", "quantizer",
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every parameter by its path, and every layer that has quantized weights by its path: an entry, or why float."""
+    """An entry, or the reason why it stays float, per parameter and per layer with quantized weights, by path."""
 
     weights: Mapping[str, Entry | str]
     inputs: Mapping[str, Entry | str]
 
     def to_spec(self) -> dict[str, Any]:
-        """Return the plain description: what ``qsam.json`` holds."""
+        """Return the plain description that ``qsam.json`` holds."""
         return {
             "qsam_format": FORMAT,
             "weights": {name: row.to_dict() for name, row in self.weights.items() if isinstance(row, Entry)},
@@ -138,11 +134,7 @@ class Plan:
 
     @classmethod
     def from_spec(cls, content: Any, where: str) -> Plan:
-        """Return the plan that :meth:`to_spec` described.
-
-        Raises:
-            ValueError: not a qsam spec, or one of a newer format.
-        """
+        """Return the plan that :meth:`to_spec` described; raise ValueError for anything else or a newer format."""
         if not isinstance(content, Mapping) or not {"qsam_format", "weights", "inputs"} <= set(content):
             raise ValueError(f"{where} is not a qsam spec: it lacks 'qsam_format', 'weights' or 'inputs'.")
         if content["qsam_format"] != FORMAT:
@@ -173,7 +165,7 @@ def input_of(name: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The keywords of ``quantize_`` for one weight and its module's input, and ``axis``, which only a rule can give."""
+    """The keywords of ``quantize_`` for one weight and its module's input, and ``axis``, which only a rule may have."""
 
     weights: str | None = "lsq"
     bits: int = 4
@@ -185,7 +177,6 @@ class Settings:
     axis: Axis | None = None
 
     def __post_init__(self) -> None:
-        """Refuse bad values before any layer is looked at; the rest is checked by the quantizers."""
         for name in ("bits", "activation_bits"):
             try:
                 integer_limits(getattr(self, name), signed=True)
@@ -197,11 +188,11 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Choice:
-    """Decision for one parameter: ``settings``, or None for float, with the reason or a remark.
+class Decision:
+    """The decision for one parameter: ``settings``, or None for float, with the reason or a remark.
 
-    Without ``input_requested`` the input of a layer that qsam does not know stays float: its hook would quantize
-    whatever the first input is.
+    Without ``input_requested`` the input of a layer that qsam does not know stays float, because the hook would
+    quantize the first input whatever it is.
     """
 
     site: Site
@@ -211,17 +202,14 @@ class _Choice:
 
 
 def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan:
-    """Decide for every parameter: the first rule that matches, else the default policy.
+    """Return the plan that follows from :func:`decisions_by_rules`, whose arguments and errors it shares."""
+    choices = decisions_by_rules(model, call, rules)
+    weights = {choice.site.name: _plan_weight(choice) for choice in choices}
+    return Plan(weights, dict(_plan_inputs(choices, never_called(model))))
 
-    Args:
-        model: The model, unwrapped.
-        call: The keywords of the call.
-        rules: The user's ``(selector, overrides)``, in order.
 
-    Raises:
-        TypeError: a selector or override of the wrong kind.
-        ValueError: a bad value in a rule, or a rule that matches nothing.
-    """
+def decisions_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> list[Decision]:
+    """Decide for every parameter by the first rule that matches, or else by the default policy."""
     checked = _checked_rules(rules, call)
     sites = find_sites(model)
     boundary, aside = boundary_modules(model), set_aside(model)
@@ -229,7 +217,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     choices = []
     for site in sites:
         if unquantizable := _cannot_be_quantized(site):
-            choices.append(_Choice(site, None, unquantizable))
+            choices.append(Decision(site, None, unquantizable))
             continue
         hits = [i for i, (selector, _) in enumerate(checked) if _matches(selector, site)]
         for i in hits:
@@ -239,8 +227,7 @@ def plan_by_rules(model: nn.Module, call: Settings, rules: Rules | None) -> Plan
     for (selector, _), was_used in zip(checked, used, strict=True):
         if not was_used:
             raise ValueError(_no_match(selector, sites))
-    weights = {choice.site.name: _plan_weight(choice) for choice in choices}
-    return Plan(weights, dict(_plan_inputs(choices, never_called(model))))
+    return choices
 
 
 def _cannot_be_quantized(site: Site) -> str:
@@ -249,35 +236,35 @@ def _cannot_be_quantized(site: Site) -> str:
     return "" if site.parameter.is_floating_point() else f"not floating ({site.parameter.dtype})"
 
 
-def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> _Choice:
+def _by_rule(site: Site, call: Settings, overrides: Mapping[str, Any] | None) -> Decision:
     if overrides is None:
-        return _Choice(site, None, "a rule keeps it float")
-    return _Choice(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
+        return Decision(site, None, "a rule keeps it float")
+    return Decision(site, dataclasses.replace(call, **overrides), input_requested="activations" in overrides)
 
 
-def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> _Choice:
+def _by_default(site: Site, call: Settings, boundary: Mapping[int, str], aside: Mapping[int, str]) -> Decision:
     if any(isinstance(module, nn.Embedding | nn.EmbeddingBag) for _, module, _ in site.owners()):
-        return _Choice(site, None, ", ".join(["embedding", *site.ties]))
+        return Decision(site, None, ", ".join(["embedding", *site.ties]))
     if is_lora(site.name):
-        return _Choice(site, None, "LoRA factor")
+        return Decision(site, None, "LoRA factor")
     if all(id(module) in aside for _, module, _ in site.owners()):
-        return _Choice(site, None, aside[id(site.module)])
+        return Decision(site, None, aside[id(site.module)])
     if channel_axis(site.module, site.attr) is None:
-        return _Choice(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
+        return Decision(site, None, f"{NO_DEFAULT} of {type(site.module).__name__}: name it in `rules`")
     role = next((boundary[id(module)] for _, module, _ in site.owners() if id(module) in boundary), None)
     if role is None:
-        return _Choice(site, call)
+        return Decision(site, call)
     wide = dataclasses.replace(
         call, bits=max(call.bits, BOUNDARY_BITS), activation_bits=max(call.activation_bits, BOUNDARY_BITS)
     )
-    return _Choice(site, wide, role)
+    return Decision(site, wide, role)
 
 
 NO_DEFAULT = "no default for a parameter"
-"""How the reason begins where the policy leaves a matrix in float because it does not know its layer."""
+"""The start of the reason if the policy leaves a matrix in float because it does not know its layer."""
 
 
-def _plan_weight(choice: _Choice) -> Entry | str:
+def _plan_weight(choice: Decision) -> Entry | str:
     site, settings = choice.site, choice.settings
     if settings is None:
         return choice.reason
@@ -314,8 +301,8 @@ def _axis(site: Site, settings: Settings) -> Axis:
     return found[0] if len(found) == 1 else tuple(found)
 
 
-def _plan_inputs(choices: Sequence[_Choice], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
-    """Yield one row per module that uses a chosen weight: a tied one has several."""
+def _plan_inputs(choices: Sequence[Decision], dead: Mapping[int, str]) -> Iterator[tuple[str, Entry | str]]:
+    """Yield one row per module that uses a quantized weight; a tied weight has several."""
     seen: set[int] = set()
     for choice in choices:
         for name, module, attr in choice.site.owners() if choice.settings is not None else ():
@@ -324,7 +311,7 @@ def _plan_inputs(choices: Sequence[_Choice], dead: Mapping[int, str]) -> Iterato
                 yield name, _plan_input(choice, module, attr, dead)
 
 
-def _plan_input(choice: _Choice, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
+def _plan_input(choice: Decision, module: nn.Module, attr: str, dead: Mapping[int, str]) -> Entry | str:
     settings = choice.settings
     assert settings is not None
     if settings.activations is None:
@@ -413,7 +400,7 @@ def _no_match(selector: Selector, sites: Sequence[Site]) -> str:
 
 
 def _shown(selector: Selector) -> str:
-    """Return a selector as it may stand in a message: a type or a function by its name, without an address."""
+    """Return a selector for a message: a type or a function by its name, without an address."""
     return repr(selector) if isinstance(selector, str) else getattr(selector, "__name__", repr(selector))
 
 
@@ -421,19 +408,7 @@ def _shown(selector: Selector) -> str:
 
 
 def read_spec(spec: str | os.PathLike[str] | Mapping[str, Any]) -> tuple[Plan, dict[str, Tensor] | None]:
-    """Return a plan and the tensors beside it.
-
-    Args:
-        spec: Path of a ``qsam.json`` or of the folder that holds it, or what ``Coverage.to_spec()`` returned.
-
-    Returns:
-        The plan, and the quantizers' tensors by name (None for a spec given as a dict).
-
-    Raises:
-        TypeError: neither a path nor a dict.
-        FileNotFoundError: no such file.
-        ValueError: not a qsam spec, one of a newer format, or scales that were not saved with it.
-    """
+    """Return the plan of a file, a folder or a dict, and the quantizers' tensors by name (None for a dict)."""
     if isinstance(spec, Mapping):
         return Plan.from_spec(spec, "the given spec"), None
     if not isinstance(spec, str | os.PathLike):
@@ -459,18 +434,25 @@ def _read_tensors(path: Path, content: Mapping[str, Any]) -> dict[str, Tensor]:
     return safetensors.torch.load(packed)
 
 
-def write_spec(folder: Path, plan: Plan, tensors: Mapping[str, Tensor]) -> Path:
+def write_spec(
+    folder: Path,
+    plan: Plan,
+    tensors: Mapping[str, Tensor],
+    more: Callable[[dict[str, Any]], Mapping[str, Any]] = lambda _: {},
+) -> Path:
     """Write ``qsam.json`` and ``qsam.safetensors``; return the path of the first.
 
-    Each file is written under another name and then renamed, so that an interruption leaves no torn file; the first
-    holds a digest of the second, so that an interruption between the two does not pass for a pair.
+    ``more`` is given the content of ``qsam.json`` and returns what else it shall hold.
+
+    Each file is written under another name and then renamed, so that an interruption leaves no incomplete file. The
+    first holds a digest of the second, so that files of different saves are refused.
     """
     folder.mkdir(parents=True, exist_ok=True)
     own = {key: value.detach().contiguous().clone() for key, value in tensors.items()}
     packed = safetensors.torch.save(own, metadata={"qsam_format": str(FORMAT)})
     content = {**plan.to_spec(), _DIGEST: hashlib.sha256(packed).hexdigest()}
     _replace(folder / TENSORS_NAME, packed)
-    _replace(folder / SPEC_NAME, json.dumps(content, indent=1).encode())
+    _replace(folder / SPEC_NAME, json.dumps({**content, **more(content)}, indent=1).encode())
     return folder / SPEC_NAME
 
 

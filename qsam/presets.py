@@ -25,6 +25,35 @@ References:
 """
 
 
+def _encoder_or_pooler(name: str, module: nn.Module) -> bool:
+    """Whether this is a Linear of a transformer block, or the pooler's."""
+    return _encoder_linear(name, module) or (isinstance(module, nn.Linear) and "pooler" in name.split("."))
+
+
+q8bert: Rules = ((nn.Embedding, {}), (nn.Linear, {}), ("*", None))
+"""All Linear layers and embeddings, as in Q8BERT. Take it with ``weights="minmax_ema"``, ``activations="minmax_ema"``.
+
+References:
+    Zafrir et al., Q8BERT: Quantized 8Bit BERT, arXiv 1910.06188.
+"""
+
+qbert: Rules = ((nn.Embedding, {"bits": 8}), (_encoder_linear, {}), ("*", None))
+"""The encoder's Linear layers, and embeddings at 8 bits, as in Q-BERT. Take it with ``weights="qbert"``.
+
+References:
+    Shen et al., Q-BERT, arXiv 1909.05840.
+"""
+
+gobo: Rules = ((_encoder_or_pooler, {}), ("*", None))
+"""The Linear layers of encoder and pooler, as in GOBO. Take it with ``weights="gobo"``, ``activations=None``.
+
+The paper also quantizes the word embeddings; here these stay float.
+
+References:
+    Zadeh et al., GOBO, arXiv 2005.03842.
+"""
+
+
 # --- where the model will go: each takes the model, because its ends are found in it -------------------------------
 
 

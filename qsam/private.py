@@ -1,8 +1,8 @@
-"""The private names of torch that qsam uses: the one list, each with its reason, and what qsam does without it.
+"""All private names of torch that qsam uses, each with its reason, and what qsam does without it.
 
-A release of torch may change a private name. The functions here ask for those that may go; if torch has no answer, they
-say so once and qsam goes on in the way that the list names. The other names are attributes that torch's own classes,
-and most packages around them, stand on: torch documents them or ships them in every release since 1.0 or 2.0.
+A release of torch may change a private name. The functions here read those that may change; if one fails, it warns once
+and qsam continues in the way that the list names. The other names are attributes on which torch's classes and most
+packages around them rely: torch documents them, or has had them in every release since 1.0 or 2.0.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WITH_FALLBACK = {
     "torch._C._len_torch_dispatch_stack": "Whether a dispatch mode follows the operations: it would not see "
     "a kernel. Without it the eager formulas run.",
     "torch._int_mm": "The product of int8 matrices. Without it Linear layers multiply in fp32.",
-    "torch.nn.modules.module._has_any_global_hook": "Whether somebody looks into every module. Without it inputs are "
+    "torch.nn.modules.module._has_any_global_hook": "Whether a hook is called for every module. Without it inputs are "
     "quantized before their Linear layers.",
     "torch.nn.parallel.DistributedDataParallel._get_active_ddp_module": "Whose forward is running, so that all "
     "processes set one scale from the first batch. Without it each sets its own, until the first step.",
@@ -36,10 +36,10 @@ STABLE = {
     "_load_from_state_dict": "Overridden, as torch documents, to see which scales a state_dict brought.",
     "_forward_pre_hooks": "Hooks are found by their function: a copied or pickled model has no handles of them.",
     "_forward_pre_hooks_with_kwargs": "Goes with the hooks that are taken off.",
-    "_forward_hooks": "Whether somebody looks at a layer; unreadable, its input is quantized before it.",
+    "_forward_hooks": "Whether a hook sees a layer's tensors; then its input is quantized before it.",
     "_backward_hooks": "As _forward_hooks, of a module and of a tensor.",
     "_backward_pre_hooks": "As _forward_hooks.",
-    "_post_accumulate_grad_hooks": "Whether somebody waits for a gradient that a pass could leave out.",
+    "_post_accumulate_grad_hooks": "Whether a hook needs a gradient that a pass could leave out.",
     "_state_dict_pre_hooks": "As _forward_pre_hooks.",
     "_optimizer_state_dict_pre_hooks": "An optimizer that writes its own state_dict runs the hooks as torch's does.",
     "_optimizer_state_dict_post_hooks": "As the former.",
@@ -61,22 +61,16 @@ STABLE = {
 }
 """Attributes without a public counterpart, and why each is read or overridden."""
 
-_SAID: set[str] = set()
+_WARNED: set[str] = set()
 
 
 def ask(name: str, question: Callable[[], _T], otherwise: _T) -> _T:
-    """Return the answer to a question that needs a private name of torch; ``otherwise`` if that fails, said once.
-
-    Args:
-        name: Of :data:`WITH_FALLBACK`.
-        question: Asks torch.
-        otherwise: The answer that is safe.
-    """
+    """Return ``question()``, which uses the private ``name`` of torch; if it fails, warn once, return ``otherwise``."""
     try:
         return question()
     except Exception as error:
-        if name not in _SAID:
-            _SAID.add(name)
+        if name not in _WARNED:
+            _WARNED.add(name)
             warnings.warn(
                 f"this release of torch does not offer {name} as qsam knows it ({error!r}). {WITH_FALLBACK[name]} "
                 "A newer qsam may know this torch.",
@@ -87,7 +81,7 @@ def ask(name: str, question: Callable[[], _T], otherwise: _T) -> _T:
 
 
 def dispatch_mode_is_active() -> bool:
-    """Whether a dispatch mode follows the operations one by one."""
+    """Whether a dispatch mode is active."""
     return ask("torch._C._len_torch_dispatch_stack", lambda: torch._C._len_torch_dispatch_stack() > 0, True)
 
 

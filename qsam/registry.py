@@ -1,4 +1,4 @@
-"""One generic registry: name -> class, open to other packages through entry points."""
+"""A registry of classes by name, which other packages extend through entry points."""
 
 from __future__ import annotations
 
@@ -22,12 +22,9 @@ def nearest(name: str, known: list[str]) -> str:
 
 
 class Registry(Generic[T]):
-    """Classes by name.
+    """Classes by name: ``kind`` is for messages, and ``check`` raises if a class does not implement the interface.
 
-    Args:
-        kind: What is registered, for messages: "quantizer".
-        check: Called with each new class; raises if it does not implement the interface.
-        entry_points: Group of package entry points that are imported the first time a name is looked up.
+    The package entry points of the group ``entry_points`` are imported the first time a name is looked up.
     """
 
     def __init__(
@@ -90,22 +87,17 @@ class Registry(Generic[T]):
         return next((name for name, known in self._classes.items() if known is cls), None)
 
     def __iter__(self) -> Iterator[str]:
-        """Iterate over all names, sorted, those of other packages included.
-
-        Raises:
-            ImportError: One of these packages cannot be imported.
-        """
+        """Iterate over all names, sorted; raise ImportError if a package with an entry point cannot be imported."""
         self._load_entry_points()
         for sentence, error in self._broken:
             raise ImportError(sentence) from error
         return iter(sorted(self._classes))
 
     def __contains__(self, name: object) -> bool:
-        """Whether ``name`` is registered."""
         return name in list(self)
 
     def _load_entry_points(self) -> None:
-        """Import the entry points, once. One that fails is remembered, so that it does not hide the others."""
+        """Import the entry points once. An error is kept for later, so that it does not hide the others."""
         if self._entry_points is None:
             return
         group, self._entry_points = self._entry_points, None

@@ -1,7 +1,7 @@
-"""Initial scales: from data to step size, one scale a row.
+"""Initial scales: rules that compute one step size per row from data.
 
-Each rule maps rows ``(R, n)`` to scales ``(R,)``. It works in units of the row's largest magnitude, so that rows of
-1e-30 and of 1e+30 are treated alike; a row of zeros has no scale, and gets 0.
+Each rule maps rows ``(R, n)`` to scales ``(R,)``, in units of the row's largest magnitude, so that rows of 1e-30 and of
+1e+30 are treated alike. A row of zeros has no scale and gets 0.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qsam.functional import SCALE_FLOOR
 from qsam.registry import nearest
 
 _SEARCH_ENTRIES = 2**18
-"""Entries of one row that the MSE search looks at; of a longer row, a sample."""
+"""Entries of one row that the MSE search uses; a longer row is sampled."""
 
 
 def initial_scale(rows: Tensor, quant_min: float, quant_max: float, init: str) -> Tensor:
@@ -25,7 +25,7 @@ def initial_scale(rows: Tensor, quant_min: float, quant_max: float, init: str) -
     Args:
         rows: Shape ``(R, n)``, any floating dtype; each row shares one scale.
         quant_min: Qn, the lowest level in units of the step.
-        quant_max: Qp, the highest. The levels between are one step apart: whole numbers, or halves between them.
+        quant_max: Qp, the highest. The levels are one step apart: whole numbers, or all shifted by 1/2.
         init: ``"mse"`` (least squared error), ``"lsq"`` (``2 * mean|x| / sqrt(Qp)``, the LSQ paper's), ``"absmax"``
             (``max|x| / Qp``) or ``"percentile"`` (99.9 % of ``|x|``, over Qp).
 
@@ -33,7 +33,7 @@ def initial_scale(rows: Tensor, quant_min: float, quant_max: float, init: str) -
         Shape ``(R,)``, fp32, finite; positive, but 0 for a row of zeros, which has no scale yet.
 
     Raises:
-        ValueError: an unknown rule, or data that is not finite.
+        ValueError: The rule is unknown, or the data is not finite.
 
     Example:
         >>> initial_scale(torch.tensor([[-7.0, 3.5, 0.0]]), -8, 7, "absmax")
@@ -73,10 +73,10 @@ def _percentile(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
 def _mse(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
     """Search 24 log-spaced steps, then 48 between the neighbours of the best, then alternate as Lloyd's algorithm does.
 
-    Its two halves, "round" and "best step for these codes", are least-squares solutions: neither raises the error.
+    Its two halves, "round" and "best step for these codes", are least-squares solutions, and neither raises the error.
     """
     rows = _sampled(rows)
-    offset = quant_min % 1  # 1/2 where the levels are halves between whole numbers
+    offset = quant_min % 1  # 1/2 if the levels are shifted by 1/2
 
     def codes(step: Tensor) -> Tensor:
         return torch.round((rows / step).clamp(quant_min, quant_max) - offset) + offset
@@ -101,7 +101,7 @@ def _mse(rows: Tensor, quant_min: float, quant_max: float) -> Tensor:
 
 
 def _sampled(rows: Tensor) -> Tensor:
-    """Return at most _SEARCH_ENTRIES columns, drawn with a fixed seed: a stride sees the same few of a matrix."""
+    """Return at most _SEARCH_ENTRIES columns, drawn with a fixed seed; a stride would hit few channels of a matrix."""
     if rows.shape[1] <= _SEARCH_ENTRIES:
         return rows
     chosen = torch.randint(rows.shape[1], (_SEARCH_ENTRIES,), generator=torch.Generator().manual_seed(0))

@@ -49,7 +49,7 @@ Metrics = dict[str, Callable[[Any, Any], float]]
 
 @dataclass(frozen=True)
 class Task:
-    """Where a task's rows are, in the GLUE download and on the hub, and how they are measured."""
+    """The location of a task's rows, in the GLUE download and on the hub, and its metrics."""
 
     folder: str  # in the download
     texts: tuple[str, ...]  # columns there
@@ -208,10 +208,11 @@ class BertOnGlue:
         voice.say(f"{source}{words}\nMetrics are measured on {measured}.")
         self.tokenizer = self._pretrained(AutoTokenizer, self.name)
         self.max_length = min(options.max_length, self.tokenizer.model_max_length)
-        self.train, self.part = self._encoded(train), by_length(self._encoded([every[row] for row in part]))
+        self.train: Any = self._encoded(train)
+        self.part = by_length(self._encoded([every[row] for row in part]))
         self.dev = {key: by_length(self._encoded(some)) for key, some in rows.items()}
-        self.lengths = [len(row["input_ids"]) for row in self.train]
-        self.collate = DataCollatorWithPadding(self.tokenizer)
+        self.lengths: list[int] | None = [len(row["input_ids"]) for row in self.train]
+        self.collate: Any = DataCollatorWithPadding(self.tokenizer)
 
     def _encoded(self, rows: Rows) -> list[Json]:
         columns = [list(column) for column in zip(*rows, strict=True)]
@@ -239,10 +240,10 @@ class BertOnGlue:
         self.tokenizer.save_pretrained(folder)
 
     def prepare(self, model: nn.Module, config: Json, batches: Iterator[Json]) -> torch.optim.Optimizer:
-        """Quantize the model as SQuAT's paper does, if the method does; return the method's optimizer, around Adam."""
+        """Quantize the model as the preset's paper or SQuAT's does; return the method's optimizer, around Adam."""
         method = parse_method(config["method"])
         if method.quantizes:
-            method.quantize_(model, config, qsam.presets.squat_bert)  # qsam
+            method.quantize_(model, config, method.rules or qsam.presets.squat_bert)  # qsam
             qsam.calibrate(model, islice(batches, training.CALIBRATION_BATCHES))  # qsam
         return method.optimizer(model, torch.optim.Adam, config, lr=config.get("lr", 0.0), fused=True)  # qsam
 
@@ -278,11 +279,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def read_options(arguments: Sequence[str] | None) -> GlueOptions:
     """Read and check the command line."""
     options: GlueOptions = training.parse_options(GlueOptions, DEMO, arguments)
-    if options.task not in TASKS:
-        near = difflib.get_close_matches(options.task.lower().replace("-", ""), TASKS, n=2)
-        hint = f" Did you mean {' or '.join(near)}?" if near else ""
-        raise ValueError(f"`--task` must be one of {', '.join(TASKS)}, got {options.task!r}.{hint}")
+    check_task(options.task)
     return options
+
+
+def check_task(task: str) -> None:
+    """Refuse a task that is none, and name the nearest."""
+    if task not in TASKS:
+        near = difflib.get_close_matches(task.lower().replace("-", ""), TASKS, n=2)
+        hint = f" Did you mean {' or '.join(near)}?" if near else ""
+        raise ValueError(f"`--task` must be one of {', '.join(TASKS)}, got {task!r}.{hint}")
 
 
 if __name__ == "__main__":

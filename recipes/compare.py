@@ -67,7 +67,7 @@ def grouped(results: Iterable[Json]) -> list[Group]:
     entries = []
     for found in groups.values():
         config = found[0]["config"]
-        name = config["method"] + (f" W{config['bits']}A{config['activation_bits']}" if "bits" in config else "")
+        name = config["method"] + (f" {widths(config)}" if "bits" in config else "")
         rank = ({"fp32": 0, "rtn": 1}.get(config["method"], 2), config.get("bits", 0), name)
         entries.append((rank, flat(config, NOT_IN_LABELS), found))
     named = []
@@ -76,6 +76,17 @@ def grouped(results: Iterable[Json]) -> list[Group]:
         differing = [f" {key}={value}" for key, value in settings.items() if any(o.get(key) != value for o in others)]
         named.append(Group(rank[2] + "".join(differing), found))
     return named
+
+
+def widths(config: Mapping[str, Any]) -> str:
+    """Return bits of weights and inputs, 32 for float.
+
+    Example:
+        >>> widths({"bits": 2, "activation_bits": 8}), widths({"bits": 3, "activation_bits": 8, "activations": None})
+        ('W2A8', 'W3A32')
+    """
+    inputs = config["activation_bits"] if config.get("activations", "lsq") is not None else 32
+    return f"W{config['bits']}A{inputs}"
 
 
 def flat(config: Mapping[str, Any], without: Container[str] = (), prefix: str = "") -> Json:
@@ -154,7 +165,7 @@ def draw(groups: Sequence[Group], title: str, path: Path) -> None:
         final.errorbar(statistics.mean(values), row, xerr=_standard_error(values), fmt="D", color=color, capsize=4)
         final.plot(values, [row] * len(values), ".", color=color, alpha=0.5)
         for result in group.results:
-            if result["config"]["method"] in {"fp32", "rtn"}:  # a level to compare with, not a course
+            if result["config"]["method"] == "fp32" or not result["epochs"]:  # a level to compare with, not a course
                 course.axhline(100 * result["metric"], color=color, linestyle="--", linewidth=1)
             else:
                 passes = [entry["passes"] for entry in result["epochs"]]

@@ -1,9 +1,12 @@
 """Which method to train, as a command line writes it: a registered name and its settings.
 
     fp32   rtn   lsq   lsq2x   saq   saq:case=1   squat:schedule=fused,direction=asam   qat:weights=diffq   sam
+    recommended   q8bert   qbert   gobo
 
-``lsq`` is ``qat`` under the name of its default quantizer. ``2x`` gives a method twice the steps, to compare methods at
-equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to the optimizer.
+``lsq`` is ``qat`` under the name of its default quantizer; the last line names presets: a method with the quantizers of
+``qsam.recommended(bits)`` or of a paper, and the layers that it quantizes. ``2x`` gives a method twice the steps, to
+compare methods at equal passes. The settings after the colon go to ``quantize_`` if they are arguments of it, else to
+the optimizer. A word after ``@`` names the source of the inputs, for recipes that have several: ``saq:rho=.02@frozen``.
 """
 
 from __future__ import annotations
@@ -26,6 +29,19 @@ PASSES = {"same_batch": 3.0, "next_batch": 1.5, "fused": 2.0}
 LEVELS = ("fp32", "rtn")
 """The rows of a table that no optimizer of qsam trains: full precision, and its weights rounded to nearest."""
 
+PRESETS: Mapping[str, tuple[str, Mapping[str, Any], Any]] = {
+    "lsq": ("qat", {}, None),
+    "recommended": ("qat", {"weights": None, "granularity": "per_channel"}, None),  # the weights depend on the bits
+    "q8bert": (
+        "qat",
+        {"weights": "minmax_ema", "activations": "minmax_ema", "bits": 8, "activation_bits": 8},
+        qsam.presets.q8bert,
+    ),
+    "qbert": ("qat", {"weights": "qbert", "activations": "qbert"}, qsam.presets.qbert),
+    "gobo": ("rtn", {"weights": "gobo", "activations": None}, qsam.presets.gobo),
+}
+"""The method, the settings and the rules of each preset; without rules the recipe chooses the layers."""
+
 _QUANTIZATION = ("weights", "activations", "bits", "activation_bits", "granularity", "group_size", "init")
 _SHARED = {"rho": 0.1, "schedule": "fused", "scale_lr": 0.1}  # with values to try them with
 _NOT_SETTINGS = ("params", "scale_optimizer", "perturbation_scope", "ddp")
@@ -33,12 +49,14 @@ _NOT_SETTINGS = ("params", "scale_optimizer", "perturbation_scope", "ddp")
 
 @dataclass(frozen=True)
 class Method:
-    """One method: as it was written, its registered name, how many times the usual steps, and its settings."""
+    """One method: as it was written, its registered name, how many times the usual steps, its settings and rules."""
 
     text: str
     name: str
     factor: float = 1.0
     settings: Mapping[str, Any] = field(default_factory=dict)
+    rules: Any = field(default=None, repr=False)
+    source: str = ""
 
     @property
     def trains(self) -> bool:
@@ -58,6 +76,8 @@ class Method:
         own = {key: value for key, value in shared.items() if self.quantizes and key in _QUANTIZATION}
         own |= {key: shared[key] for key in _SHARED if key in shared and self._takes(key)}
         own |= self.settings
+        if own.get("weights", "") is None:
+            own["weights"] = qsam.recommended(own.get("bits", 4)).quantize["weights"]
         try:
             self._try(own)
         except (TypeError, ValueError) as error:
@@ -101,25 +121,28 @@ def parse_method(text: str) -> Method:
 
     Example:
         >>> parse_method("saq:case=1,rho=.02")
-        Method(text='saq:case=1,rho=.02', name='saq', factor=1.0, settings={'case': 1, 'rho': 0.02})
+        Method(text='saq:case=1,rho=.02', name='saq', factor=1.0, settings={'case': 1, 'rho': 0.02}, source='')
         >>> parse_method("lsq1.5x").name, parse_method("lsq1.5x").factor
         ('qat', 1.5)
     """
-    head, _, tail = text.partition(":")
+    written, _, source = text.partition("@")
+    head, _, tail = written.partition(":")
     match = re.fullmatch(r"([a-z][a-z0-9_]*?)(?:(\d+(?:\.\d+)?)x)?", head)
-    name = {"lsq": "qat"}.get(match[1], match[1]) if match else head
+    name, preset, rules = PRESETS.get(match[1], (match[1], {}, None)) if match else (head, {}, None)
     if match is None or (name not in LEVELS and name not in OPTIMIZERS):
-        raise ValueError(f"`--method {text}`: the methods are {', '.join([*LEVELS, 'lsq', *OPTIMIZERS])}.")
+        raise ValueError(f"`--method {text}`: the methods are {', '.join([*LEVELS, *PRESETS, *OPTIMIZERS])}.")
     factor = float(match[2] or 1)
     if factor <= 0 or (factor != 1 and name in LEVELS):
         raise ValueError(f"`--method {text}`: {name} cannot have {factor:g} times the steps.")
-    settings = {}
+    if ("@" in text) != bool(source) or (source and name == "fp32"):
+        raise ValueError(f"`--method {text}`: after the @ comes the source of a quantized model's inputs.")
+    settings = dict(preset)
     for word in tail.split(",") if tail else ():
         key, _, value = word.partition("=")
         if not (key and value):
             raise ValueError(f"`--method {text}`: after the colon comes setting=value, got {word!r}.")
         settings[key.replace("-", "_")] = _read(value)
-    return Method(text, name, factor, settings)
+    return Method(text, name, factor, settings, rules, source)
 
 
 def _read(value: str) -> Any:

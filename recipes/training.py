@@ -1,4 +1,4 @@
-"""What both recipes share: options, run folders, the Hugging Face Trainer, and the results.
+"""Shared parts of the recipes: options, run folders, the Hugging Face Trainer, and the results.
 
 A run is a folder of the output folder, named after task, method, bits and seed:
 
@@ -27,7 +27,7 @@ from datetime import timedelta
 from importlib.metadata import distributions, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
@@ -40,7 +40,7 @@ from transformers import EvalPrediction, HfArgumentParser, Trainer, TrainerCallb
 
 import qsam
 from qsam.integrations.trainer import TrainerMixin
-from recipes.compare import RESULTS, flat, report
+from recipes.compare import RESULTS, flat, report, widths
 from recipes.methods import PASSES, parse_method
 from recipes.offline import fixed_order
 from recipes.voice import voice
@@ -54,7 +54,7 @@ TIMEOUT = int(os.environ.get("QSAM_TIMEOUT", "600"))  # seconds that a process w
 HAS_BF16 = torch.cuda.is_bf16_supported() if torch.cuda.is_available() else (
     torch.cpu.get_capabilities().get("avx512_bf16", False))  # fmt: skip
 MAY_BE_0 = {"rho", "lr", "fp32_lr", "scale_lr", "seed", "fit_minutes", "momentum", "weight_decay", "warmup_epochs",
-            "workers", "reestimate_batchnorm"}  # fmt: skip
+            "workers", "reestimate_batchnorm", "hidden", "generator_lr", "generator_steps"}  # fmt: skip
 PACKAGES = ("torch", "torchvision", "transformers", "accelerate", "timm", "numpy", "scikit-learn", "scipy")
 VERSIONS = {"python": platform.python_version(), "qsam": qsam.__version__,
             **{name: version(name) for name in PACKAGES if list(distributions(name=name))}}  # fmt: skip
@@ -73,6 +73,7 @@ Experiment = Any
     metric, metrics(predictions, labels)      the name of the main metric; all of them
     after_training_(model, config, batches)
     save(folder, model, weights)              writes an ordinary checkpoint, on the grid
+    callbacks(trainer), figures()             if it has them: callbacks of the Trainer; more for the history per epoch
 """
 
 # --- options ----------------------------------------------------------------------------------------------------------
@@ -88,8 +89,10 @@ def option(default: Any, words: str) -> Any:
 class Options:
     """The options of every recipe."""
 
-    method: list[str] = option(["lsq", "squat"], "fp32, rtn, lsq, or an optimizer of qsam; lsq2x has twice the steps; "
-                               "saq:case=1,rho=.02 sets one method's own. fp32 is run in any case")  # fmt: skip
+    sources: ClassVar[tuple[str, ...]] = ()  # what may follow the @ of a method
+    method: list[str] = option(["lsq", "squat"], "fp32, rtn, lsq, q8bert, qbert, gobo, or an optimizer of qsam; lsq2x "
+                               "has twice the steps; saq:case=1,rho=.02 sets one method's own. "
+                               "fp32 is run in any case")  # fmt: skip
     bits: int = option(2, "bits of the weights")
     activation_bits: int = option(8, "bits of the layers' inputs")
     rho: float = option(0.1, "radius of the perturbation, for the methods that have one")
@@ -111,7 +114,7 @@ class Options:
     output_dir: Path = option(Path("runs"), "folder of the runs")
     save_every: int = option(500, "steps between checkpoints; each epoch ends with one too")
     fit_minutes: float = option(0.0, "shorten the training to about so many minutes in all, after timing its steps")
-    demo: bool = option(False, "fp32, rtn, squat, and lsq at squat's passes, in minutes")
+    demo: bool = option(False, "fp32, rtn, squat, and lsq and recommended at squat's passes, in minutes")
 
     def method_settings(self) -> Json:
         """Return the settings that each method has which takes them."""
@@ -124,7 +127,8 @@ def parse_options(options_class: type[Options], demo: Json, arguments: Sequence[
     parser: Any = HfArgumentParser(options_class, allow_abbrev=False)  # type: ignore[arg-type]
     (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     if options.demo:
-        methods = ["fp32", "rtn", f"lsq{PASSES[demo.get('schedule', options.schedule)]:g}x", "squat"]
+        factor = PASSES[demo.get("schedule", options.schedule)]
+        methods = ["fp32", "rtn", f"lsq{factor:g}x", f"recommended{factor:g}x", "squat"]
         parser.set_defaults(**{"method": methods, "fit_minutes": 8.0, **demo})
         (options,) = parser.parse_args_into_dataclasses(args=arguments, look_for_args_file=False)
     for name, value in vars(options).items():
@@ -135,6 +139,9 @@ def parse_options(options_class: type[Options], demo: Json, arguments: Sequence[
             raise ValueError(f"`--{name.replace('_', '-')}` must be {words}, got {value}.")
     for method in options.method:
         parse_method(method).configured(options.method_settings())
+        if (source := parse_method(method).source) not in {"", *options.sources}:
+            known = f"one of {', '.join(options.sources)}" if options.sources else "nothing in this recipe"
+            raise ValueError(f"`--method {method}`: after the @ comes {known}, got {source!r}.")
     return options
 
 
@@ -273,8 +280,8 @@ def planned_runs(options: Options, facts: Json) -> dict[tuple[str, int], Run]:
         for seed in options.seed:
             config = {**facts, "method": text, "seed": seed, **same, "processes": processes()}
             config |= fp32 if text == "fp32" else settings
-            bits = f"-w{config['bits']}a{config['activation_bits']}" if "bits" in config else ""
-            name = f"{facts['task']}-{re.sub('[:,]', '-', text)}{bits}-seed{seed}"
+            bits = f"-{widths(config).lower()}" if "bits" in config else ""
+            name = f"{facts['task']}-{re.sub('[:,@]', '-', text)}{bits}-seed{seed}"
             runs[text, seed] = Run(Path(options.output_dir) / name, config)
     return runs
 
@@ -288,7 +295,7 @@ def fit_(options: Options, experiment: Experiment) -> None:
     if not path.is_file():
         begin, minutes, each = time.perf_counter(), 0.0, {}
         for (text, seed), run in planned_runs(options, experiment.facts).items():
-            if seed == options.seed[0] and text != "rtn":
+            if seed == options.seed[0] and parse_method(text).name != "rtn":
                 voice.begin(f"Timing the first steps of {text} on this machine.")
                 with TemporaryDirectory() as scratch:
                     course = train(Run(Path(scratch), run.config), experiment, None, 0, FIT_STEPS)
@@ -321,7 +328,7 @@ def steps_of(config: Json, rows: int) -> int:
 
 @dataclass
 class Course:
-    """How far a training is, beside what the Trainer keeps: losses since the last epoch, and the history per epoch."""
+    """The progress of a training beside the Trainer's state: losses since the last epoch, and the history per epoch."""
 
     steps: int = 0
     passes: int = 0
@@ -416,6 +423,7 @@ class Follower(TrainerCallback):
         course, goes_on = self.trainer.course, bool(self.save_every) and state.global_step < state.max_steps
         entry = {"epoch": len(course.history) + 1, "step": state.global_step, "passes": course.passes,
                  "seconds": course.seconds, "mean_loss": float(np.mean(course.losses)), "dev": {}}  # fmt: skip
+        entry |= getattr(self.trainer.experiment, "figures", dict)()
         course.history.append(entry)
         course.losses = []
         for key, rows in self.trainer.experiment.dev.items() if goes_on else ():
@@ -479,6 +487,8 @@ def train(
         experiment, config["precision"], model=model, args=arguments, train_dataset=experiment.train,
         optimizers=(optimizer, None),
     )  # fmt: skip
+    for callback in getattr(experiment, "callbacks", lambda _: [])(trainer):
+        trainer.add_callback(callback)
     trainer.add_callback(Follower(trainer, name, 0 if max_steps else save_every))
     torch.manual_seed(config["seed"] + 1_000_003 * arguments.process_index)  # each process drops out on its own
     if method.name == "rtn":

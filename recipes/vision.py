@@ -48,6 +48,8 @@ from recipes.training import Json, Options, option
 from recipes.voice import voice
 
 SMALL = ("resnet20", "vit_small_image")  # for images of a few dozen pixels, trained from scratch at their own size
+EMBEDDED_MODEL = "embedded-efficientnet-lite0"
+TIMMS_NAME = "tf_efficientnet_lite0"  # timm's network for its weights
 DEV_SHARE = 0.2  # of the images is set apart if a set has no split of its own
 
 DEMO: Json = {"activation_bits": 2, "bits": 2, "fp32_epochs": 6.0, "epochs": 4.0, "warmup_epochs": 1.0,
@@ -199,6 +201,11 @@ def build(name: str, classes: int, size: int, pretrained: bool = False) -> nn.Mo
     if name == "vit_small_image":
         return VisionTransformer(img_size=size, patch_size=4, embed_dim=128, depth=6, num_heads=4, mlp_ratio=2,
                                  num_classes=classes)  # fmt: skip
+    if name == EMBEDDED_MODEL:
+        lite0: Any = timm.create_model(TIMMS_NAME)
+        offline.lite0(lite0)
+        lite0.reset_classifier(classes)
+        return lite0
     facts: Any = timm.get_pretrained_cfg(name)
     more: Json = {"img_size": size} if facts.fixed_input_size and size != facts.input_size[-1] else {}
     try:
@@ -211,7 +218,8 @@ def build(name: str, classes: int, size: int, pretrained: bool = False) -> nn.Mo
 def load_model(folder: Path, quantized: bool = True) -> nn.Module:
     """Return the model of a finished run from its folder `model/`, with its quantizers if it has any."""
     facts = training.read_json(folder / "model.json")
-    model = build(facts["model"], len(facts["classes"]), facts["input_size"])
+    name = TIMMS_NAME if facts["model"] == EMBEDDED_MODEL else facts["model"]
+    model = build(name, len(facts["classes"]), facts["input_size"])
     model.load_state_dict(load_file(folder / "model.safetensors"))
     if quantized and (folder / "qsam.json").is_file():
         qsam.quantize_(model, spec=folder)  # qsam
@@ -224,7 +232,7 @@ def look_of(name: str, side: int, size: int | None) -> Json:
         size = size or side
         size = size if name == "resnet20" else max(4, size // 4 * 4)  # the ViT's patches are 4 pixels wide
         return {"input_size": size, "mean": (0.5,) * 3, "std": (0.25,) * 3, "interpolation": "bicubic", "crop_pct": 1.0}
-    facts = timm.get_pretrained_cfg(name)
+    facts = timm.get_pretrained_cfg(TIMMS_NAME if name == EMBEDDED_MODEL else name)
     if facts is None:
         near = get_close_matches(name, [*SMALL, *timm.list_models()], n=3)
         raise ValueError(f"`--model {name}`: neither ours nor timm's. Near: {', '.join(near) or 'nothing'}.")

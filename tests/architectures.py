@@ -200,7 +200,7 @@ def _grouped(pairs: list[tuple[str, str]]) -> Iterator[str]:
 
 
 def rewritten(text: str, architectures: list[Architecture]) -> str:
-    """Return the page with the rows of these architectures made anew."""
+    """Return the page with the rows of these architectures written again."""
     for architecture in architectures:
         row = row_of(architecture)
         text = re.sub(rf"^\| `{architecture.name}` \|.*$", lambda _, row=row: row, text, flags=re.MULTILINE)

@@ -12,9 +12,18 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from qsam import Quantizer
+from qsam.fused import native
 from qsam.optim import OPTIMIZERS, QuantizedOptimizer
 from qsam.optim.squat import SCHEDULES
 from tests.models import Batch, Task
+
+
+def needs_kernels() -> None:
+    """Skip the test where there is no compiler for the kernels."""
+    try:
+        native.library()
+    except OSError as error:
+        pytest.skip(f"no kernels here: {error}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,6 +21,22 @@ EVERYWHERE = [("*", {})]
 """Rules that give every matrix, the head too, the bits of the call."""
 
 
+PAPERS = {
+    "ranges": [
+        ("0", {"weights": "stretched", "activations": "lsq_plus"}),
+        ("2", {"weights": "minmax_ema", "activations": "minmax_ema"}),
+        ("4", {"weights": "qbert", "activations": "pact"}),
+    ],
+    "levels": [
+        ("0", {"weights": "gobo", "activations": "per_token"}),
+        ("2", {"weights": "liq", "activations": "liq"}),
+        ("4", {"weights": "lsq_statistics", "activations": "qbert"}),
+    ],
+    "statistics": [("0", {"weights": "lsq_plus", "activations": "lsq_statistics"}), ("*", {})],
+}
+"""Rules for :data:`MLP` that give each layer quantizers of other papers."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Task:
     """A model with data that it can learn.

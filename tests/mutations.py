@@ -25,7 +25,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 LEFT_BEHIND = shutil.ignore_patterns(
-    ".git", ".venv", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "runs"
+    ".git", ".venv*", "__pycache__", ".mypy_cache", ".ruff_cache", ".pytest_cache", ".hypothesis", "runs"
 )
 OUTCOMES = {0: "survived", 1: "caught", 2: "caught"}  # 2: a test file cannot be imported
 
@@ -102,14 +102,14 @@ MUTATIONS = [
     Mutation("qsam/coverage.py", "None if owner is None else weakref.ref(owner)", "None if owner is None else (lambda: owner)"),
     Mutation("qsam/coverage.py", "if lost <= kept:", "if lost <= 20 * kept:"),
     # attaching, writing, taking off
-    Mutation("qsam/attach.py", "row.quantizer.settle_(row.parameter)", "pass"),
+    Mutation("qsam/attach.py", "row.quantizer.set_from_weight_(row.parameter)", "pass"),
     Mutation("qsam/attach.py", "quantizer.requires_grad_(False)", "quantizer.requires_grad_(True)"),
     Mutation("qsam/attach.py", "        owner._release()\n", "        pass\n"),
     # the exported record
     Mutation("qsam/export.py", 'axis=None if quantizer.granularity == "per_tensor" else quantizer.axis', "axis=quantizer.axis"),
     Mutation("qsam/export.py", "if torch.equal(record.dequantized(), p):", "if record.codes.shape == p.shape:"),
     # kernels
-    Mutation("qsam/fused/sweeps.c", "const int outside = v <= low || v >= high;", "const int outside = v < low || v > high;"),
+    Mutation("qsam/fused/sweeps.c", "const int outside = v <= low || v >= end_of_grid;", "const int outside = v < low || v > end_of_grid;"),
     Mutation("qsam/fused/sweeps.c", "(A)(scale[row] < 0 ? -total : total)", "(A)total"),
     Mutation("qsam/fused/sweeps.c", "(bits + 0x7fff + (bits >> 16 & 1)) >> 16", "(bits + 0x8000) >> 16"),
     Mutation("qsam/fused/sweeps.c", "p[i] = q + d[i] * coefficient;", "p[i] += d[i] * coefficient;"),
@@ -159,6 +159,14 @@ MUTATIONS = [
 ]  # fmt: skip
 
 
+def nearest_tests(root: Path, file: str) -> list[str]:
+    """Return the test file of a changed module, or else the tests of its folder: they are run first."""
+    units = root / "tests" / Path(file).parent.as_posix().replace("qsam", "units", 1)
+    own = units / f"test_{Path(file).stem}.py"
+    found = own if own.is_file() else units
+    return [found.relative_to(root).as_posix()] if found.is_dir() or found.is_file() else []
+
+
 def run(
     root: Path, arguments: Sequence[str], mutation: Mutation | None = None, timeout: float = 3600
 ) -> dict[str, Any]:
@@ -177,12 +185,24 @@ def run(
         RuntimeError: pytest could not run, or found no test.
     """
     began = time.monotonic()
+    nearest = [] if mutation is None else nearest_tests(root, mutation.file)
     with tempfile.TemporaryDirectory(prefix="qsam-mutation-") as folder:
         copy = Path(folder) / "copy"
         shutil.copytree(root, copy, ignore=LEFT_BEHIND)
         if mutation is not None:
             mutation.apply(copy)
-        command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "--tb=no", *arguments]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "--tb=no",
+            *nearest,
+            *arguments,
+        ]
         environment = {**os.environ, "PYTHONPATH": str(copy), "PYTHONDONTWRITEBYTECODE": "1"}
         process = subprocess.Popen(
             command, cwd=copy, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

@@ -53,6 +53,8 @@ def environment(variation: Variation, folder: str) -> dict[str, str]:
     """Return the environment of a variation. Its cache is ``folder``, so that it finds no kernels of another one."""
     kept = {key: value for key, value in os.environ.items() if key not in {"ATEN_CPU_CAPABILITY", "CC"}}
     kept |= {"QSAM_TEST_THREADS": str(variation.threads), "XDG_CACHE_HOME": folder}
+    if variation.threads > 1:  # pytest's processes share the cores: a thread that spins keeps another from its work
+        kept["OMP_WAIT_POLICY"] = "PASSIVE"
     if variation.capability != "native":
         kept["ATEN_CPU_CAPABILITY"] = variation.capability
     if not variation.compiler:

@@ -340,8 +340,8 @@ class _NBits(nn.Module):
         if block is None or columns % block:
             raise ValueError(
                 f"{where!r} has {columns} inputs, of which MatMulNBits takes blocks of {block or 16}: give a "
-                "`block_size` that divides them, quantize the layer's input and call export_onnx(..., weights='int8'), or keep "
-                "the layer float."
+                "`block_size` that divides them, quantize the layer's input and call export_onnx(..., weights='int8'), or "
+                "keep the layer float."
             )
         self.attrs = {"K": columns, "N": out, "bits": bits, "block_size": block, "accuracy_level": level}
         each = 8 // bits
@@ -436,7 +436,7 @@ def _traced(  # noqa: PLR0917
         with warnings.catch_warnings():
             for category in (DeprecationWarning, FutureWarning):  # torch's exporter about its own calls
                 warnings.simplefilter("ignore", category)
-            warnings.filterwarnings("ignore", "# The axis name", UserWarning)  # two inputs have the same length
+            warnings.filterwarnings("ignore", "# The axis name")  # two inputs share a length, as is meant
             program = torch.onnx.export(
                 model, args, kwargs=kwargs, dynamo=True, opset_version=opset, optimize=True, verbose=False,
                 output_names=names, dynamic_shapes=shapes,

@@ -1,8 +1,8 @@
-"""The kernels as formulas: what ``torch.compile`` is given for a GPU, and what every kernel is tested against.
+"""The kernels as formulas, which ``torch.compile`` compiles for a GPU and with which every kernel is compared.
 
-Each takes rows ``(n,)`` with one scale ``(1,)``, or ``(R, n)`` with scales ``(R, 1)``, and limits ``(Qn, Qp)``. It
-writes in place, and returns ``<grad, dQ/ds>`` of each row and the largest distance of Q(w) and p, or None for what it
-is not asked for. Arguments are in the order of ``sweeps.c``.
+Each takes rows ``(n,)`` with one scale ``(1,)``, or ``(R, n)`` with scales ``(R, 1)``, and ``(Qn, Qp, offset)``. It
+writes in place, and returns ``<grad, dQ/ds>`` of each row and the largest distance between Q(w) and p, each of them
+None if the kernel does not compute it. Arguments are in the order of ``sweeps.c``.
 """
 
 from __future__ import annotations
@@ -54,21 +54,27 @@ def perturb(  # noqa: PLR0917 (tensors of one kernel)
 
 
 def _quantized(x: Tensor, scale: Tensor, limits: Tensor) -> Tensor:
-    """Return Q(x) in the wide dtype."""
     s = positive(scale).to(wide_dtype(x.dtype))
-    return codes_of(x.to(s.dtype) / s, *limits.unbind()) * s
+    low, high, offset = limits.unbind()
+    return _level(x.to(s.dtype) / s, low, high, offset) * s
 
 
 def _pulled(x: Tensor, grad: Tensor, scale: Tensor, limits: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``M * grad``, ``<grad, dQ/ds>`` over what shares a scale, and Q(x)."""
     s = positive(scale).to(wide_dtype(x.dtype))
     v = x.to(s.dtype) / s
-    outside, codes = clipped(v, *limits.unbind()), codes_of(v, *limits.unbind())
-    total = (slope_of(v, codes, outside) * grad).sum(-1, keepdim=True)
+    low, high, offset = limits.unbind()
+    outside, levels = clipped(v, low, high + 2 * offset), _level(v, low, high, offset)
+    total = (slope_of(v, levels, outside) * grad).sum(-1, keepdim=True)
     # s enters as |s|: on the negative side its slope is -1.
-    return grad.masked_fill(outside, 0), torch.where(scale < 0, -total, total), codes * s
+    return grad.masked_fill(outside, 0), torch.where(scale < 0, -total, total), levels * s
+
+
+def _level(v: Tensor, low: Tensor, high: Tensor, offset: Tensor) -> Tensor:
+    """Return Q(x) / s; subtracting ``0 - offset`` leaves a level of -0 as it is where the offset is 0."""
+    return codes_of(v - offset, low, high) - (0 - offset)
 
 
 def _farthest(q: Tensor, p: Tensor) -> Tensor:
-    """Return the largest distance of q and p; a NaN is no distance."""
+    """Return the largest distance between q and p, in which NaN counts as 0."""
     return (q - p).abs().nan_to_num(0.0, torch.inf).amax()

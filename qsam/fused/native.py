@@ -1,11 +1,11 @@
 """The kernels of ``sweeps.c``: compiled once by the system's C compiler, kept on the disk, and called through ctypes.
 
-The library sees addresses and sizes and nothing of torch, so no release of torch can break it. It is compiled for
-OpenMP but not linked to a runtime: it finds the one that torch has loaded, and ``torch.set_num_threads`` holds.
+The library gets addresses and sizes and uses nothing of torch, so no release of torch can break it. It is compiled for
+OpenMP but not linked to a runtime: it uses the one that torch has loaded, and so obeys ``torch.set_num_threads``.
 
-Another user who could write into the folder of the cache could run code in this process. So the folder and the library
-in it are used only if they belong to this user and nobody else can write to them; otherwise, and where the folder
-cannot be written at all, the library is compiled into a private temporary folder, for this process alone.
+Another user who could write into the cache folder could run code in this process. So the folder and the library in it
+are used only if they belong to this user and no other user can write to them. Otherwise, or if the folder cannot be
+written, the library is compiled into a temporary folder for this process alone.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ IS_WINDOWS = os.name == "nt"
 SOURCE = Path(__file__).with_name("sweeps.c")
 
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off")
-"""None of these lets the compiler round otherwise than torch's eager operations do."""
+"""With these the compiled code rounds exactly as torch's eager operations do."""
 
 ATTEMPTS = (
     ("-march=native", "-fopenmp"),
@@ -41,15 +41,15 @@ ATTEMPTS = (
     ("-fopenmp-simd",),
     (),
 )
-"""Tried one after the other: not every compiler knows its own processor or OpenMP, nor has torch always loaded the
-OpenMP runtime that the compiler counts on (clang's on Linux, any on macOS); without it, a kernel runs on one thread."""
+"""Tried in this order, because some compilers do not know their processor or OpenMP, and torch may not have loaded the
+OpenMP runtime that the compiler needs (clang's on Linux, any on macOS). Without it a kernel runs on one thread."""
 
 _SUFFIX = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "fp16"}
 _POINTER, _SIZE, _NUMBER, _COUNT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double, ctypes.c_int
-_GRID = (_POINTER, _SIZE, _SIZE, _NUMBER, _NUMBER, _COUNT)
+_GRID = (_POINTER, _SIZE, _SIZE, _NUMBER, _NUMBER, _NUMBER, _COUNT)
 
 ROWS = {"write": 2, "backward": 3, "pull_back": 3, "scale_gradient": 3, "perturb": 3, "codes": 2}
-"""How many tensors each kernel takes, all of one shape."""
+"""The number of tensors that each kernel takes, all of one shape."""
 
 SUMS = ("backward", "pull_back", "scale_gradient")
 """The kernels that sum up ds."""
@@ -63,11 +63,7 @@ _COMPILER_SECONDS = 300.0
 
 @functools.cache
 def function(name: str, dtype: torch.dtype) -> Callable[..., float] | None:
-    """Return the C function of this name for tensors of this dtype; None if there is none.
-
-    Raises:
-        OSError: the library cannot be compiled or loaded; the message says why.
-    """
+    """Return the C function of this name and dtype or None; raise OSError if there is no library."""
     found = getattr(library(), f"{name}_{_SUFFIX.get(dtype)}", None)
     if found is not None:
         found.argtypes, found.restype = _ARGUMENTS[name], ctypes.c_double
@@ -75,7 +71,7 @@ def function(name: str, dtype: torch.dtype) -> Callable[..., float] | None:
 
 
 def call(name: str, dtype: torch.dtype, *arguments: int | float | None) -> float:
-    """Call a C function that there is; return what it returns."""
+    """Call a C function that exists, and return its result."""
     found = function(name, dtype)
     assert found is not None
     return found(*arguments)
@@ -83,11 +79,7 @@ def call(name: str, dtype: torch.dtype, *arguments: int | float | None) -> float
 
 @functools.cache
 def library() -> ctypes.CDLL:
-    """Return the library: from the cache, or compiled now.
-
-    Raises:
-        OSError: there is no compiler, it fails, or what it makes cannot be loaded.
-    """
+    """Return the library from the cache, or compile it; raise OSError if it cannot be compiled or loaded."""
     compiler = find_compiler()
     name = f"sweeps-{_key(compiler)}.so"
     try:
@@ -104,15 +96,11 @@ def library() -> ctypes.CDLL:
 
 
 class CompilerError(OSError):
-    """There is no C compiler, or it does not compile ``sweeps.c``: another folder would not help."""
+    """There is no C compiler, or it cannot compile ``sweeps.c``; another folder would not help."""
 
 
 def find_compiler() -> list[str]:
-    """Return the command of the C compiler: ``$CC``, or the first of cc, gcc and clang on PATH.
-
-    Raises:
-        CompilerError: there is none, or the system is Windows, where the kernels are not supported.
-    """
+    """Return the command of the C compiler: ``$CC``, or the first of cc, gcc and clang on PATH; none on Windows."""
     if IS_WINDOWS:
         raise CompilerError("on Windows there are no kernels for the CPU")
     wanted = shlex.split(os.environ.get("CC", ""))
@@ -123,7 +111,7 @@ def find_compiler() -> list[str]:
 
 
 def cache_folder() -> Path:
-    """Return where the library is kept: ``$XDG_CACHE_HOME/qsam``, by default ``~/.cache/qsam``."""
+    """Return the folder of the library: ``$XDG_CACHE_HOME/qsam``, by default ``~/.cache/qsam``."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qsam"
     except RuntimeError as error:  # a process whose user has no home
@@ -131,14 +119,14 @@ def cache_folder() -> Path:
 
 
 def _key(compiler: list[str]) -> str:
-    """Return what tells one library from another: source, flags, compiler with its version, and processor."""
+    """Return a digest of the source, the flags, the compiler with its version, and the processor."""
     version = _run([*compiler, "--version"]).stdout
     facts = [SOURCE.read_text(encoding="utf-8"), repr((FLAGS, ATTEMPTS, compiler)), version, *_processor()]
     return hashlib.sha256("\0".join(facts).encode()).hexdigest()[:24]
 
 
 def _processor() -> list[str]:
-    """Return the machine, and all that Linux or torch tell of its instructions; homes are shared by machines."""
+    """Return the machine and its instruction sets, because several machines may share a home."""
     facts = [platform.system(), platform.machine(), platform.processor()]
     listed = Path("/proc/cpuinfo")
     lines = listed.read_text(encoding="utf-8").split("\n\n")[0].splitlines() if listed.is_file() else []
@@ -148,13 +136,13 @@ def _processor() -> list[str]:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """Raise a PermissionError if somebody else could put a file into this folder, or another folder in its place."""
+    """Raise a PermissionError if another user could put a file into this folder, or replace the folder."""
     _refuse_others(folder)
     _refuse_others(folder.parent, 0)
 
 
 def _refuse_others(path: Path, *others: int) -> None:
-    """Raise a PermissionError unless this user, or one of ``others``, owns this and nobody else can write to it."""
+    """Raise a PermissionError unless this user or one of ``others`` owns ``path`` and no other user can write to it."""
     found = path.stat() if path.is_dir() else path.lstat()
     if stat.S_ISLNK(found.st_mode) or found.st_uid not in {os.getuid(), *others}:
         raise PermissionError(f"{path} belongs to another user or is a link")
@@ -163,7 +151,7 @@ def _refuse_others(path: Path, *others: int) -> None:
 
 
 def _kept(path: Path) -> ctypes.CDLL | None:
-    """Return the library of an earlier process; None if there is none that can be loaded."""
+    """Return the library of an earlier process, or None if there is none or it cannot be loaded."""
     if not os.path.lexists(path):
         return None
     _refuse_others(path)
@@ -175,12 +163,7 @@ def _kept(path: Path) -> ctypes.CDLL | None:
 
 
 def _build(compiler: list[str], folder: Path, name: str) -> ctypes.CDLL:
-    """Compile the library and move it into ``folder`` in one step, so that no other process sees half of it.
-
-    Raises:
-        CompilerError: no attempt compiles.
-        OSError: one compiles, but this folder's files cannot be loaded, or cannot be written.
-    """
+    """Compile the library and move it into ``folder`` in one step, so that no other process loads half a file."""
     _log.info("qsam compiles its kernels with %s", compiler[0])
     problem: OSError = CompilerError(f"{compiler[0]} compiles nothing")
     with tempfile.TemporaryDirectory(prefix="build-", dir=folder, ignore_cleanup_errors=True) as place:

@@ -1,6 +1,10 @@
 /* The formulas of qsam/functional.py on a CPU, each in one sweep over memory. Plain C: addresses and sizes only.
 
-     v = x / s,    code = round(clip(v, low, high)),    Q(x) = code * s,    M = low < v < high,    s = max(|scale|, floor)
+     v = x / s,    level = round(clip(v - offset, low, high)) + offset,    Q(x) = level * s,    s = max(|scale|, floor)
+     M = low < v < high + 2 offset
+
+   The offset is 0 (levels at the integers) or 1/2 (levels half-way between them: then the outermost cells reach half a
+   step beyond their levels).
 
    A tensor is `rows` rows of n entries, and each row has one scale. A kernel may write into what it reads, because it
    reads each entry before it writes that entry and no other. Every result is rounded as torch's eager operations round
@@ -37,10 +41,11 @@ static inline bf16 store_bf16(float value) { /* to nearest, ties to even */
 }
 #define SAME(x) (x)
 
-/* Runs EACH for every entry i of every row, in parallel over blocks. EACH sees v, code, q = Q(x[i]) and outside = 1 - M;
+/* Runs EACH for every entry i of every row, in parallel over blocks. EACH sees v, level, q = Q(x[i]) and outside = 1 - M;
    it may add to `sum`, which becomes the row's ds, and raise `far`, whose largest value is returned. */
 #define SWEEP(A, READ, ROUND, EACH)                                                                        \
-  const A low = (A)quant_min, high = (A)quant_max;                                                         \
+  const A low = (A)quant_min, high = (A)quant_max, shift = (A)offset, end_of_grid = high + 2 * shift;      \
+  const A back = 0 - shift; /* +0 where the offset is 0: subtracting it leaves -0 as it is */              \
   const int64_t per_row = (n + BLOCK - 1) / BLOCK, blocks = rows * per_row;                                \
   A *const sums = ds ? malloc((size_t)blocks * sizeof *sums) : NULL;                                       \
   A farthest = 0;                                                                                          \
@@ -53,9 +58,9 @@ static inline bf16 store_bf16(float value) { /* to nearest, ties to even */
     A sum = 0, far = 0;                                                                                    \
     _Pragma("omp simd reduction(+ : sum) reduction(max : far)")                                            \
     for (int64_t i = start; i < stop; i++) {                                                               \
-      const A v = (A)READ(x[i]) / s;                                                                       \
-      const A code = ROUND(v < low ? low : v > high ? high : v), q = code * s;                             \
-      const int outside = v <= low || v >= high;                                                           \
+      const A v = (A)READ(x[i]) / s, u = v - shift;                                                        \
+      const A level = ROUND(u < low ? low : u > high ? high : u) - back, q = level * s;                    \
+      const int outside = v <= low || v >= end_of_grid;                                                    \
       (void)q, (void)outside;                                                                              \
       EACH                                                                                                 \
     }                                                                                                      \
@@ -70,8 +75,9 @@ static inline bf16 store_bf16(float value) { /* to nearest, ties to even */
   free(sums);                                                                                              \
   return (double)farthest;
 
-#define COMMON const float *scale, int64_t rows, int64_t n, double quant_min, double quant_max, int threads
-#define SLOPE(A) (code - (outside ? (A)0 : v)) /* dQ/ds: code - v inside, the limit outside */
+#define COMMON \
+  const float *scale, int64_t rows, int64_t n, double quant_min, double quant_max, double offset, int threads
+#define SLOPE(A) (level - (outside ? (A)0 : v)) /* dQ/ds: level - v inside, the outermost level outside */
 
 /* write: out <- Q(x).    backward: out <- M g, and ds <- <g, dQ/ds> of each row. */
 #define OF_ANY_DTYPE(T, A, READ, WRITE, ROUND)                                                             \
@@ -117,9 +123,9 @@ OF_ANY_DTYPE(fp16, float, load_fp16, store_fp16, nearbyintf)
    codes: the codes of Q(x); returns the largest |Q(x) - x|, infinity if there is a NaN, which has no code. */
 double codes_float(const float *x, int8_t *codes, COMMON) {
   float *const ds = NULL;
-  const int offset = quant_max > 127 ? 128 : 0;
+  const int taken_off = quant_max > 127 ? 128 : 0;
   SWEEP(float, SAME, nearbyintf, const float gap = q == q ? fabsf(q - x[i]) : INFINITY;
-        far = gap > far ? gap : far; codes[i] = (int8_t)((int)(v == v ? code : 0) - offset);)
+        far = gap > far ? gap : far; codes[i] = (int8_t)((int)(v == v ? level : 0) - taken_off);)
 }
 
 /* product <- s_x s_w (integers + shift) + bias, in the memory of the integers: m rows of n columns. There is one s_w for

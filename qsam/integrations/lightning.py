@@ -30,16 +30,17 @@ class LightningMixin(LightningModule):
       a discriminator or a teacher too) move in the first pass only;
     - ``qsam_rise`` and the other figures of ``optimizer.diagnostics()`` are logged;
     - ``gradient_clip_val`` clips the pulled-back gradients, unless the optimizer has a ``max_grad_norm`` of its own;
-    - what Lightning cannot do is refused before training: 16-mixed and ``accumulate_grad_batches`` run the closure
-      without the optimizer (their steps would be plain QAT, or lose micro-batches), and clipping by value.
+    - options that Lightning cannot combine with it are refused before training: 16-mixed and
+      ``accumulate_grad_batches``, which run the closure without the optimizer (their steps would be plain QAT, or lose
+      micro-batches), and clipping by value.
 
-    With ``automatic_optimization = False`` nothing is refused and nothing changed: the blocks by hand do everything.
+    With ``automatic_optimization = False`` the mixin changes and refuses nothing, because the loop by hand does all.
     """
 
     _qsam_pass = 0
 
     def configure_callbacks(self) -> list[Callback]:
-        """Return what checks the Trainer before training, and logs."""
+        """Add the callback that checks the Trainer before training, and logs."""
         found = super().configure_callbacks()
         return [*([found] if isinstance(found, Callback) else found), QuantizedTraining()]
 
@@ -75,13 +76,13 @@ class LightningMixin(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Leave clipping to the optimizer, which has been told before training."""
+        """Leave clipping to the optimizer, if its ``max_grad_norm`` was set before training."""
         if not getattr(self, _CLIPS, False):
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
 
 class _Counted:
-    """Lightning's closure with a counter round its calls."""
+    """Lightning's closure with a counter around its calls."""
 
     def __init__(self, inner: Any, counted: Callable[[], Any]) -> None:
         self.inner, self.counted = inner, counted
@@ -91,15 +92,10 @@ class _Counted:
 
 
 class QuantizedTraining(Callback):
-    """Checks what the Trainer is asked to do before the first batch, and logs. :class:`LightningMixin` brings it."""
+    """Checks the Trainer's options before the first batch, and logs. :class:`LightningMixin` adds it."""
 
     def on_fit_start(self, trainer: Any, pl_module: LightningModule) -> None:
-        """Refuse what cannot be right, and hand the clipping on.
-
-        Raises:
-            TypeError: the optimizer is not one of qsam's.
-            ValueError: 16-mixed precision, ``accumulate_grad_batches`` or clipping by value.
-        """
+        """Refuse unsupported options, and let the optimizer clip."""
         if not pl_module.automatic_optimization:
             return
         optimizers = [unwrap(optimizer) for optimizer in trainer.optimizers]
@@ -121,7 +117,7 @@ class QuantizedTraining(Callback):
 
 @contextlib.contextmanager
 def _metrics_kept(module: nn.Module) -> Iterator[None]:
-    """Put the attributes of every torchmetrics metric in ``module`` back at the end: its states are no buffers."""
+    """Restore the attributes of every torchmetrics metric in ``module`` at the end; its states are not buffers."""
     metrics = [m for m in module.modules() if any(c.__module__.startswith("torchmetrics.") for c in type(m).__mro__)]
     kept = [(metric, {name: _copied(value) for name, value in vars(metric).items()}) for metric in metrics]
     try:
@@ -133,7 +129,7 @@ def _metrics_kept(module: nn.Module) -> Iterator[None]:
 
 
 def _copied(value: Any) -> Any:
-    """Return a state of a metric that is not written in place: a tensor, or a list of tensors that only grows."""
+    """Return a copy of a metric's state, which is a tensor, or a list of tensors that only grows."""
     if isinstance(value, Tensor):
         return value.clone()
     return list(value) if type(value) is list else value

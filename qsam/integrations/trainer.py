@@ -49,8 +49,9 @@ class TrainerMixin(Trainer):
         options: The Trainer's keywords.
 
     Raises:
-        TypeError: at ``train()``: no qsam optimizer, or one whose base calls its closure by itself (LBFGS).
-        ValueError: both ``qsam_method`` and an optimizer; at ``train()``: ``schedule="fused"`` with accumulation.
+        TypeError: At ``train()``: there is no qsam optimizer, or its base calls its closure itself (LBFGS).
+        ValueError: Both ``qsam_method`` and an optimizer are given; at ``train()``: ``schedule="fused"`` with
+            accumulation.
     """
 
     def __init__(

@@ -1,12 +1,12 @@
-r"""How flat the loss is round the weights that a model is deployed with: sharpness, curvature, slices.
+r"""Flatness of the loss around the weights that a model is deployed with: sharpness, curvature, slices.
 
     sharpness    max over ||d||_2 <= rho of  L(Q(w) + d) - L(Q(w)),  by projected gradient ascent
     curvature    the largest eigenvalue of the Hessian of L at Q(w), by power iteration
     slice        L(Q(w) + t * u) over t, for directions u of length 1
 
-All three take the quantized weights (for :class:`qsam.SAM` and for a float model every trainable Parameter) as the
-model holds them, on the data of the caller's closure, in the mode (train or eval) that the model is in. They leave
-weights, gradients, buffers, modes and random generators as they were, also after an exception.
+All three use the quantized weights (for :class:`qsam.SAM` and for a float model every trainable Parameter) as the model
+holds them, the data of the caller's closure, and the model's present mode (train or eval). They restore weights,
+gradients, buffers, modes and random generators, also after an exception.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from qsam.registry import nearest
 __all__ = ["LossSlice", "Sharpness", "TopEigenvalue", "hessian_top_eigenvalue", "loss_slice", "sharpness"]
 
 TRAVEL = 2.5
-"""How many radii the steps of :func:`sharpness` would cover, each as long as the first, without the ball."""
+"""Length of all steps of :func:`sharpness` together, in radii, if each were as long as the first."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sharpness:
-    """What :func:`sharpness` measured, and all that the number depends on.
+    """The result of :func:`sharpness`, and the settings that it depends on.
 
     Attributes:
-        value: ``loss_end - loss_start`` (the other way round for a base optimizer that maximizes).
+        value: ``loss_end - loss_start`` (``loss_start - loss_end`` for a base optimizer that maximizes).
         loss_start: L(Q(w)).
         loss_end: L(Q(w) + d) after the last step.
         rho: Radius of the ball, in units of the weights.
         steps: T.
         lr: eta, as used.
-        data: What the loss is taken on, in the caller's words.
+        data: The data of the loss, in the caller's words.
     """
 
     value: float
@@ -63,13 +63,13 @@ def sharpness(
     data: str | None = None,
     progress: bool | None = None,
 ) -> Sharpness:
-    r"""Return how much the loss can rise within a ball round the quantized weights, by Algorithm 2 of SQuAT.
+    r"""Return how much the loss can rise within a ball around the quantized weights, by Algorithm 2 of SQuAT.
 
     ``W_0 = Q(w)``;  ``W_{t+1} = P(W_t + eta * grad L(W_t))``,  t = 0 .. T-1;  the result is ``L(W_T) - L(W_0)``.
-    P projects onto the L2 ball of radius rho round ``W_0``, after each step. There are T + 1 calls of the closure.
+    P projects onto the L2 ball of radius rho around ``W_0``, after each step. There are T + 1 calls of the closure.
 
-    It is a lower bound of the maximum. At a point without gradient the ascent does not start: the result is 0, also
-    at a saddle.
+    It is a lower bound of the maximum. At a point without gradient, also at a saddle, the ascent does not start and the
+    result is 0.
 
     Args:
         optimizer: A qsam optimizer, or a model that holds the weights already.
@@ -77,14 +77,14 @@ def sharpness(
         rho: Radius, over all perturbed weights together. Finite, > 0. The paper's are .01 and .05.
         steps: T, an integer >= 1.
         lr: eta, in plain gradient ascent. None: ``2.5 * rho / (T * ||grad L(W_0)||)``, so that steps as long as the
-            first would cover 2.5 radii: enough to reach the border, and to move along it.
-        data: What the closure computes the loss on; kept in the result.
-        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
+            first would cover 2.5 radii, enough to reach the border and to move along it.
+        data: A description of the closure's data; kept in the result.
+        progress: A progress bar: None on a terminal if tqdm is installed, True always, False never.
 
     Raises:
-        TypeError: an argument of the wrong kind; a closure that does not return the loss.
-        ValueError: a radius, number of steps or rate out of range.
-        RuntimeError: inside a block of the optimizer; a closure without backward.
+        TypeError: An argument has the wrong type, or the closure does not return the loss.
+        ValueError: ``rho``, ``steps`` or ``lr`` is out of range.
+        RuntimeError: It was called inside a block of the optimizer, or the closure ran no backward.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -100,7 +100,7 @@ def sharpness(
     References:
         Wang et al., SQuAT, arXiv 2210.07171, Algorithm 2, Tables 3 and 4.
 
-    Differs from the paper: it prints neither the data, nor eta, nor T, and tests the norm before it has ``W_{t+1}``.
+    Differs from the paper, which gives neither the data, nor eta, nor T, and tests the norm before it has ``W_{t+1}``.
     """
     rho = checked_number(rho, "rho")
     steps = checked_count(steps, "steps", 1)
@@ -132,7 +132,7 @@ class LossSlice:
     losses: Mapping[str, Tensor]
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Write a picture; its format follows from the ending of ``path``. Needs matplotlib (extra ``glue``)."""
+        """Write a picture in the format that the suffix of ``path`` names. Needs matplotlib (extra ``glue``)."""
         from matplotlib.figure import Figure
 
         figure = Figure(figsize=(5, 3.5), layout="constrained")
@@ -161,17 +161,17 @@ def loss_slice(
         optimizer: A qsam optimizer, or a model that holds the weights already.
         closure: torch's closure, as for ``step``; it needs a backward for the direction ``"gradient"`` only.
         directions: One or more names, out of ``"gradient"`` (of the loss at Q(w)) and ``"random"`` (Gaussian); or a
-            mapping from names of your own to one tensor a perturbed weight, in the model's order. Each is scaled to
-            length 1, over all weights together.
+            mapping from your own names to one tensor per perturbed weight, in the model's order. Each direction is
+            scaled to length 1, over all weights together.
         radius: The largest distance. Finite, > 0.
-        points: Points a line, an odd integer >= 3, so that Q(w) itself is one of them.
-        seed: Of the random direction.
-        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
+        points: Points per line, an odd integer >= 3, so that Q(w) itself is one of them.
+        seed: The seed of the random direction.
+        progress: A progress bar: None on a terminal if tqdm is installed, True always, False never.
 
     Raises:
-        TypeError: an argument of the wrong kind; a closure that does not return the loss.
-        ValueError: an argument out of range; a direction that is unknown, of another shape, zero or not finite.
-        RuntimeError: inside a block of the optimizer.
+        TypeError: An argument has the wrong type, or the closure does not return the loss.
+        ValueError: An argument is out of range, or a direction is unknown, zero, not finite or of another shape.
+        RuntimeError: It was called inside a block of the optimizer.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -238,5 +238,5 @@ def _units(probe: Probe, directions: Sequence[str] | Mapping[str, Sequence[Tenso
 def _given(probe: Probe, name: str, tensors: Sequence[Tensor]) -> Tensor:
     wanted, got = [tuple(p.shape) for p in probe.weights], [tuple(t.shape) for t in tensors]
     if wanted != got:
-        raise ValueError(f"the direction {name!r} must have one tensor a weight, of shapes {wanted}, got {got}.")
+        raise ValueError(f"the direction {name!r} must have one tensor per weight, of shapes {wanted}, got {got}.")
     return probe.flat(tensors)

@@ -2,9 +2,9 @@
 
 v <- H v / ||H v||,   H the Hessian of L with respect to Q(w);   the eigenvalue is v.Hv
 
-The products are taken here and not by curvlinops, which wants the model, the loss and the data apart, where a closure
-holds all three. It differentiates by ``jvp`` under ``vmap``: version 3.0.1 fails on a BatchNorm in training mode and on
-quantized inputs.
+The products are computed here and not by curvlinops, which needs model, loss and data separately, while a closure holds
+all three. Its version 3.0.1 differentiates by ``jvp`` under ``vmap``, which fails on a BatchNorm in training mode and
+on quantized inputs.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from qsam.measure.probe import Probe, Subject, checked_count, checked_number, pr
 
 @dataclasses.dataclass(frozen=True)
 class TopEigenvalue:
-    """What :func:`hessian_top_eigenvalue` found.
+    """The result of :func:`hessian_top_eigenvalue`.
 
     Attributes:
         value: The eigenvalue.
@@ -46,27 +46,28 @@ def hessian_top_eigenvalue(
 ) -> TopEigenvalue:
     r"""Return the largest (most positive) eigenvalue of the Hessian H of the loss with respect to Q(w).
 
-    Power iteration, ``v <- H v / ||H v||``, on exact products ``H v``: one forward, one backward that keeps its
-    graph, then one pass through that graph a product. Power iteration finds the eigenvalue of the largest magnitude; if
-    that is negative, a second one, on ``H - value * I``, finds the largest.
+    Power iteration, ``v <- H v / ||H v||``, on exact products ``H v``: one forward, one backward that keeps its graph,
+    then one pass through that graph per product. Power iteration finds the eigenvalue of the largest magnitude; if that
+    is negative, a second iteration, on ``H - value * I``, finds the largest.
 
-    Where inputs are quantized the loss is a staircase in W, and H is that of its straight-through surrogate: each input
-    quantizer has the value of the rounding and the slope of the clipping. (Differences of gradients, which would need
-    no second derivative, see the stairs instead: they grow without bound as the distance shrinks.)
+    If inputs are quantized, the loss is a staircase in W, and H is the Hessian of its straight-through surrogate: each
+    input quantizer has the value of the rounding and the slope of the clipping. (Differences of gradients, which would
+    need no second derivative, grow without bound at the steps as the distance shrinks.)
 
     Args:
         optimizer: A qsam optimizer, or a model that holds the weights already.
         loss_fn: Runs the forward and returns the loss, WITHOUT backward.
         iterations: The most products of one power iteration, an integer >= 2.
-        tolerance: Where to stop: the change of the eigenvalue, relative to the largest magnitude. Finite, > 0.
-        seed: Of the random start.
-        progress: A progress bar: None on a terminal if tqdm is there, True always, False never.
+        tolerance: Iteration stops when the eigenvalue, relative to the largest magnitude, changes by no more than this.
+            Finite, > 0.
+        seed: The seed of the random start.
+        progress: A progress bar: None on a terminal if tqdm is installed, True always, False never.
 
     Raises:
-        TypeError: an argument of the wrong kind; ``loss_fn`` does not return a scalar tensor.
-        ValueError: an argument out of range.
-        RuntimeError: ``loss_fn`` called backward, or the loss does not depend on the weights; from torch: an operation
-            without a second derivative (a compiled model; attention runs its plain kernel here, which has one).
+        TypeError: An argument has the wrong type, or ``loss_fn`` does not return a scalar tensor.
+        ValueError: An argument is out of range.
+        RuntimeError: ``loss_fn`` called backward, the loss does not depend on the weights, or (from torch) an operation
+            has no second derivative (in a compiled model; attention runs its plain kernel here, which has one).
 
     Example:
         >>> model = torch.nn.Linear(3, 1, bias=False)

@@ -1,12 +1,13 @@
-"""The loss round a model's weights W: L(W + d) and its gradient at any d, leaving no trace in the model.
+"""The loss around a model's weights W: L(W + d) and its gradient at any d. The model is restored afterwards.
 
-W is what a method quantizes, as the model holds it: Q(w), not w, or rounding would undo d. Every evaluation sees the
-same buffers and the same random numbers (dropout), so that d alone makes the difference.
+W are the quantized weights as the model holds them, Q(w) and not w, because rounding would undo d. Every evaluation
+uses the same buffers and the same random numbers (dropout), so that only d makes a difference.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,20 +25,15 @@ from qsam.optim import QuantizedOptimizer
 from qsam.optim.snapshot import RandomState, buffers_kept, same_random_numbers
 
 Subject = QuantizedOptimizer | nn.Module
-"""An optimizer of this package, or a model: a quantized one's weights are those that have a quantizer."""
+"""A qsam optimizer, or a model, whose weights are those with a quantizer if it is quantized."""
 
 Closure = Callable[[], Any]
+Progress = bool | Callable[[int, int], object] | None
+"""None: a bar on a terminal if tqdm is there; True: always; False: never; or a function that gets (done, total)."""
 
 
 class Probe:
-    """L(W + d) for flat vectors d over all entries of W.
-
-    Args:
-        root: The model.
-        weights: W: the Parameters that d is added to.
-        closure: torch's closure: clears gradients, runs forward and backward, returns the loss.
-        tick: Moves a progress bar; called after each evaluation.
-    """
+    """L(W + d) for flat vectors d over all entries of W, the Parameters ``weights``; ``tick`` moves a progress bar."""
 
     def __init__(
         self, root: nn.Module, weights: list[nn.Parameter], closure: Closure, tick: Callable[[], object]
@@ -55,7 +51,7 @@ class Probe:
         return torch.zeros(sum(self.sizes), dtype=dtype, device=self.weights[0].device)
 
     def flat(self, tensors: Sequence[Tensor | None]) -> Tensor:
-        """Return one tensor a weight as a flat vector; None counts as zeros."""
+        """Return one tensor per weight as a flat vector; None counts as zeros."""
         like = self.zeros()
         for part, tensor in zip(torch.split(like, self.sizes), tensors, strict=True):
             if tensor is not None:
@@ -63,41 +59,30 @@ class Probe:
         return like
 
     def gaussian(self, seed: int) -> Tensor:
-        """Return N(0, 1) entries, drawn from ``seed``; no global generator moves."""
+        """Return N(0, 1) entries, drawn from ``seed`` without a global generator."""
         like = self.zeros()
         return torch.randn(like.shape, generator=torch.Generator().manual_seed(seed), dtype=like.dtype).to(like.device)
 
-    def loss(self, d: Tensor) -> float:
-        """Return L(W + d).
-
-        Raises:
-            TypeError: the closure returned no number.
-        """
-        self.move_to(d)
+    def loss(self, d: Tensor | None) -> float:
+        """Return L(W + d); None: the loss of the model as it is now."""
+        if d is not None:
+            self.move_to(d)
         with buffers_kept(self.root), self._pass():
             return _as_float(self.closure())
 
     def gradient(self, d: Tensor) -> tuple[float, Tensor]:
-        """Return L(W + d) and its gradient there.
-
-        Raises:
-            RuntimeError: the closure left no gradient in any of the weights.
-        """
+        """Return L(W + d) and its gradient."""
         loss = self.loss(d)
         if all(p.grad is None for p in self.weights):
             raise RuntimeError("the closure left no gradient in the weights: it must call backward() on the loss.")
         return loss, self.flat([p.grad for p in self.weights])
 
-    def differentiable_gradient(self) -> tuple[Tensor, ...]:
-        """Return the gradient at W, one tensor a weight, with its graph; the closure is one without backward.
+    def differentiable_gradient(self, *, graph: bool = True) -> tuple[Tensor, ...]:
+        """Return the gradient at W, one tensor per weight, with its graph; the closure must not run a backward.
 
-        Attention runs torch's plain kernel: the fused ones have no second derivative. The buffers that the
-        forward wrote
-        stay until the end of :func:`probing`: the graph needs them.
-
-        Raises:
-            TypeError: the closure returned no scalar tensor.
-            RuntimeError: it called backward, or returned a loss that does not depend on the weights.
+        Attention runs torch's plain kernel, because the fused ones have no second derivative. The buffers that the
+        forward wrote stay until the end of :func:`probing`, because the graph needs them. Without ``graph`` it is the
+        plain gradient.
         """
         with self._pass(), sdpa_kernel(SDPBackend.MATH):
             loss = self.closure()
@@ -107,11 +92,11 @@ class Probe:
             raise RuntimeError("`loss_fn` called backward(), which frees the graph: it must only return the loss.")
         if not loss.requires_grad:
             raise RuntimeError("the loss that `loss_fn` returned does not depend on the weights, or was detached.")
-        return torch.autograd.grad(loss, self.weights, create_graph=True, materialize_grads=True)
+        return torch.autograd.grad(loss, self.weights, create_graph=graph, materialize_grads=True)
 
     @contextlib.contextmanager
     def _pass(self) -> Iterator[None]:
-        """One evaluation: no gradients before it, and each time the same random numbers."""
+        """Run one evaluation without old gradients and with the same random numbers each time."""
         for p in self.root.parameters():
             p.grad = None
         with same_random_numbers(self.random), frozen(), torch.enable_grad():
@@ -127,7 +112,7 @@ class Probe:
 
     @torch.no_grad()
     def realised(self, d: Tensor) -> float:
-        """Return the norm of what is left of d in the model: 16-bit weights round some of it away."""
+        """Return the norm of the part of d that is in the model, because 16-bit weights round some of it away."""
         now = self.flat([p.to(d.dtype) - start.to(d.dtype) for p, start in zip(self.weights, self.start, strict=True)])
         return float(now.norm())
 
@@ -140,22 +125,28 @@ class Probe:
 
 
 @contextlib.contextmanager
-def probing(subject: Subject, closure: Closure, caller: str, count: int, progress: bool | None) -> Iterator[Probe]:
-    """Within this context evaluate L(W + d); after it weights, gradients, buffers, modes and generators are as before.
+def probing(
+    subject: Subject,
+    closure: Closure,
+    caller: str,
+    count: int,
+    progress: Progress,
+    *,
+    chosen: list[nn.Parameter] | None = None,
+) -> Iterator[Probe]:
+    """Within this context evaluate L(W + d); then restore weights, gradients, buffers, modes and generators.
 
     Args:
-        subject: An optimizer or a model. W is the quantized weights, in a model without any all Parameters, as far as
+        subject: An optimizer or a model. W are its quantized weights, or all Parameters if there are none, as far as
             they require gradients.
         closure: torch's closure.
         caller: Name of the public function, for messages and for the progress bar.
-        count: Evaluations to come.
-        progress: A progress bar: None on a terminal, if tqdm is there; True always; False never.
-
-    Raises:
-        TypeError: neither an optimizer nor a model; a closure that cannot be called.
-        RuntimeError: inside a block of the optimizer; after somebody else wrote its weights; no trainable weight.
+        count: The number of evaluations to come.
+        progress: A progress bar: None on a terminal if tqdm is installed; True always; False never; or a function.
+        chosen: W, if it is other weights than those.
     """
     root, latents, weights = _weights_of(subject, caller)
+    weights = weights if chosen is None else chosen
     if not callable(closure):
         raise TypeError(f"{caller} needs a function that returns the loss, got {closure!r}.")
     if any(is_sharded(p) for p in root.parameters()):
@@ -174,16 +165,15 @@ def probing(subject: Subject, closure: Closure, caller: str, count: int, progres
         try:
             yield probe
         finally:
-            _leave(probe, latents, grads, modes)
+            _restore(probe, latents, grads, modes)
 
 
-def _leave(
+def _restore(
     probe: Probe,
     latents: Latents | None,
     grads: list[tuple[nn.Parameter, Tensor | None]],
     modes: list[tuple[nn.Module, bool]],
 ) -> None:
-    """Put weights, gradients and modes back."""
     probe.restore()
     if latents is not None:
         latents.write()
@@ -194,8 +184,12 @@ def _leave(
 
 
 @contextlib.contextmanager
-def _ticking(count: int, title: str, progress: bool | None) -> Iterator[Callable[[], object]]:
-    """Yield what moves a progress bar of length ``count`` by one."""
+def _ticking(count: int, title: str, progress: Progress) -> Iterator[Callable[[], object]]:
+    """Yield a function that moves a progress bar of length ``count`` by one."""
+    if callable(progress):
+        done = itertools.count(1)
+        yield lambda: progress(next(done), count)
+        return
     if progress is not False:
         try:
             from tqdm import tqdm
@@ -233,7 +227,7 @@ def _as_float(loss: Any) -> float:
 
 
 def checked_number(value: float, name: str) -> float:
-    """Return ``value`` as a float, or refuse what is no finite number > 0."""
+    """Return ``value`` as a float; raise if it is not a finite number > 0."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"`{name}` must be a number > 0, got {value!r}.")
     if not 0 < value < float("inf"):
@@ -242,7 +236,7 @@ def checked_number(value: float, name: str) -> float:
 
 
 def checked_count(value: int, name: str, least: int) -> int:
-    """Return ``value``, or refuse what is no integer >= ``least``."""
+    """Return ``value``; raise if it is not an integer >= ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"`{name}` must be an integer >= {least}, got {value!r}.")
     if value < least:

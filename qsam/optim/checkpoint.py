@@ -1,4 +1,4 @@
-"""An optimizer's state: the merged view that schedulers and checkpoints read, and saving and loading it.
+"""Save and load an optimizer's state, and merge it for schedulers and checkpoints.
 
 The format is torch's own: ``state`` by index and ``param_groups``. Beside the base's entries a quantized weight has
 ``qsam_latent`` and a scale has ``qsam_scale``. Facts about the whole run are entries ``qsam_...`` of the first group.
@@ -30,10 +30,10 @@ Pairs = list[tuple[Tensor, Tensor]]
 
 
 def merged_state(o: QuantizedOptimizer) -> defaultdict[Tensor, Any]:
-    """Return the state by parameter: the base's with the latents, and the scales'; empty before a step."""
+    """Return the base's and the scale optimizer's state by parameter, latents included; empty before a step."""
     follow_fsdp(o._latents, o.base)
     merged: defaultdict[Tensor, Any] = defaultdict(dict)
-    # Plain SGD never has a state of its own.
+    # Plain SGD never has a state.
     if o.base.state or o._state_created or o.param_groups[0]["qsam_step"]:
         entries = _entries(o)
         for group in o.param_groups:
@@ -64,12 +64,7 @@ def packed(o: QuantizedOptimizer) -> dict[str, Any]:
 
 
 def load(o: QuantizedOptimizer, state_dict: Any) -> None:
-    """Load what :func:`packed` returned, or a bare base optimizer's state_dict; nothing is changed if it does not fit.
-
-    Raises:
-        TypeError: ``state_dict`` is not a dict.
-        ValueError: It does not fit; the message names the first difference.
-    """
+    """Load what :func:`packed` returned, or a bare base optimizer's state_dict; change nothing if it does not fit."""
     if not isinstance(state_dict, Mapping):
         raise TypeError(
             f"`state_dict` must be a dict, what optimizer.state_dict() returned, got {type(state_dict).__name__}."
@@ -91,7 +86,7 @@ def load(o: QuantizedOptimizer, state_dict: Any) -> None:
 
 
 def _tensors(o: QuantizedOptimizer) -> dict[str, tuple[Callable[[], Mapping[int, Tensor]], Callable[[Pairs], None]]]:
-    """Return how each kind of tensor is read, by the id of its parameter, and how what was saved is set."""
+    """Return two functions per kind of tensor: one reads it by the id of its parameter, one sets what was saved."""
     latents = {id(slot.parameter): slot.latent for slot in o._latents.slots}
     paths = {id(p): path for path, p in o._latents.root.named_parameters()}
 
@@ -124,7 +119,7 @@ def _tensors(o: QuantizedOptimizer) -> dict[str, tuple[Callable[[], Mapping[int,
 
 
 def _facts(o: QuantizedOptimizer) -> dict[str, tuple[Callable[[], Any], Callable[[Any], None]]]:
-    """Return how each fact about the run that lives outside the groups is read (None: there is none) and set."""
+    """Return two functions per fact about the run outside the groups: one reads it (None: absent), one sets it."""
     coverage, perturbation = o._latents.coverage, o.perturbation
     facts: dict[str, tuple[Callable[[], Any], Callable[[Any], None]]] = {
         "qsam_input_signs": (lambda: _signs(coverage), lambda signs: _set_signs(coverage, signs)),
@@ -143,9 +138,9 @@ def _signs(coverage: Coverage | None) -> dict[str, bool | None]:
 
 
 def _set_signs(coverage: Coverage | None, signs: Mapping[str, bool | None]) -> None:
-    """Set the signs that :func:`_signs` returned; a quantizer whose sign is decided counts as calibrated.
+    """Set the signs that :func:`_signs` returned; a quantizer whose sign is known counts as calibrated.
 
-    An older checkpoint says nothing of weights: their scales count as set.
+    In an older checkpoint, which has no signs of weights, the weights' scales count as calibrated.
     """
     for name, quantizer in _quantizers(coverage):
         if quantizer.axis is not None:
@@ -161,10 +156,10 @@ def _quantizers(coverage: Coverage | None) -> Iterator[tuple[str, Quantizer]]:
             yield row.name, row.quantizer
 
 
-def _riders(o: QuantizedOptimizer) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
-    """Yield each weight with a scale of it, and the prefix under which the scale's state rides in the weight's entry.
+def _scales_of_weights(o: QuantizedOptimizer) -> Iterator[tuple[nn.Parameter, nn.Parameter, str]]:
+    """Yield each weight, a scale of it, and the prefix of the scale's state within the weight's entry.
 
-    torch.distributed.checkpoint drops the state of a parameter that has no gradient, as the scale of a weight.
+    The weight's entry holds it because torch.distributed.checkpoint drops the state of a parameter without gradient.
     """
     for slot in o._latents.slots:
         for name, scale in slot.quantizer.named_parameters():
@@ -178,7 +173,7 @@ def _entries(o: QuantizedOptimizer) -> dict[int, dict[str, Any]]:
     states = {} if o.scale_base is None else o.scale_base.state
     for scale in o.scale_slots:
         found[id(scale.parameter)] = dict(states.get(scale.parameter, {}))
-    for weight, s, prefix in _riders(o):
+    for weight, s, prefix in _scales_of_weights(o):
         found.setdefault(id(weight), {}).update({f"{prefix}{k}": v for k, v in found[id(s)].items()})
         found[id(s)] = {}
     for name, (get, _) in _tensors(o).items():
@@ -186,7 +181,7 @@ def _entries(o: QuantizedOptimizer) -> dict[int, dict[str, Any]]:
             if i in found:
                 found[i][name] = tensor
     for entry in found.values():
-        # torch.distributed.checkpoint wants an entry for all that has a gradient, and plain SGD has none.
+        # torch.distributed.checkpoint needs an entry for each parameter with a gradient, and plain SGD has none.
         if not entry:
             entry["qsam_stateless"] = torch.zeros((), dtype=torch.float32)
     return found
@@ -267,7 +262,7 @@ def _load_plain(o: QuantizedOptimizer, state_dict: dict[str, Any]) -> None:
 
 
 def balance_present_weights(o: QuantizedOptimizer) -> None:
-    """Take the balance of the scales' rates again, because the latents are new."""
+    """Compute the balance of the scales' rates again, because the latents are new."""
     take_balance_([group for group in o.param_groups if "qsam_balance" in group], o.base, o._latents.slots)
 
 
@@ -279,11 +274,11 @@ def _load_base(o: QuantizedOptimizer, state_dict: dict[str, Any], positions: lis
 
 
 def _scale_state(o: QuantizedOptimizer, state_dict: dict[str, Any], positions: list[int]) -> dict[str, Any]:
-    """Return the scale optimizer's state_dict, with the state that rides in the entries of the weights."""
+    """Return the scale optimizer's state_dict, with the state that :func:`_scales_of_weights` names."""
     found = _part(state_dict, positions)
     pairs = zip(o.param_groups, state_dict["param_groups"], strict=True)
     index = {id(p): i for ours, saved in pairs for p, i in zip(ours["params"], saved["params"], strict=True)}
-    for weight, s, prefix in _riders(o):
+    for weight, s, prefix in _scales_of_weights(o):
         entry = state_dict["state"].get(index.get(id(weight)), {})
         if own := {k.removeprefix(prefix): v for k, v in entry.items() if str(k).startswith(prefix)}:
             found["state"][index[id(s)]] = own
@@ -291,9 +286,9 @@ def _scale_state(o: QuantizedOptimizer, state_dict: dict[str, Any], positions: l
 
 
 def _part(state_dict: Mapping[str, Any], picked: Sequence[int]) -> dict[str, Any]:
-    """Return the state_dict of one underlying optimizer: some of the groups, without qsam's own entries.
+    """Return the state_dict of one underlying optimizer: some groups, without qsam's entries and without empty ones.
 
-    A parameter that its optimizer has not stepped yet has no entry there (Adam refuses an empty one).
+    Adam refuses an empty entry of a parameter that it has not stepped yet.
     """
     groups = [state_dict["param_groups"][i] for i in picked]
     indices = {i for group in groups for i in group["params"]}
@@ -368,7 +363,7 @@ def _check_quantizers(theirs: Mapping[str, str], ours: Mapping[str, str]) -> Non
 
 
 def _check_parameters(theirs: Mapping[str, str], ours: Mapping[str, str]) -> None:
-    """Compare the parameters one by one: state goes by position, and must not land in another parameter."""
+    """Compare the parameters one by one, because state is assigned by position."""
     if not (theirs and ours):
         return
     for (path, shape), (their_path, their_shape) in zip(ours.items(), theirs.items(), strict=True):
@@ -390,7 +385,7 @@ def _check_optimizers(saved: Sequence[Group], groups: Sequence[Group]) -> None:
     for group, other in zip(groups, saved, strict=True):
         if "qsam_scales" in group:
             ours = group["qsam_scale_class"]
-            # A file written before the class was noted tells balanced rates from given ones by their setting.
+            # A file written before the class was noted shows balanced rates by the setting `normalized`.
             theirs = other.get("qsam_scale_class", "BalancedSGD" if "normalized" in other else None)
             if theirs != ours and (theirs is not None or ours == "BalancedSGD"):
                 raise ValueError(
@@ -400,7 +395,7 @@ def _check_optimizers(saved: Sequence[Group], groups: Sequence[Group]) -> None:
 
 
 def _check_latents(o: QuantizedOptimizer, saved: Pairs) -> None:
-    """Refuse a checkpoint that lacks the latent of a trainable quantized weight."""
+    """Refuse a checkpoint without the latent of a trainable quantized weight."""
     there = {id(p) for p, _ in saved}
     owned = {id(p) for group in o.param_groups for p in group["params"]}
     for slot in o._latents.slots:
@@ -416,7 +411,7 @@ def _check_latents(o: QuantizedOptimizer, saved: Pairs) -> None:
 
 
 def all_lr_zero(groups: Sequence[Group]) -> bool:
-    """Whether every group's learning rate is 0: how torch.distributed.checkpoint creates an optimizer's state."""
+    """Whether every learning rate is 0, as when torch.distributed.checkpoint creates an optimizer's state."""
     return all("lr" in group and float(group["lr"]) == 0.0 for group in groups)
 
 

@@ -1,4 +1,4 @@
-"""Figures of quantization noise and perturbation (SAQ's two terms, the faults of its cases), and inputs nobody saw."""
+"""Figures of quantization noise and perturbation (SAQ's two terms), and a warning about inputs that saw no batch."""
 
 from __future__ import annotations
 
@@ -13,10 +13,7 @@ from qsam.latents import Latents, Slot
 
 @torch.no_grad()
 def noise_figures(latents: Latents) -> dict[str, float]:
-    """Return the norm of the quantization noise Q(w) - w, and the share of weights that the clip mask stops.
-
-    The clipped weights are what makes SAQ's case 1 mismatch.
-    """
+    """Return the norm of the quantization noise Q(w) - w, and the share of weights that the clip mask stops."""
     if not latents.slots:
         return {}
     square, clipped, count = 0.0, 0, 0
@@ -30,10 +27,10 @@ def noise_figures(latents: Latents) -> dict[str, float]:
 
 @torch.no_grad()
 def perturbation_figures(latents: Latents) -> dict[str, float]:
-    """Return what only exists inside a perturbed pass: the cosine of noise and e, and the share of codes e flips.
+    """Return the norm of e, the cosine of noise and e, and the share of codes that e flips; inside a perturbed pass.
 
-    ``flipped_share`` is how many of the Q(w + e) differ from Q(w), whether or not the method quantizes the sum. Where
-    it is near 0, a perturbation inside the quantizer (SAQ's case 2) diminishes.
+    ``flipped_share`` is the share of entries of Q(w + e) that differ from Q(w), whether or not the method quantizes the
+    sum. If it is near 0, a perturbation inside the quantizer (SAQ's case 2) has little effect.
     """
     dot, noise_square, e_square, flipped, count = 0.0, 0.0, 0.0, 0, 0
     for slot in latents.slots:
@@ -53,14 +50,13 @@ def perturbation_figures(latents: Latents) -> dict[str, float]:
 
 
 def unseen_inputs(coverage: Coverage | None) -> str:
-    """Return a warning if a weight has a gradient while its layer's input quantizer, unlike others, has seen no batch.
+    """Return a warning if a weight has a gradient while its layer's input quantizer has seen no batch, or "".
 
-    A module may use the weight of a layer without calling it: then the layer's pre-hook never runs. Otherwise the text
-    is empty.
+    This happens if a module uses the weight of a layer without calling the layer, whose pre-hook then never runs.
     """
     rows = [(row, q) for row in (coverage.inputs if coverage is not None else ()) if (q := row.quantizer) is not None]
     if coverage is None or not any(quantizer.calibrated for _, quantizer in rows):
-        return ""  # gradients that somebody made without a forward
+        return ""  # the gradients do not come from a forward
     used = {id(row.module) for row in coverage.quantized if getattr(row.module, row.attr).grad is not None}
     unseen = [(row, q) for row, q in rows if not q.calibrated and id(row.module) in used]
     layers = [shown(row.name) for row, quantizer in unseen if not was_passed_as_float(quantizer)]

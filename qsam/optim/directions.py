@@ -1,4 +1,4 @@
-"""Ascent directions: from the gradients of a pass to d, and the norm that rho refers to.
+"""Ascent directions: the direction d of a perturbation, and the norm that rho refers to.
 
 e = rho * d / norm        (a direction that looks ahead: e = -rho * d / norm)
 
@@ -28,7 +28,7 @@ from qsam.latents import Slot
 from qsam.registry import Registry
 
 MOMENT_KEYS = ("exp_avg", "momentum_buffer")
-"""Where torch's optimizers (and most others) keep their first moment."""
+"""The keys under which torch's optimizers (and most others) keep their first moment."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,8 +38,8 @@ class Ascent:
     Attributes:
         name: Its path in the model.
         parameter: The model's Parameter, which holds Q(w), or the float weight.
-        gradient: Its gradient of the first pass. For a direction of one pass, the tensor that its memory holds for this
-            parameter; without a memory, the parameter itself, whose values then have no meaning.
+        gradient: Its gradient of the first pass. For a direction of one pass, the tensor in the direction's memory;
+            without a memory, the parameter itself, whose values then have no meaning.
         slot: Its latent and quantizer; None for a float parameter.
         base_state: The base optimizer's state of this parameter: its moments.
     """
@@ -62,8 +62,8 @@ class Direction:
     Attributes:
         passes: 2: the direction comes from a first pass at Q(w). 1: it is known before the step, from the tensors that
             :meth:`learn` kept or from the base optimizer's state.
-        looks_ahead: Whether the perturbation goes against d, to where the base optimizer is taking the weights. It does
-            so whether the base minimizes or maximizes: its moments have that sign already.
+        looks_ahead: Whether e points against d, to where the base optimizer takes the weights. This holds whether the
+            base minimizes or maximizes, because its moments have that sign already.
         follows_lr: Whether rho is in units of the learning rate: the radius is then ``rho * lr`` of each group.
         averages: Whether ``memory`` is made of first-pass gradients, which differ between ranks if each has its own e.
         memory: One tensor per perturbed parameter, by name, if the direction keeps any. It is saved with the optimizer.
@@ -99,7 +99,7 @@ class Direction:
         return type(self).learn is not Direction.learn
 
     def learn(self, ascents: Sequence[Ascent]) -> None:
-        """Look at the gradients that update the weights, before they are consumed."""
+        """Read the gradients that will update the weights; they are overwritten afterwards."""
 
 
 def global_norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -112,7 +112,7 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _check(cls: type[Direction]) -> None:
     if not (isinstance(cls, type) and issubclass(cls, Direction)) or cls.__call__ is Direction.__call__:
-        raise TypeError(f"a direction must be a subclass of Direction with a `__call__` of its own, got {cls!r}.")
+        raise TypeError(f"a direction must be a subclass of Direction that implements `__call__`, got {cls!r}.")
 
 
 DIRECTIONS: Registry[Direction] = Registry("direction", check=_check)
@@ -123,14 +123,14 @@ def register_direction(name: str) -> Callable[[type[Direction]], type[Direction]
     """Return a decorator that registers a :class:`Direction` subclass as ``name``.
 
     Raises:
-        TypeError: The decorated object is not a Direction, or it has no ``__call__`` of its own.
+        TypeError: The decorated object is not a Direction, or does not implement ``__call__``.
         ValueError: The name is taken.
     """
     return DIRECTIONS.register(name)
 
 
 def _in_units(ascents: Sequence[Ascent], units: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
-    """Return ``T^2 g`` and ``||T g||``, in the memory of the gradients."""
+    """Return ``T^2 g`` and ``||T g||``; the gradients are overwritten."""
     scaled = [ascent.gradient.mul_(unit) for ascent, unit in zip(ascents, units, strict=True)]
     norm = global_norm(scaled)
     return [d.mul_(unit) for d, unit in zip(scaled, units, strict=True)], norm
@@ -145,7 +145,7 @@ class Sam(Direction):
     """
 
     def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
-        """Return the gradients."""
+        """Return g."""
         gradients = [ascent.gradient for ascent in ascents]
         return gradients, global_norm(gradients)
 
@@ -183,11 +183,7 @@ class Grid(Direction):
     """
 
     def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
-        """Return ``s^2 g`` and ``||s g||``.
-
-        Raises:
-            ValueError: A perturbed parameter has no step size.
-        """
+        """Return ``s^2 g`` and ``||s g||``."""
         return _in_units(ascents, [_step_size(ascent) for ascent in ascents])
 
 
@@ -230,7 +226,7 @@ class Friendly(Direction):
 
     def _one(self, ascent: Ascent) -> Tensor:
         g, m = ascent.gradient, self.memory.get(ascent.name)
-        finite = g.nan_to_num(0.0, 0.0, 0.0)  # the perturbation skips a gradient that is not finite, and so does m
+        finite = g.nan_to_num(0.0, 0.0, 0.0)  # as the perturbation does, m ignores what is not finite
         if m is None:
             self.memory[ascent.name] = finite
             return g
@@ -241,9 +237,9 @@ class Friendly(Direction):
 
 @register_direction("random")
 class Random(Direction):
-    """``d ~ N(0, 1)``: the control that shows what the adversary adds to a push of the same length.
+    """``d ~ N(0, 1)``: a control, to compare the other directions with a random one of the same length.
 
-    d is drawn from the step's number, so that a resumed run draws the same and no global generator moves.
+    The step's number is the seed, so that a resumed run draws the same d and no global generator is used.
     """
 
     def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
@@ -298,11 +294,7 @@ class Momentum(Direction):
     looks_ahead = True
 
     def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
-        """Return the first moments.
-
-        Raises:
-            ValueError: The base optimizer keeps none.
-        """
+        """Return the first moments; raise ValueError if the base optimizer keeps none."""
         moments = [_moment(ascent) for ascent in ascents]
         if all(m is None for m in moments):
             raise ValueError(
@@ -318,8 +310,8 @@ class Lookahead(Momentum):
     """``e = -rho * lr * sqrt(n) * m / ||m||``: the gradient at a point that is rho full steps of Adam ahead.
 
     n is the number of perturbed entries and ``lr * sqrt(n)`` the length of a step in which Adam moves every entry by
-    lr. So rho means the same for every size of model, and e shrinks with the schedule of lr. ``rho=0.75`` is a good
-    first guess. The first step is a plain one. Costs neither a pass nor memory.
+    lr. Therefore rho means the same for models of every size, and e shrinks with the schedule of lr. ``rho=0.75`` is a
+    good first guess. The first step is a plain one. It costs neither a pass nor memory.
 
     References:
         Becker, Altrock, Risse, Momentum-SAM, arXiv 2401.12033.
@@ -330,11 +322,7 @@ class Lookahead(Momentum):
     follows_lr = True
 
     def __call__(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
-        """Return the first moments, and their norm over sqrt(n).
-
-        Raises:
-            ValueError: The base optimizer keeps none.
-        """
+        """Return the first moments, and their norm over sqrt(n)."""
         moments, norm = super().__call__(ascents, step)
         return moments, norm / max(sum(m.numel() for m in moments), 1) ** 0.5
 

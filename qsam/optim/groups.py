@@ -1,4 +1,4 @@
-"""The parameter groups of a base optimizer: built, stripped of scales, and pointed at the latents while it works."""
+"""Build a base optimizer, and take the scales out of its parameter groups."""
 
 from __future__ import annotations
 
@@ -28,17 +28,8 @@ def build_base(
 ) -> Optimizer:
     """Return the base optimizer, its groups holding the model's Parameters without any scale.
 
-    Args:
-        method: The method's name, for messages.
-        base: An optimizer class (or any factory ``(params, **arguments)``), or an instance.
-        latents: The model's latents.
-        params: Parameters or groups for a class; None for all trainable ones.
-        arguments: Keywords for the class.
-        ours: Names of the method's own keywords, for messages.
-
-    Raises:
-        TypeError: an unknown keyword; keywords or params together with an instance; not an optimizer.
-        RuntimeError: a trainable quantized weight that is in no group.
+    ``base`` is an optimizer class, a factory ``(params, **arguments)``, or an instance. ``method`` and ``ours``, the
+    names of the method's keywords, are for messages.
     """
     scales = {id(p) for p in quantizer_parameters(latents.root)}
     if isinstance(base, Optimizer):
@@ -65,17 +56,13 @@ def build_base(
 
 
 def needs_closure(base: Optimizer) -> bool:
-    """Whether ``base.step`` wants a closure that it calls itself, like LBFGS."""
+    """Whether ``base.step`` requires a closure, as LBFGS does."""
     closure = inspect.signature(type(base).step).parameters.get("closure")
     return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def _refuse_unusable(method: str, base: Optimizer) -> None:
-    """Refuse base optimizers that need what a pulled-back gradient does not have.
-
-    Raises:
-        TypeError: with the reason.
-    """
+    """Refuse base optimizers that cannot step with pulled-back gradients."""
     name = type(base).__name__
     if isinstance(base, SparseAdam):
         raise TypeError(
@@ -89,7 +76,7 @@ def _refuse_unusable(method: str, base: Optimizer) -> None:
         )
     if needs_closure(base) and method != "QAT":
         raise TypeError(
-            f"{name} calls its closure by itself, as often as it likes, so {method} cannot order its passes: use QAT."
+            f"{name} calls its closure itself, as often as it needs, so {method} cannot order its passes: use QAT."
         )
 
 
@@ -103,12 +90,9 @@ def _key_by_latents(base: Optimizer, latents: Latents) -> None:
 
 
 def without_scales(param_group: dict[str, Any], latents: Latents) -> dict[str, Any]:
-    """Return a group to be added, without the scales among its parameters, and say how many were left out.
+    """Return a copy of a group without the scales among its parameters, and warn how many were left out.
 
-    Args:
-        param_group: As torch takes it: ``"params"`` is a Parameter, or an iterable of Parameters or of pairs
-            (name, Parameter).
-        latents: The model's latents.
+    As in torch, ``"params"`` is a Parameter, or an iterable of Parameters or of pairs (name, Parameter).
     """
     group = dict(param_group)
     if isinstance(group["params"], Iterable) and not isinstance(group["params"], set):

@@ -49,8 +49,8 @@ from qsam.registry import Registry
 Closure = Callable[[], Any]
 PASSES = ("first_pass", "perturbed", "scale_phase")
 _READS_REQUIRES_GRAD = ("CompiledFunction", "CheckpointFunction")
-"""Parts of the names of graph nodes that look at ``requires_grad``: ``torch.compile`` would compile once more, and a
-reentrant checkpoint without an input that requires a gradient returns none."""
+"""Parts of the names of graph nodes that read ``requires_grad``. ``torch.compile`` would compile again, and a reentrant
+checkpoint returns no gradient if no input requires one."""
 
 
 class QuantizedOptimizer(Optimizer):
@@ -63,29 +63,30 @@ class QuantizedOptimizer(Optimizer):
             Finite, >= 0. It grows with the square root of the number of weights; a group may have its own
             (``"rho"`` in ``params``), and a schedule may write ``group["qsam_rho"]``.
         direction: The name of a registered direction, or a :class:`~qsam.Direction`; ``"sam"`` is the gradient.
-        perturb: ``"quantized"``, ``"all"``, or a predicate ``(name, parameter) -> bool``.
-        every: Perturb each k-th step; the others are plain QAT steps.
+        perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
+            predicate ``(name, parameter) -> bool``. Scales are never perturbed.
+        every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
         start: The first step that is perturbed, counted from 0.
         reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass each.
         normalize_weights: e in units of each tensor's standard deviation, as if its weights had unit variance.
         perturbation_scope: ``"global"``: one e for all processes. ``"rank"``: each process has its own, from its own
             part of the batch (SAM's m-sharpness); the first pass is then not averaged. It needs the
             DistributedDataParallel model.
-        skip_unused_gradients: Whether ``step(closure)`` leaves out gradients that a pass has no use for, those of float
-            parameters in a first pass. Set it to False for a closure that wants all of them in every pass (to clip by
+        skip_unused_gradients: Whether ``step(closure)`` leaves out gradients that a pass does not need: those of float
+            parameters in a first pass. Set it to False if the closure needs all gradients in every pass (to clip by
             their common norm, or to call ``torch.autograd.grad``).
-        modules: Further modules that the passes run, whose buffers only the first pass may move: in a loop by hand, a
-            discriminator or a teacher. ``step(closure)`` finds those that the closure refers to.
+        modules: Further modules that the passes run, such as a discriminator or a teacher in a loop by hand. Only the
+            first pass may change their buffers. ``step(closure)`` finds the modules that the closure refers to.
         ste: ``"clipped"``: dw carries the quantizer's mask. ``"identity"``: dw = dL/dQ.
         rng: ``"shared"``: all passes of a step draw the same random numbers (dropout); ``"independent"``: each its own.
         max_grad_norm: Clip the pulled-back gradients to this global norm; None: no clipping.
-        ddp: The DistributedDataParallel model, if ``model`` is the one inside. False if the processes of a group each
-            train a model of their own. None: they train copies of this one.
+        ddp: The DistributedDataParallel model, if ``model`` is the one inside it. False: each process of a group trains
+            a different model. None: they train copies of this one.
         params: Parameters or groups for a base class; all trainable ones by default.
         scale_lr: Rate of gradient descent on the scales, one number or (weights, activations). None: the rate at which
             a scale keeps pace with the weights; see :mod:`qsam.optim.scale_optimizer`.
         scale_optimizer: The scales' optimizer class.
-        arguments: The base's own keywords. One that is named like a keyword here is given through an instance.
+        arguments: The base's own keywords. If one has the name of a keyword above, give ``base`` as an instance.
 
     Raises:
         TypeError: An argument has the wrong type, or neither this method nor the base knows it.
@@ -153,7 +154,7 @@ class QuantizedOptimizer(Optimizer):
                 raise
         self._build_groups()
         # Another optimizer may have left gradients in the Parameters: they are not this one's micro-batches.
-        self._leftovers = {id(p.grad) for p in self._parameters() if p.grad is not None}
+        self._initial_gradients = {id(p.grad) for p in self._parameters() if p.grad is not None}
         self._start_passes()
         self.scales = ScaleFacade(self)
 
@@ -177,7 +178,7 @@ class QuantizedOptimizer(Optimizer):
         )  # fmt: skip
 
     def _build_groups(self) -> None:
-        """List the base's live groups first, then the scales', with the keys of the base's that schedulers write."""
+        """List the base's live groups, then the scales' groups with the base's keys that schedulers write."""
         self.__setstate__({"defaults": self.base.defaults, "param_groups": []})
         self.param_groups[:] = self.base.param_groups
         for group in self.scale_base.param_groups if self.scale_base is not None else ():
@@ -197,7 +198,7 @@ class QuantizedOptimizer(Optimizer):
         self._closure_modules: list[nn.Module] = []
         self._losses: dict[str, Tensor | float] = {}
         self._measure, self._measured = False, dict[str, float]()
-        self._said: set[str] = getattr(self, "_said", set())
+        self._warned: set[str] = getattr(self, "_warned", set())
 
     # --- the step -----------------------------------------------------------------------------------------------
 
@@ -242,9 +243,9 @@ class QuantizedOptimizer(Optimizer):
             The closure's result of the first pass; None without a closure.
 
         Raises:
-            TypeError: The closure cannot be called, or is missing for a base that calls it by itself (LBFGS).
-            RuntimeError: A block is open, there are no new gradients, or a micro-batch would be lost; or the weights
-                were written by anybody but this optimizer.
+            TypeError: The closure cannot be called, or is missing for a base that calls it itself (LBFGS).
+            RuntimeError: A block is open, there are no new gradients, a micro-batch would be lost, or something other
+                than this optimizer wrote the weights.
         """
         self._refuse_inside_block("step")
         self._join_processes()
@@ -253,7 +254,7 @@ class QuantizedOptimizer(Optimizer):
         if not callable(closure):
             raise TypeError(f"`closure` must be a function that returns the loss, got {closure!r}.")
         with torch.enable_grad():
-            if any(p.grad is not None and id(p.grad) not in self._leftovers for p in self._parameters()):
+            if any(p.grad is not None and id(p.grad) not in self._initial_gradients for p in self._parameters()):
                 result, backward = self._observe(closure)
                 if not backward and self._has_gradients():
                     self._step_by_hand()
@@ -270,14 +271,14 @@ class QuantizedOptimizer(Optimizer):
                 self._latents.end_perturbation()
 
     def _walk(self, closure: Closure) -> Any:
-        """Go through the phases of a step; return the closure's result of the first pass."""
+        """Run the phases of a step, and return what the closure returned in the first pass."""
         self._losses.clear()
         phases = self.phases()
         if len(phases) > 2:
             self._closure_modules = modules_of(closure)
         results: list[Any] = []
         for phase in phases:
-            if results and self._falls_away(phase):
+            if results and self._is_skipped(phase):
                 continue
             if phase == "update":
                 self._update()
@@ -290,14 +291,14 @@ class QuantizedOptimizer(Optimizer):
                     self._note_loss("loss_perturbed" if phase == "perturbed" else "loss", results[-1])
         return results[0]
 
-    def _falls_away(self, phase: str) -> bool:
-        """Whether a first pass that left no gradient, which makes the step a plain one, has made a phase void."""
+    def _is_skipped(self, phase: str) -> bool:
+        """Whether to leave a phase out: the first pass left no gradient, and the step is a plain one."""
         if phase == "scale_phase":
             return not self.scales_due
         return phase in ("perturbed", "step_scales") and not self._has_gradients()
 
     def _pass(self, phase: str, alone: bool) -> contextlib.AbstractContextManager[None]:
-        """Return the block of a pass, without what only a loop by hand needs."""
+        """Return the context of a pass in ``step(closure)``."""
         if phase == "perturbed":
             return self._perturbed()  # p stays at Q(w) + e until the update writes it
         if phase == "first_pass" and alone:
@@ -305,7 +306,7 @@ class QuantizedOptimizer(Optimizer):
         return self.first_pass() if phase == "first_pass" else self.scale_phase()
 
     def _observe(self, closure: Closure) -> tuple[Any, bool]:
-        """Call ``closure`` once without a trace in buffers and random numbers; return whether it ran a backward."""
+        """Call ``closure`` once, restore buffers and random numbers, and return whether it ran a backward."""
         seen: list[Tensor] = []
         parameters = [p for p in self._parameters() if p.requires_grad]
         handles = [p.register_post_accumulate_grad_hook(seen.append) for p in parameters]  # type: ignore[no-untyped-call]
@@ -328,7 +329,7 @@ class QuantizedOptimizer(Optimizer):
         if self._gradients_of == "scale_phase":
             return self.step_scales()
         if needs_closure(self.base):
-            raise TypeError(f"{type(self.base).__name__} calls its closure by itself: use step(closure).")
+            raise TypeError(f"{type(self.base).__name__} calls its closure itself: use step(closure).")
         self._refuse_to_lose_micro_batches("step")
         if self._gradients_of != "perturbed" and "perturbed" in self.phases():
             self._warn_once(
@@ -338,7 +339,7 @@ class QuantizedOptimizer(Optimizer):
         self._update()
         return None
 
-    # --- gradients that a pass has no use for -------------------------------------------------------------------
+    # --- gradients that a pass does not need --------------------------------------------------------------------
 
     def _needed(self, phase: str, phases: Sequence[str]) -> set[int]:
         """Return, by id, the Parameters whose gradients a pass is for: the perturbation's, the scales', or both."""
@@ -351,11 +352,11 @@ class QuantizedOptimizer(Optimizer):
         return needed
 
     def _call(self, closure: Closure, phase: str, phases: Sequence[str]) -> Any:
-        """Call ``closure``, if it may be without the gradients that the pass has no use for.
+        """Call ``closure``, without the gradients that the pass does not need if they can be left out safely.
 
-        The first pass serves the perturbation, the scales' pass the scales. A parameter that neither needs (an
-        embedding, say, whose gradient is as large as itself) does not require a gradient there, and the backward ends
-        above it. The first pass of all is left whole, to see what the closure does.
+        The first pass needs the gradients of what is perturbed, and the scales' pass those of the scales. Other
+        parameters (an embedding, whose gradient is as large as itself) do not require a gradient meanwhile, and the
+        backward ends above them. The very first pass computes all gradients, to see what the closure does.
         """
         is_for_update = phase == "perturbed" or ("perturbed" not in phases and phase != "scale_phase")
         if is_for_update or not self.skip_unused_gradients or self._may_skip is False:
@@ -375,7 +376,7 @@ class QuantizedOptimizer(Optimizer):
         except BaseException as error:
             self._may_skip = False
             error.add_note(
-                "qsam had left out gradients of float parameters that this pass has no use for. If that is the cause, "
+                "qsam had left out gradients of float parameters that this pass does not need. If that is the cause, "
                 "build the optimizer with skip_unused_gradients=False; from now on this one leaves none out."
             )
             raise
@@ -392,7 +393,7 @@ class QuantizedOptimizer(Optimizer):
         Gradients accumulated so far are set aside, by reference, until :meth:`perturbed` puts them back.
 
         Raises:
-            RuntimeError: inside another block, or after somebody else wrote the weights.
+            RuntimeError: It was called inside another block, or something other than this optimizer wrote the weights.
         """
         self._refuse_to_lose_micro_batches("another first_pass")
         self._see_new_batch("first_pass")
@@ -420,10 +421,10 @@ class QuantizedOptimizer(Optimizer):
     def perturbed(self) -> Iterator[None]:
         """The perturbed pass, at Q(w) + e: run forward and backward inside. Outside the model holds Q(w) again.
 
-        The backward must run inside too: torch does not notice a checkpointed forward whose backward comes later.
+        The backward must run inside too, because a checkpointed forward is computed again during the backward.
 
         Raises:
-            RuntimeError: inside another block, or without gradients of a first pass.
+            RuntimeError: It was called inside another block, or there are no gradients of a first pass.
         """
         try:
             with self._perturbed():
@@ -453,7 +454,7 @@ class QuantizedOptimizer(Optimizer):
                 latents.open_block("perturbed")
                 ascents = self._ascents(passes)
                 perturbation.apply(latents, ascents, self._rho_of(), self._ascent_sign(), self.steps)
-                del ascents  # else the first pass's gradients would live through this one: a copy of all the weights
+                del ascents  # frees the first pass's gradients, which are as large as all the weights
                 if self._measure:
                     self._measured, self._measure = perturbation_figures(latents), False
                 self._put_back()
@@ -489,8 +490,8 @@ class QuantizedOptimizer(Optimizer):
         """The pass of the scales, at Q(w) unperturbed: run forward and backward inside, then ``step_scales()``.
 
         Raises:
-            RuntimeError: inside another block, in a method that does not alternate, or after somebody else wrote the
-                weights.
+            RuntimeError: It was called inside another block, the method does not alternate, or something other than
+                this optimizer wrote the weights.
         """
         self._refuse_inside_block("scale_phase")
         self._check_alternates("scale_phase")
@@ -518,7 +519,6 @@ class QuantizedOptimizer(Optimizer):
 
     @contextlib.contextmanager
     def _plain_pass(self) -> Iterator[None]:
-        """The pass of a step without perturbation; noise quantizers draw in it."""
         try:
             with self._latents.noise("step", self._check_for_foreign_writes):
                 yield
@@ -527,7 +527,7 @@ class QuantizedOptimizer(Optimizer):
             raise
 
     def _see_new_batch(self, block: str) -> None:
-        """Check that a pass may see a new batch, and remember the random state in which it does."""
+        """Check that a pass may see a new batch, and remember the random state before it."""
         self._refuse_inside_block(block)
         self._refuse_second_point()
         self._check_weights()
@@ -545,7 +545,7 @@ class QuantizedOptimizer(Optimizer):
 
     @contextlib.contextmanager
     def _later_pass(self, start: RandomState) -> Iterator[None]:
-        """A later pass over a batch: buffers stay as they were, and random numbers repeat if they are shared."""
+        """Within a later pass over a batch, keep the buffers, and repeat the random numbers if they are shared."""
         models = (self._latents.root, *self.modules, *self._closure_modules)
         with buffers_kept(*models), same_random_numbers(start if self.rng == "shared" else None):
             yield
@@ -556,14 +556,13 @@ class QuantizedOptimizer(Optimizer):
         self._set_aside = []
 
     def _drop_gradients(self) -> None:
-        """Let go of all gradients, those set aside too."""
         for p in self._parameters():
             p.grad = None
         self._set_aside = []
         self._gradients_of, self._latents.noisy = "", False
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear all gradients, as :meth:`torch.optim.Optimizer.zero_grad`; outside a block its pass is void then."""
+        """Clear all gradients, as :meth:`torch.optim.Optimizer.zero_grad`; outside a block also those set aside."""
         super().zero_grad(set_to_none)
         if self._block is None:
             self._gradients_of, self._set_aside = "", []
@@ -571,7 +570,7 @@ class QuantizedOptimizer(Optimizer):
     # --- the update ---------------------------------------------------------------------------------------------
 
     def _update(self) -> None:
-        """Step from the gradients in place: w, and s with it unless the method gives s a turn of its own."""
+        """Step w with the gradients in the Parameters, and s too unless it has a separate turn."""
         if self._latents.noises and not self._latents.noisy:
             self._warn_once(
                 "noise quantizers draw inside first_pass(), perturbed(), scale_phase() and step(closure) only: this "
@@ -605,8 +604,8 @@ class QuantizedOptimizer(Optimizer):
             elif step_scales is not None:
                 step_scales()
         finally:
-            # By now p may hold Q(w) + e, or the copy of w that the pull-back or the roll-back put there: whatever has
-            # failed, Q(w) must be back before anybody looks.
+            # By now p may hold Q(w) + e, or the copy of w that the pull-back or the roll-back put there. Q(w) must be
+            # back before the caller reads it, whatever has failed.
             self._clean_up()
         if weights:
             self._count_step()
@@ -623,12 +622,12 @@ class QuantizedOptimizer(Optimizer):
             slot.move_state()
         if any(slot.quantizer.moves_grid for slot in self._latents.slots):
             self._latents.write()
-        self._latents.move_input_noise()
+        self._latents.move_input_noise(functools.partial(self.ranks.take_largest_, latents=self._latents))
         self.param_groups[0]["qsam_step"] += 1
         self.ranks.refuse_unequal(self._latents)
 
     def _pull_back(self, *, weights: bool) -> dict[int, Tensor]:
-        """Return the scales' gradients by the id of the scale; if ``weights``, put dw on the latents, out of p."""
+        """Return the scales' gradients by the id of the scale; if ``weights``, move dw from p to the latents."""
         owned = {id(p) for p in self._parameters()}
         for slot in self._latents.slots:
             if slot.parameter.grad is not None and id(slot.parameter) not in owned:
@@ -703,7 +702,7 @@ class QuantizedOptimizer(Optimizer):
                 self._latents.write()
 
     def sync_latents(self) -> None:
-        """Take the model's present weights as latents, and write Q(w): after a merge, a load, a pruning."""
+        """Take the model's present weights as latents, and write Q(w). Call it after a merge, a load or a pruning."""
         self._refuse_inside_block("sync_latents")
         follow_fsdp(self._latents, self.base)
         self._latents.take_present_weights()
@@ -717,8 +716,8 @@ class QuantizedOptimizer(Optimizer):
         stay in memory with the model. A base optimizer that was given as an instance keeps its state and may be given
         to the next one. This optimizer can no longer be used.
 
-        An optimizer that nothing refers to any more needs no release: the next one takes over at once, but the latents
-        are gone with it.
+        If nothing refers to an optimizer any more, no release is needed and the next one takes over, but the latents
+        are lost.
 
         Raises:
             RuntimeError: It was called inside a block.
@@ -752,7 +751,7 @@ class QuantizedOptimizer(Optimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """A merged view by parameter: the base's state with the latents, and the scales'; empty before a step."""
+        """The base's and the scale optimizer's state by parameter, latents included; empty before the first step."""
         return checkpoint.merged_state(self)
 
     @state.setter
@@ -795,13 +794,13 @@ class QuantizedOptimizer(Optimizer):
         self.param_groups.append(self.base.param_groups[-1])
 
     def _take_rho(self, group: dict[str, Any], default: float) -> float:
-        """Take a group's radius out of it: its "rho", or "qsam_rho" where the base has a "rho" too (Adadelta)."""
+        """Remove a group's radius and return it: its "rho", or "qsam_rho" if the base has a "rho" too (Adadelta)."""
         if self.perturbation is not None and "rho" not in self.base.defaults:
             default = group.pop("rho", default)
         return checked_rho(group.pop("qsam_rho", default))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep everything, but for the wrapper that a scheduler put round ``step``."""
+        """Keep everything except the wrapper that a scheduler put around ``step``."""
         return {k: v for k, v in self.__dict__.items() if k not in {"step", "_opt_called"}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -812,8 +811,8 @@ class QuantizedOptimizer(Optimizer):
     def _release(self) -> None:
         if self._latents.sharded:
             raise RuntimeError(
-                "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into a "
-                "model of its own first."
+                "dequantize_ cannot take the scales out of a sharded model: gather its state_dict and load it into an "
+                "unsharded copy of the model first."
             )
         self._latents.release(into_model=True)
 
@@ -849,7 +848,7 @@ class QuantizedOptimizer(Optimizer):
             raise RuntimeError(f"{type(self).__name__} steps weights and scales together: {verb}() belongs to SQuAT.")
 
     def _check_weights(self) -> None:
-        """Refuse to start where somebody else wrote the weights; all processes look, and raise together."""
+        """Raise if something other than this optimizer wrote the weights; all processes check and raise together."""
         self._join_processes()
         self._check_for_foreign_writes()
 
@@ -863,7 +862,7 @@ class QuantizedOptimizer(Optimizer):
             self.ranks.share_rank_0(self._latents, self.steps, self.param_groups)
 
     def _refuse_inside_block(self, verb: str) -> None:
-        if "_latents" not in vars(self):  # a proxy of Lightning's borrows our methods and keeps what they write
+        if "_latents" not in vars(self):  # Lightning's proxy borrows our methods, and would keep what they write
             raise RuntimeError(
                 f"{verb}() was called on a wrapper of the optimizer: use qsam.unwrap(optimizer).{verb}()."
             )
@@ -872,7 +871,7 @@ class QuantizedOptimizer(Optimizer):
             raise RuntimeError(f"{verb}() inside the block {self._block}(): leave the block first.")
 
     def _refuse_second_point(self) -> None:
-        """Refuse to accumulate gradients that are pulled back at different points; forget those of a skipped step."""
+        """Refuse to accumulate gradients that are pulled back at different points; clear e after a skipped step."""
         for slot in self._latents.slots:
             grad = slot.parameter.grad
             if slot.inner_e is not None and grad is not None and bool(local(grad).any()):
@@ -883,8 +882,8 @@ class QuantizedOptimizer(Optimizer):
             slot.inner_e = None
 
     def _warn_once(self, text: str) -> None:
-        if text not in self._said:
-            self._said.add(text)
+        if text not in self._warned:
+            self._warned.add(text)
             warnings.warn(text, UserWarning, stacklevel=4)
 
     def _note_loss(self, name: str, loss: Any) -> None:
@@ -907,7 +906,7 @@ def _is_compiled(model: nn.Module) -> bool:
 
 
 def _is_watched(p: nn.Parameter) -> bool:
-    """Whether somebody has put a hook on a parameter, who would miss its gradient."""
+    """Whether a hook on a parameter needs its gradient."""
     return bool(p._backward_hooks or p._post_accumulate_grad_hooks)
 
 

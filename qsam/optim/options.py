@@ -1,4 +1,4 @@
-"""The options of the methods, and every refusal of a value that has no meaning."""
+"""The options of the methods, and the errors for invalid values."""
 
 from __future__ import annotations
 
@@ -23,24 +23,11 @@ Selection = str | Callable[[str, nn.Parameter], bool]
 
 @dataclasses.dataclass(frozen=True)
 class SamOptions:
-    """The options of a perturbation, checked.
+    """The options of a perturbation, checked; see :class:`~qsam.optim.optimizer.QuantizedOptimizer`.
 
     Attributes:
-        rho: The L2 norm of e over everything that is perturbed, in units of the weights. Finite, >= 0.
-        direction: The name of a registered direction, or an instance of :class:`~qsam.Direction` with its own settings.
-        perturb: ``"quantized"`` (the quantized weights), ``"all"`` (these and every other trainable parameter), or a
-            predicate ``(name, parameter) -> bool`` over the trainable parameters. Scales are never perturbed.
-        every: Perturb each k-th step; the others are plain QAT steps. An integer >= 1.
-        start: The first step that may be perturbed, counted from 0. An integer >= 0.
-        reuse: ``"perturbation"``: the steps that ``every`` leaves out take the last e again, in one pass; or None.
-        normalize_weights: Take e in units of each tensor's standard deviation, as if its weights had unit variance.
-        scope: ``"global"``, one e for all processes; ``"rank"``, one per process.
         masked: Take ``M * g_Q`` instead of g_Q: the gradient as the quantizer's clip mask lets it through.
         inside: Add e to w and quantize the sum, ``p <- Q(w + e)``, instead of ``p <- Q(w) + e``.
-
-    Raises:
-        TypeError: An option has the wrong type.
-        ValueError: An option has a value outside its range.
     """
 
     rho: float = 0.1
@@ -55,7 +42,6 @@ class SamOptions:
     inside: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse every value that has no meaning."""
         checked_rho(self.rho)
         for name, value, least in (("every", self.every, 1), ("start", self.start, 0)):
             if isinstance(value, bool) or not isinstance(value, int):
@@ -88,12 +74,7 @@ class SamOptions:
 
 
 def checked_rho(rho: Any) -> float:
-    """Return ``rho`` as a float.
-
-    Raises:
-        TypeError: It is not a number.
-        ValueError: It is negative or not finite.
-    """
+    """Return ``rho`` as a float; raise if it is not a finite number >= 0."""
     if isinstance(rho, bool) or not isinstance(rho, int | float):
         raise TypeError(f"`rho` must be a number >= 0, got {rho!r}.")
     if not 0 <= rho < math.inf:
@@ -102,11 +83,7 @@ def checked_rho(rho: Any) -> float:
 
 
 def checked_modules(modules: Any) -> list[nn.Module]:
-    """Return ``modules``, one or several, as a list.
-
-    Raises:
-        TypeError: One is not a module.
-    """
+    """Return one or several modules as a list; raise TypeError for anything else."""
     several = isinstance(modules, Iterable) and not isinstance(modules, nn.Module)
     found = list(modules) if several else [modules]
     for module in found:
@@ -116,12 +93,7 @@ def checked_modules(modules: Any) -> list[nn.Module]:
 
 
 def check_options(model: Any, ste: str, rng: str, max_grad_norm: float | None) -> None:
-    """Refuse a model, or an option that every method has, that has no meaning.
-
-    Raises:
-        TypeError: One has the wrong type.
-        ValueError: One has a value outside its range.
-    """
+    """Refuse an invalid model, and invalid values of the options that every method has."""
     if not isinstance(model, nn.Module):
         raise TypeError(
             f"`model` must be a torch.nn.Module, got {type(model).__name__}: the model comes first, then the optimizer."

@@ -1,4 +1,4 @@
-"""The perturbation of a step: which tensors it moves, in which steps, how far, and back again.
+"""The perturbation of a step: which tensors it moves, in which steps, and how far; and their restoration.
 
 e = rho * d / norm,    one norm over everything that is perturbed, in fp32
 """
@@ -24,11 +24,9 @@ class Perturbation:
     """The perturbation of one optimizer: its options, and the tensors that it keeps from step to step.
 
     Attributes:
-        options: The options.
-        direction: The direction.
         norm: The norm that the last e was divided by; None before the first.
-        kept: With ``reuse``, the last d by name, and
-        kept_norm: its norm.
+        kept: With ``reuse``, the last d by name.
+        kept_norm: The norm of ``kept``.
     """
 
     def __init__(self, options: SamOptions) -> None:
@@ -45,7 +43,7 @@ class Perturbation:
         return step >= self.options.start and (step - self.options.start) % self.options.every == 0
 
     def passes(self, step: int) -> int:
-        """Return 2: a first and a perturbed pass; 1: a perturbed pass with a known direction; 0: a plain step."""
+        """Return 2 (first and perturbed pass), 1 (perturbed pass with a known direction) or 0 (plain step)."""
         if self.due(step):
             return self.direction.passes if self.direction.ready(step) else 0
         return 1 if self.options.reuse is not None and self.kept and step >= self.options.start else 0
@@ -59,16 +57,7 @@ class Perturbation:
     def gather(
         self, latents: Latents, base_state: Mapping[Tensor, Any], given: Mapping[str, Tensor] | None = None
     ) -> list[Ascent]:
-        """Return the tensors to perturb, with their gradients.
-
-        Args:
-            latents: The model's latents.
-            base_state: The base optimizer's state, by latent or float parameter.
-            given: Gradients by name, instead of those in the Parameters.
-
-        Raises:
-            TypeError: A gradient is sparse.
-        """
+        """Return the tensors to perturb, with their gradients, or with those ``given`` by name."""
         slots = {id(slot.parameter): slot for slot in latents.slots}
         ascents = []
         for name, p in own_parameters(latents.root):
@@ -102,16 +91,9 @@ class Perturbation:
         sign: float,
         step: int,
     ) -> None:
-        """Add ``e`` to every target.
+        """Add e to every tensor; e = 0 if the norm is zero or not finite.
 
-        If the norm is zero or not finite, e = 0, and the step is the unperturbed one.
-
-        Args:
-            latents: The model's latents.
-            ascents: From :meth:`gather`.
-            rho_of: The radius of each parameter's group.
-            sign: 1, or -1 if the base maximizes, so that the adversary goes downhill.
-            step: The number of the step.
+        ``rho_of`` gives the radius of a parameter's group; ``sign`` is -1 if the base maximizes.
         """
         if not ascents and not self._warned_empty:
             self._warn_empty()
@@ -143,7 +125,7 @@ class Perturbation:
             self._warn_16_bit(ascents, targets)
 
     def _directions(self, ascents: Sequence[Ascent], step: int) -> tuple[list[Tensor], Tensor]:
-        """Ask the direction, or take the kept one again; keep it for the steps that reuse it."""
+        """Compute d and its norm, or take the kept ones; keep them for the steps that reuse them."""
         if not self.due(step):
             assert self.kept_norm is not None
             return [ascent.gradient for ascent in ascents], self.kept_norm
@@ -194,17 +176,16 @@ class Perturbation:
 
 
 def _unit(ascent: Ascent) -> Tensor:
-    """Return the standard deviation of a tensor's weights: SAQ's authors divide by it before they quantize."""
+    """Return the standard deviation of a tensor's weights, by which SAQ's authors divide before they quantize."""
     std = whole(ascent.weight).float().std(correction=0)
     return torch.where(std > 0, std, 1.0)
 
 
 def _finite(directions: list[Tensor], norm: Tensor, *, in_place: bool) -> list[Tensor]:
-    """Return the directions with 0 for non-finite entries if the norm is not finite: 0 * inf would be NaN, not e = 0.
+    """Replace non-finite entries by 0 if the norm is not finite, because 0 * inf would be NaN and not e = 0.
 
-    On a CPU the norm can be read for free; elsewhere that would wait for the device, and one more sweep over the
-    directions is cheaper. A direction that looks ahead returns the base optimizer's own moments, which only the base
-    may write.
+    On other devices than the CPU this does not read the norm, because one more sweep is cheaper than to wait for the
+    device. A direction that looks ahead returns the base optimizer's moments, which only the base may write.
     """
     if norm.device.type == "cpu" and bool(torch.isfinite(norm)):
         return directions

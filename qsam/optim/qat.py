@@ -22,7 +22,7 @@ class QAT(QuantizedOptimizer):
 
     Args:
         model: As :class:`~qsam.optim.optimizer.QuantizedOptimizer`.
-        base: As there. One that calls its closure by itself (LBFGS) is allowed.
+        base: As there. A base that calls its closure itself (LBFGS) is allowed.
         options: As there, without those of the perturbation. ``rng``, ``modules`` and ``skip_unused_gradients`` have no
             effect on a method of one pass; they are accepted, so that methods are exchanged by name.
 

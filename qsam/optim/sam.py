@@ -15,7 +15,7 @@ from qsam.optim.optimizer import QuantizedOptimizer, register_optimizer
 
 @register_optimizer("sam")
 class SAM(QuantizedOptimizer):
-    """SAM around any torch optimizer, without quantizers: the float baseline of the tables.
+    """SAM around any torch optimizer, without quantizers, as a float baseline.
 
     The arguments are those of :class:`~qsam.optim.optimizer.QuantizedOptimizer`. Every trainable parameter is perturbed
     (``perturb="all"``), and the arguments that concern scales have no effect.

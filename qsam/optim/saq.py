@@ -20,18 +20,18 @@ from qsam.optim.optimizer import QuantizedOptimizer, register_optimizer
 
 @register_optimizer("saq")
 class SAQ(QuantizedOptimizer):
-    """Sharpness-aware quantization: SAM on the quantized weights, w and s stepping together from the second pass.
+    """Sharpness-aware quantization: SAM on the quantized weights; w and s step together after the second pass.
 
     Args:
         model: As :class:`~qsam.optim.optimizer.QuantizedOptimizer`, as are all ``options``.
         base: As there.
-        case: 1, 2 or 3; see the module. In case 1 the clip mask zeroes entries of e that the loss would feel; in case 2
-            a small e is rounded away, and e is kept until the update (one copy of the weights).
+        case: 1, 2 or 3; see the module. In case 1 the clip mask zeroes entries of e that would change the loss. In
+            case 2 a small e is rounded away, and e is kept until the update (one copy of the weights).
         options: As there. ``normalize_weights=True`` puts rho in the unit of the authors' code, which gives every
             tensor unit variance before it quantizes (their rho is .3 to .9); otherwise it is in units of the weights.
 
     Raises:
-        ValueError: another case.
+        ValueError: ``case`` is not 1, 2 or 3.
 
     References:
         Liu, Cai, Zhuang, SAQ: Sharpness-Aware Quantization, arXiv 2111.12273. Update gradients at the unperturbed w

@@ -9,20 +9,20 @@ their size. The scales then take relative steps of that length along their norma
     s <- s - s * clip(r * ds / sqrt(v), -c, c),    r = lr / rms(w),    v = an average of ds^2,    c = .01
 
 ``torch.optim.SGD`` moves w by ``lr * ||g|| / ||w||`` of its size, and LSQ's gradient scale makes ``|ds| / s`` about
-``||g|| / ||w||``. There the scales take plain gradient steps with the weights' own ``lr / (1 - momentum)``, cut at
-the same c. (Without the cut, 200 steps of a small network at lr .05 and momentum .9 moved single scales by more than
-a thousand times their size.)
+``||g|| / ||w||``. Beside SGD the scales therefore take plain gradient steps with the weights' ``lr / (1 - momentum)``,
+clipped at the same c. (Without the clip, 200 steps of a small network at lr .05 and momentum .9 moved single scales by
+more than a thousand times their size.)
 
-A balanced rate is worked out before each step of the scales::
+A balanced rate is computed before each step of the scales::
 
     r = balance * mean(lr)
 
-``mean(lr)`` is taken over the quantized weights, from the ``lr`` that stand in the base's groups at that moment.
-``balance`` is ``1 / rms(w)`` beside Adam and 1 beside SGD; it is taken when the optimizer is built and kept in the
-scales' groups as ``qsam_balance``. So the scales follow the base through every scheduler, and whatever is written
-into ``lr`` of a balanced group is replaced. Weights that are all zero have no rms yet: see :func:`follow_base_`.
+``mean(lr)`` is the mean over the quantized weights of the present ``lr`` in the base's groups. ``balance`` is
+``1 / rms(w)`` beside Adam and 1 beside SGD; it is computed when the optimizer is built and kept in the scales' groups
+as ``qsam_balance``. So the scales follow the base through every scheduler, and a value written into ``lr`` of a
+balanced group is replaced. Weights that are all zero have no rms yet: see :func:`follow_base_`.
 
-A fixed rate does not do: plain SGD with ``lr=1e-2`` beside Adam at 2e-5 leaves all scales where they began.
+A fixed rate does not work: plain SGD with ``lr=1e-2`` beside Adam at 2e-5 leaves all scales where they began.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from qsam.latents import Slot
 from qsam.quantizers import Quantizer
 
 MAX_RELATIVE_STEP = 1e-2
-"""c: no balanced step is longer than this share of the scale, whatever the base's learning rate means."""
+"""c: no balanced step is longer than this share of the scale."""
 
 _DECAY = 0.999
 """b, the decay of the average of ds^2: Adam's default."""
@@ -53,13 +53,7 @@ Group = dict[str, Any]
 
 @dataclasses.dataclass(eq=False, frozen=True)
 class ScaleSlot:
-    """One trainable parameter of a quantizer.
-
-    Attributes:
-        path: "encoder.layer.0.query.weight_quantizer.scale".
-        quantizer: Its owner.
-        attr: Its name there.
-    """
+    """One trainable parameter of a quantizer, at the path "encoder.layer.0.query.weight_quantizer.scale"."""
 
     path: str
     quantizer: Quantizer
@@ -145,10 +139,10 @@ class BalancedSGD(Optimizer):
         _scatter(s - torch.maximum(torch.minimum(ds * group["lr"], limits), -limits), values)
 
     def _normalized(self, scales: list[Tensor], ds: Tensor) -> Tensor:
-        """Return ``ds / sqrt(v)``, corrected for the start, after moving v.
+        """Update v, and return ``ds / sqrt(v)``, corrected for the start at 0.
 
-        Every square is one of a number in [0, 1], and dividing by a power of two and multiplying it again is exact, so
-        the result does not depend on the unit of the loss.
+        Only numbers in [0, 1] are squared, and scaling by a power of two is exact, so the result does not depend on the
+        unit of the loss.
         """
         states = [self.state[s] for s in scales]
         for scale, state in zip(scales, states, strict=True):
@@ -166,17 +160,15 @@ class BalancedSGD(Optimizer):
         ratio = ds / torch.where(root == 0, 1, root)
         if len(set(starts)) == 1:
             return ratio * starts[0]
-        # Some scales were without a gradient in some step.
+        # Some scales had no gradient in some step.
         return _flat([part * start for part, start in zip(_parts(ratio, roots), starts, strict=True)])
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    """Return all entries in one new vector."""
     return torch.cat([t.reshape(-1) for t in tensors])
 
 
 def _parts(flat: Tensor, like: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the parts of a vector that belong to these tensors."""
     return torch.split(flat, [t.numel() for t in like])
 
 
@@ -195,20 +187,7 @@ def build_scale_optimizer(
     base: Optimizer,
     slots: Sequence[Slot],
 ) -> Optimizer | None:
-    """Return the optimizer of the scales, with one group for the weights' and one for the inputs', or None.
-
-    Args:
-        weights: The parameters of the weights' quantizers.
-        inputs: The parameters of the inputs' quantizers.
-        scale_lr: The rate of plain gradient descent on s (one number, or one each for weights and inputs), or None.
-        scale_optimizer: An optimizer class; SGD without momentum by default.
-        base: The weights' optimizer, its groups holding the model's Parameters.
-        slots: The quantized weights.
-
-    Raises:
-        TypeError: a rate or an optimizer of the wrong kind.
-        ValueError: a negative or non-finite rate; None with an optimizer that has its own idea of a step.
-    """
+    """Return the optimizer of the scales, with one group for the weights' and one for the inputs', or None."""
     if not (isinstance(scale_optimizer, type) and issubclass(scale_optimizer, Optimizer)):
         raise TypeError(f"`scale_optimizer` must be a torch Optimizer class, got {scale_optimizer!r}.")
     rates = _checked_rates(scale_lr)
@@ -239,12 +218,7 @@ def build_scale_optimizer(
 
 
 def take_balance_(groups: Iterable[Group], base: Optimizer, slots: Sequence[Slot]) -> None:
-    """Take the balance of these groups of scales, and their rates, from the weights as they are now.
-
-    Args:
-        groups: Groups of a :class:`BalancedSGD`.
-        base: The weights' optimizer, its groups holding Parameters or latents.
-        slots: The quantized weights.
+    """Compute the balance and the rates of these groups of scales from the present weights.
 
     Example:
         >>> w = torch.nn.Parameter(torch.full((4, 4), 0.1))
@@ -259,12 +233,12 @@ def take_balance_(groups: Iterable[Group], base: Optimizer, slots: Sequence[Slot
     for group in groups:
         group.update(qsam_balance=_balance(base, owned), qsam_balance_due=0)
         group["lr"] = _rate(group, _mean_lr(base, owned))
-        if started:  # a scheduler has noted where the weights' rates began, and wants to read it here too
+        if started:  # a scheduler has noted the weights' initial rates, and reads this group's too
             group["initial_lr"] = _rate(group, _mean_lr(base, owned, "initial_lr"))
 
 
 def restore_balance_(groups: Iterable[Group], base: Optimizer, slots: Sequence[Slot]) -> None:
-    """Work out the balance of groups that come from a file written before it was kept: their rate over the weights'."""
+    """Compute the balance of groups from a file that lacks it, as their rate over the weights' rate."""
     owned = _owned(base, slots)
     for group in groups:
         for key in ("lr", "initial_lr"):
@@ -279,17 +253,11 @@ def restore_balance_(groups: Iterable[Group], base: Optimizer, slots: Sequence[S
 def follow_base_(
     scale_base: Optimizer, groups: Iterable[Group], base: Optimizer, slots: Sequence[Slot], step: int
 ) -> None:
-    """Give the scale optimizer the present rates: ``balance * mean(lr)`` where they are balanced, else the public ones.
+    """Give the scale optimizer the present rates: ``balance * mean(lr)`` if they are balanced, else the public ones.
 
-    A balance of 0 is not known yet: the weights were all zero when the optimizer was built. It is taken as soon as
-    they are not. Since they have only begun to grow then, it is taken again after 1, 2, 4, 8, ... steps.
-
-    Args:
-        scale_base: The scale optimizer.
-        groups: All public groups; those of scales have an entry ``qsam_scales``, the balanced ones ``qsam_balance``.
-        base: The weights' optimizer, its groups holding Parameters or latents.
-        slots: The quantized weights.
-        step: How many steps the weights have taken.
+    A balance of 0 is unknown, because the weights were all zero when the optimizer was built. It is computed as soon as
+    they are not, and again after 1, 2, 4, 8, ... steps because they have only begun to grow. Public groups of scales
+    have an entry ``qsam_scales``, the balanced ones ``qsam_balance``.
     """
     owned = _owned(base, slots)
     public = [group for group in groups if "qsam_scales" in group]
@@ -337,14 +305,14 @@ def _balance(base: Optimizer, owned: Owned) -> float:
 
 
 def _square_sum(w: Tensor) -> float:
-    """Return ||w||^2, of numbers in [-1, 1]: a square of 1e-22 is no longer an fp32 number."""
+    """Return ||w||^2, computed from numbers in [-1, 1], because the square of 1e-22 underflows in fp32."""
     largest = float(torch.linalg.vector_norm(w, math.inf)) if w.numel() else 0.0
     exponent = min(max(math.frexp(largest)[1], -126), 126)
     return float((w * 2.0**-exponent).square_().sum()) * 4.0**exponent
 
 
 def _learning_rate(group: Mapping[str, Any], key: str) -> float:
-    """Return the group's rate. One that sets its rate by itself (None, or no such entry) counts as 1e-3, Adam's own."""
+    """Return the group's rate; 1e-3, Adam's default, if the optimizer sets its rate itself (None, or no entry)."""
     lr = group.get(key, group.get("lr"))
     return 1e-3 if lr is None else float(lr)
 

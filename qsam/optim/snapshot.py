@@ -1,7 +1,7 @@
-"""The buffers and random states that a pass of a step moves, kept and put back.
+"""Save and restore the buffers and random states that a pass of a step changes.
 
-Of all passes of a step only the first may move BatchNorm statistics, counters and random number generators. BatchNorm's
-``momentum`` is never touched: that would recompile the model and miss ``num_batches_tracked``.
+Only the first pass of a step may change BatchNorm statistics, counters and random number generators. BatchNorm's
+``momentum`` is not changed, because that would recompile the model and miss ``num_batches_tracked``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class RandomState:
         return RandomState(random.getstate(), torch.get_rng_state(), cuda, numpy and numpy.random.get_state())
 
     def restore(self) -> None:
-        """Set the generators back to these states."""
+        """Set the generators to these states."""
         random.setstate(self.python)
         torch.set_rng_state(self.cpu)
         if self.numpy is not None:
@@ -52,7 +52,7 @@ class RandomState:
 
 @contextlib.contextmanager
 def same_random_numbers(start: RandomState | None) -> Iterator[None]:
-    """Draw the numbers that followed ``start`` again, and leave the generators as they were; None: draw new ones."""
+    """Within this context draw the numbers that followed ``start`` again; None: draw new ones."""
     if start is None:
         yield
         return
@@ -66,11 +66,10 @@ def same_random_numbers(start: RandomState | None) -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept(*models: nn.Module) -> Iterator[None]:
-    """Put every buffer of the models back at the end: identity, and values if they may have been written.
+    """Restore every buffer of the models at the end: its identity, and its values if they may have been written.
 
-    BatchNorm writes its statistics without counting a version, so the version alone tells too little; comparing values
-    would wait for the device. An expanded buffer cannot be written, and is not. A buffer made under ``inference_mode``
-    has no version and can only be written under it.
+    BatchNorm writes its statistics without counting a version, so the version does not suffice; comparing values would
+    wait for the device. A buffer made under ``inference_mode`` has no version and can only be written in that mode.
     """
     modules = dict.fromkeys(module for model in models for module in model.modules())
     kept = [
@@ -94,8 +93,8 @@ def _version(buffer: Tensor) -> int | None:
 
 
 def _is_written_unseen(buffer: Tensor) -> bool:
-    """Whether somebody may write the values without a trace in the version."""
-    if buffer.layout != torch.strided:  # nothing of torch's writes the statistics of a layer into a sparse tensor
+    """Whether the values may be written without a change of the version."""
+    if buffer.layout != torch.strided:  # torch writes no statistics into a sparse tensor
         return buffer.is_inference()
     return (buffer.is_floating_point() and buffer.is_contiguous()) or buffer.is_inference()
 
@@ -106,9 +105,6 @@ def modules_of(function: Any) -> list[nn.Module]:
     The search follows variables of enclosing functions, globals that the function names, default arguments, bound
     methods, ``functools.partial``, short lists, tuples and dicts, and the attributes of one object, over at most four
     references. A module stands for all its submodules.
-
-    Args:
-        function: A closure, or any object that is called like one.
     """
     modules: list[nn.Module] = []
     seen: set[int] = set()
@@ -130,7 +126,6 @@ def modules_of(function: Any) -> list[nn.Module]:
 
 
 def _references(value: Any) -> Iterable[Any]:
-    """Return the objects that a function, a bound method, a partial or a short container refers to."""
     if isinstance(value, types.MethodType):
         return value.__func__, value.__self__
     if isinstance(value, functools.partial):

@@ -1,4 +1,4 @@
-"""The optimizer inside the wrappers of training frameworks, and its scales as an optimizer of their own."""
+"""Get the optimizer out of the wrappers of training frameworks, and present its scales as a separate optimizer."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from qsam.optim.optimizer import QuantizedOptimizer
 
 _INSIDE = ("_optimizer", "optimizer")
-"""Where Lightning and Accelerate keep what they wrap."""
+"""The attributes in which Lightning and Accelerate keep the wrapped optimizer."""
 
 
 def unwrap(optimizer: Any) -> QuantizedOptimizer:
@@ -29,7 +29,7 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
         The qsam optimizer.
 
     Raises:
-        TypeError: there is no qsam optimizer inside.
+        TypeError: There is no qsam optimizer inside.
 
     Example:
         >>> import torch
@@ -55,14 +55,14 @@ def unwrap(optimizer: Any) -> QuantizedOptimizer:
 def _is_ours(optimizer: Any) -> bool:
     from qsam.optim.optimizer import QuantizedOptimizer  # which gives each optimizer the class below
 
-    # Lightning's proxy borrows the class of what it wraps, and has no state of its own.
+    # Lightning's proxy borrows the class of what it wraps, without its state.
     return isinstance(optimizer, QuantizedOptimizer) and "_latents" in vars(optimizer)
 
 
 class ScaleFacade(Optimizer):
-    """``optimizer.scales``: what ``GradScaler`` needs to unscale and step the scales by themselves.
+    """``optimizer.scales``, through which a ``GradScaler`` unscales and steps the scales alone.
 
-    Its one group holds everything that has a gradient in the scales' pass; its ``step`` is ``step_scales``.
+    Its one group holds every tensor that has a gradient in the scales' pass; its ``step`` is ``step_scales``.
     """
 
     def __init__(self, owner: QuantizedOptimizer) -> None:
@@ -70,11 +70,7 @@ class ScaleFacade(Optimizer):
 
     @property
     def owner(self) -> QuantizedOptimizer:
-        """The optimizer. The reference is weak, so that an optimizer that is thrown away is freed at once.
-
-        Raises:
-            RuntimeError: It has been thrown away.
-        """
+        """The optimizer, by a weak reference, so that deleting the optimizer frees it at once."""
         owner: QuantizedOptimizer | None = self._owner()
         if owner is None:
             raise RuntimeError("the optimizer of these scales is gone: keep it, and use its `optimizer.scales`.")
@@ -82,15 +78,11 @@ class ScaleFacade(Optimizer):
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
-        """All tensors that have gradients.
-
-        Raises:
-            RuntimeError: between the passes of ``perturbation_scope="rank"``.
-        """
+        """One group with every tensor that has a gradient; refused between the passes of scope "rank"."""
         if self.owner.ranks.scope == "rank" and self.owner._gradients_of == "first_pass":
             raise RuntimeError(
-                "a GradScaler would judge each rank's own first pass, and ranks could part ways: with "
-                "perturbation_scope='rank' and schedule='fused' use bf16 autocast, or another schedule."
+                "each rank's GradScaler would check its own first pass for infinities, so ranks could take different "
+                "steps: with perturbation_scope='rank' and schedule='fused' use bf16 autocast, or another schedule."
             )
         return [{"params": [p for p in self.owner._parameters() if p.requires_grad], "lr": 0.0}]
 
@@ -99,10 +91,8 @@ class ScaleFacade(Optimizer):
         self.owner.step_scales()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Keep the owner."""
         return {"owner": self.owner, "defaults": {}, "state": self.state}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Refer to the owner weakly again."""
         self._owner = weakref.ref(state["owner"])
         super().__setstate__({key: value for key, value in state.items() if key != "owner"})

@@ -1,11 +1,11 @@
-"""What a quantizer is: the extension interface.
+"""The base class of all quantizers, which is the extension interface.
 
-A quantizer maps a tensor x to Q(x), differentiably. Its Parameters are what training learns (a step size, say), its
-buffers are state that moves once per optimizer step. The optimizer obtains dw and the gradients of the Parameters by
-autograd of ``forward``, so a quantizer never sees a training loop.
+A quantizer maps a tensor x to Q(x), differentiably. Training learns its Parameters (such as a step size); its buffers
+are state that moves once per optimizer step. The optimizer computes dw and the gradients of the Parameters by autograd
+of ``forward``, so a quantizer does not depend on the training loop.
 
-Everything that decides what Q computes is a tensor: whoever copies the tensors of a model (``load_state_dict``, an
-average, a target network, a checkpoint) copies the function.
+Q depends on tensors only, so that copying the tensors of a model (``load_state_dict``, an average, a target network, a
+checkpoint) copies the function.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class Spec:
         group_size: Entries per group, for ``"per_group"``; None otherwise.
 
     Raises:
-        TypeError: ``bits`` or ``axis`` is no integer, ``signed`` no bool.
-        ValueError: bits out of range, an unknown granularity, or a combination that means nothing.
+        TypeError: ``bits`` or ``axis`` is not an integer, or ``signed`` is not a bool.
+        ValueError: The bits are out of range, the granularity is unknown, or the values contradict each other.
 
     Example:
         >>> Spec(bits=4, granularity="per_channel", axis=0).limits
@@ -54,20 +54,19 @@ class Spec:
     group_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse what means nothing."""
         integer_limits(self.bits, bool(self.signed))
         _check_kinds(self.signed, self.axis)
         _check_granularity(self.granularity, self.axis, self.group_size)
 
     @property
     def limits(self) -> tuple[int, int]:
-        """The integer limits ``(Qn, Qp)``, those of a signed grid where the sign is open."""
+        """The integer limits ``(Qn, Qp)``; those of a signed grid if the sign is unknown."""
         return integer_limits(self.bits, self.signed is not False)
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _read_while_tracing(limits: Tensor, guard: bool | None) -> tuple[float, float]:
-    """Return the two limits while a graph is traced, which is traced again when ``guard`` becomes another."""
+    """Return the two limits while a graph is traced; the graph is traced again when ``guard`` changes."""
     low, high = limits.tolist()
     return low, high
 
@@ -85,26 +84,26 @@ class Quantizer(nn.Module):
     Attributes:
         spec: The setting.
         limits: Buffer, fp32, shape ``(2,)``: the integer limits ``(Qn, Qp)`` once the parameters were set from data,
-            ``(0, 0)`` before; ``(nan, nan)`` after a file that holds a scale but not its sign. Floating, so that every
-            kind of averaging gives something that can be read: the sign is ``limits[0] < 0``, calibrated is
+            ``(0, 0)`` before; ``(nan, nan)`` after loading a file that holds a scale but not its sign. They are floats
+            so that averages can be read too: the grid is signed if ``limits[0] < 0``, and calibrated if
             ``limits[1] > limits[0]``; the integers themselves follow from ``bits``.
-        init: The initial-scale rule that ``quantize_`` was given, for a quantizer that wants one; set before ``init_``.
+        init: The rule of the initial scale that ``quantize_`` was given; set before ``init_``.
         off_grid: Whether an optimizer has left something else than Q(w) in the weight.
-        batch_first: Of an activation with three or more dimensions: whether the samples of a batch lie along dimension
-            0 or 1; None, where no layer says so: dimension 0, with two dimensions too.
+        batch_first: Whether the samples of an activation with three or more dimensions lie along dimension 0 (True) or
+            1 (False). None if no layer tells: dimension 0, also with two dimensions.
     """
 
     offset: float = 0.0
     """The shift of the codes, in steps: the levels of a uniform grid are ``(code + offset) * scale + shift``."""
 
     shift: Tensor | None = None
-    """The shift of the levels, in the unit of the data, broadcastable as ``scale`` is; None for 0."""
+    """The shift of the levels, in units of the data, broadcastable as ``scale`` is; None for 0."""
 
     dynamic: bool = False
-    """Whether the scale follows from each input as it comes; ``step_size(x)`` tells it."""
+    """Whether each input has its own scale, which ``step_size(x)`` returns."""
 
     moves_grid: bool = False
-    """Whether :meth:`update` changes Q: the optimizer then writes the weights again."""
+    """Whether :meth:`update` changes Q, so that the optimizer writes the weights again."""
 
     init: str = "mse"
     off_grid: bool = False
@@ -112,14 +111,14 @@ class Quantizer(nn.Module):
     limits: Tensor
 
     _seen: tuple[Any, tuple[float, float]] | None = None
-    """What was read of ``limits`` on an accelerator, and from which version of it: a cache."""
+    """A cache of ``limits`` on an accelerator, with the version that was read."""
 
     _was_calibrated: bool | None = None
     _was_signed: bool | None = None
-    """The last answers of ``calibrated`` and ``signed`` in eager code: compiled graphs are guarded by them."""
+    """The last values of ``calibrated`` and ``signed`` in eager code, by which compiled graphs are guarded."""
 
     _set_from: tuple[int, int] | None = None
-    """A digest of the weight from which the parameters were last set: the same weight need not be searched again."""
+    """A digest of the weight from which the parameters were last set, so that the search need not be repeated."""
 
     def __init__(self, **setting: Any) -> None:
         super().__init__()
@@ -141,7 +140,7 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def step_size(self, x: Tensor) -> Tensor | None:
-        """Return the distance of neighbouring grid values, broadcastable against ``x``; None without a uniform grid."""
+        """Return the distance between neighbouring levels, broadcastable against ``x``; None without a uniform grid."""
         return None
 
     @torch.no_grad()
@@ -149,7 +148,7 @@ class Quantizer(nn.Module):
         """Return the integers of ``x``: int8 (uint8 if unsigned), of its shape, so that ``codes * step_size`` is Q(x).
 
         Raises:
-            TypeError: the quantizer has no uniform grid.
+            TypeError: The quantizer has no uniform grid.
         """
         step = self.step_size(x)
         if step is None:
@@ -166,19 +165,19 @@ class Quantizer(nn.Module):
 
     @property
     def rowwise(self) -> bool:
-        """Whether Q of some rows of a weight is these rows of Q, so that sharded weights need not be gathered.
+        """Whether ``Q(w[rows]) = Q(w)[rows]``, so that sharded weights need not be gathered.
 
-        An entry may depend on itself, on Parameters of one entry, and on its own row (dimension 0) of Parameters that
-        have one row per row of the weight.
+        An entry may then depend only on itself, on Parameters of one entry, and on its own row (dimension 0) of
+        Parameters that have one row per row of the weight.
         """
         return False
 
     def gradient_scale(self, count: int) -> float:
-        """Return the factor of a Parameter's gradient where ``count`` entries share one entry of the Parameter."""
+        """Return the factor of a Parameter's gradient if ``count`` entries share one entry of the Parameter."""
         return 1.0
 
     def grid(self, x: Tensor) -> Grid | None:
-        """Return the grid, where Q is LSQ's and the fused kernels may compute it; None: autograd of ``forward``."""
+        """Return the grid if Q is LSQ's, so that fused kernels may compute it; None: autograd of ``forward``."""
         return None
 
     # --- the setting --------------------------------------------------------------------------------------------
@@ -205,7 +204,7 @@ class Quantizer(nn.Module):
 
     @property
     def signed(self) -> bool | None:
-        """Whether the grid holds negative values; None: open until data decide it."""
+        """Whether the grid holds negative values; None until data decide it."""
         if self.spec.axis is not None and self.spec.signed is not None:
             return self.spec.signed
         low, high = self._numbers(self._was_signed)
@@ -217,12 +216,16 @@ class Quantizer(nn.Module):
         low, high = self._numbers(self._was_calibrated)
         return high > low
 
+    def observations(self) -> Tensor | None:
+        """Return what ``forward`` has seen of an input since the last step, of which all processes take the largest."""
+        return None
+
     def take_observations(self) -> None:
-        """Move the state of an input's quantizer by what ``forward`` has seen; called once per optimizer step."""
+        """Move the state of an input's quantizer after the forwards of a step; called once per optimizer step."""
 
     @property
     def stops(self) -> tuple[float, float]:
-        """The ``(x - shift) / scale`` between which the gradient of x passes: the outermost levels; or infinities."""
+        """The bounds of ``(x - shift) / scale`` between which the gradient of x passes, by default the outer levels."""
         return self.quant_min + self.offset, self.quant_max + self.offset
 
     @property
@@ -243,10 +246,10 @@ class Quantizer(nn.Module):
     # --- being set from data ------------------------------------------------------------------------------------
 
     def readable_limits(self) -> tuple[float, float] | None:
-        """Return ``limits`` as two numbers; None where they cannot be read without breaking or waiting for something.
+        """Return ``limits`` as two numbers; None if :meth:`forward` has to compute with the tensor.
 
-        That is in a graph being compiled, under vmap, and on an accelerator if the buffer was written from outside
-        since it was read. There :meth:`forward` has to use the tensor.
+        That is so in a graph being compiled, under vmap, and on an accelerator if other code has written the buffer
+        since it was read, because reading it again would wait for the device.
         """
         limits = self.limits
         if torch.compiler.is_compiling() or type(limits) is not Tensor:
@@ -273,7 +276,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def observe_(self, x: Tensor, signed: bool | None = None) -> None:
-        """Decide the sign where it is open, then :meth:`init_`: what calibration and the first batch call.
+        """Set the sign if it is unknown, then call :meth:`init_`; calibration and the first batch call this.
 
         Args:
             x: Data of the tensor that will be quantized.
@@ -299,17 +302,17 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def init_weight_(self, w: Tensor) -> None:
-        """:meth:`init_`, unless the parameters were set from these very values before; the sign is a weight's own."""
+        """Call :meth:`init_`, unless the parameters were last set from the same values."""
         digest = _digest(w)
         if digest != self._set_from:
             self.init_(w)
             self._set_from = digest
 
     @torch.no_grad()
-    def settle_(self, w: Tensor) -> None:
-        """Set the parameters from a weight, if no checkpoint or step has, and keep them from here on.
+    def set_from_weight_(self, w: Tensor) -> None:
+        """Set the parameters from a weight, unless a checkpoint or a step has set them.
 
-        A weight of zeros says nothing: it stays open until it differs from 0 (:meth:`complete_`).
+        From a weight of zeros they cannot be set; :meth:`complete_` does it once the weight differs from 0.
         """
         if not self.calibrated:
             self.init_weight_(w)
@@ -318,7 +321,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def complete_(self, w: Tensor) -> bool:
-        """Set what could not be set from a weight of zeros, once it differs from 0; return whether nothing is missing.
+        """Set the parameters once a weight of zeros differs from 0; return whether all are set.
 
         Args:
             w: The latent weight, after a step.
@@ -328,7 +331,7 @@ class Quantizer(nn.Module):
         return self.calibrated
 
     def _refresh(self) -> None:
-        """Forget what was read of ``limits`` before they were written."""
+        """Drop the cached values of ``limits``, which were written."""
         self._seen = None
         limits = self.readable_limits()
         self._was_calibrated = self._was_signed = None
@@ -336,7 +339,7 @@ class Quantizer(nn.Module):
             self.note_limits(limits)
 
     def note_limits(self, limits: tuple[float, float]) -> None:
-        """Remember what was read of ``limits``: a compiled graph for which that differs is traced again."""
+        """Note the values of ``limits``; a compiled graph is traced again if they changed."""
         calibrated, signed = limits[1] > limits[0], limits[0] < 0
         if self._was_calibrated is not calibrated or self._was_signed is not signed:
             self._was_calibrated, self._was_signed = calibrated, signed
@@ -344,7 +347,7 @@ class Quantizer(nn.Module):
     # --- a module -----------------------------------------------------------------------------------------------
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy, whose buffers are others."""
+        """Restore a copy, without the cache of the original's buffers."""
         super().__setstate__({**state, "_seen": None})  # type: ignore[no-untyped-call]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Quantizer:
@@ -367,7 +370,7 @@ class Quantizer(nn.Module):
         missing_keys: list[str],
         *lists: list[str],
     ) -> None:
-        """Load; a file from before there were ``limits`` has scales only, which count as calibrated."""
+        """Load; the scales of an old file without ``limits`` count as calibrated."""
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, *lists)
         key = prefix + LIMITS
         if key not in state_dict:
@@ -385,7 +388,7 @@ class Quantizer(nn.Module):
         if _is_placeholder(self.spec, values):
             self.set_sign_(None)
         elif signed is None:
-            self.limits.fill_(torch.nan)  # until an optimizer's state_dict or calibrate says the sign
+            self.limits.fill_(torch.nan)  # until an optimizer's state_dict or calibrate sets the sign
         else:
             self.set_sign_(signed)
 
@@ -396,7 +399,7 @@ class Quantizer(nn.Module):
 
 
 def _digest(w: Tensor) -> tuple[int, int]:
-    """Return two sums over the bits of a weight, one of which knows their order."""
+    """Return two sums over the bits of a weight, one of which depends on their order."""
     words = w.detach().to(torch.float32).flatten().view(torch.int32).to(torch.int64)
     order = torch.arange(1, words.numel() + 1, device=words.device)
     first, second = torch.stack([words.sum(), (words * order).sum()]).tolist()
@@ -404,7 +407,7 @@ def _digest(w: Tensor) -> tuple[int, int]:
 
 
 def _is_placeholder(spec: Spec, values: list[Tensor]) -> bool:
-    """Whether an old file holds the 1.0 of an input that had seen nothing: no learned scale is exactly that."""
+    """Whether an old file holds 1.0, the scale of an input that had seen no batch; no learned scale is exactly 1.0."""
     if spec.axis is not None or len(values) != 1 or values[0].numel() != 1 or hasattr(values[0], "device_mesh"):
         return False
     return bool(values[0] == 1)
@@ -453,8 +456,8 @@ def register_quantizer(name: str) -> Callable[[type[Quantizer]], type[Quantizer]
     """Return a decorator that registers a :class:`Quantizer` subclass as ``name``.
 
     Raises:
-        TypeError: the class is no Quantizer, or lacks ``init_`` or ``forward``.
-        ValueError: the name is taken.
+        TypeError: The class is not a Quantizer, or lacks ``init_`` or ``forward``.
+        ValueError: The name is taken.
     """
     return QUANTIZERS.register(name)
 
@@ -463,7 +466,7 @@ def build_quantizer(name: str, **setting: Any) -> Quantizer:
     """Return a new quantizer of a registered name; ``setting`` as :class:`Spec`.
 
     Raises:
-        ValueError: an unknown name, or a setting that it does not take.
+        ValueError: The name is unknown, or the quantizer refuses the setting.
     """
     cls, own = QUANTIZERS.get(name), QUANTIZERS.options(name)
     if "granularity" in own and setting.get("granularity") == "per_group":
@@ -475,7 +478,7 @@ def build_quantizer(name: str, **setting: Any) -> Quantizer:
 
 
 def list_quantizers() -> list[str]:
-    """Return the names of all quantizers, those of installed packages included.
+    """Return the names of all quantizers, including those of installed packages.
 
     Example:
         >>> import qsam

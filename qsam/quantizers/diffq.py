@@ -1,9 +1,9 @@
-"""DiffQ: pseudo-noise in place of rounding, annealed to rounding.
+"""DiffQ: pseudo-noise instead of rounding, annealed to rounding.
 
     Q~(x; s) = x + s * ((1 - a) * u + a * (round(v) - v)),   v = x / s,   u ~ U(-.5, .5),   a = min(step / T, 1)
 
-inside the limits, and s * Qn or s * Qp outside. u has the variance of a rounding error, but does not depend on x, so
-that no gradient is made up at a = 0: dQ~/dx = 1 and dQ~/ds = u are true derivatives.
+inside the limits, and s * Qn or s * Qp outside. u has the variance of a rounding error but does not depend on x. At
+a = 0, dQ~/dx = 1 and dQ~/ds = u are therefore true derivatives.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class DiffQ(Noisy):
 
     Attributes:
         anneal_steps: T, in optimizer steps; an integer >= 1. Set it on the instances after ``quantize_``, or in a
-            subclass of another name.
+            subclass with another name.
 
     Example:
         >>> q = DiffQ(bits=4, axis=0)
@@ -48,11 +48,7 @@ class DiffQ(Noisy):
     anneal_steps: int = 1000
 
     def noisy_codes(self, v: Tensor, u: Tensor) -> Tensor:
-        """Return ``v + (1 - a) * u + a * (round(v) - v)``.
-
-        Raises:
-            ValueError: ``anneal_steps`` is less than 1.
-        """
+        """Return ``v + (1 - a) * u + a * (round(v) - v)``."""
         if self.anneal_steps < 1:
             raise ValueError(
                 f"`anneal_steps` must be an integer >= 1, got {self.anneal_steps}: for no noise, use 'lsq'."

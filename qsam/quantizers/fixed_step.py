@@ -16,7 +16,7 @@ from qsam.quantizers.lsq import LSQ
 
 @register_quantizer("fixed_step")
 class FixedStep(LSQ):
-    """LSQ's grid, nothing learned: the scale is a buffer. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
+    """LSQ's grid with a constant scale, a buffer. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
 
     Example:
         >>> q = FixedStep(bits=4)

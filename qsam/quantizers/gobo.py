@@ -1,8 +1,8 @@
-"""GOBO: for rounding after training. Outliers of a Gaussian stay as they are; the rest goes to few centroids.
+"""GOBO: for rounding after training. Outliers of a Gaussian stay float; the other weights go to few centroids.
 
     outliers:  log N(w; mean, std) <= -4
-    centroids: 2^bits bins of equal population, their means; then "assign to the nearest, take the means anew", and of
-               all iterates the one of the least sum of |w - centroid|
+    centroids: start from the means of 2^bits bins of equal population; repeat "assign to the nearest, take the means",
+               and keep the iterate with the least sum of |w - centroid|
 
 References:
     Zadeh et al., GOBO: Quantizing Attention-Based NLP Models for Low Latency and Energy Efficient Inference, MICRO
@@ -21,39 +21,37 @@ from qsam.functional import wide_dtype
 from qsam.quantizers.base import Quantizer, register_quantizer
 
 LOG_DENSITY = -4.0
-"""Where outliers begin: the paper's."""
+"""The paper's bound of the outliers."""
 
 LEAST_DEVIATIONS = 3.0
-"""Outliers lie at least so many standard deviations from the mean. A density depends on the unit of the weights: for a
-deviation of more than .24 the paper's rule alone would keep more than the tails, and from 22 on everything."""
+"""Outliers lie at least this many standard deviations from the mean. A density depends on the unit of the weights: for
+a deviation of more than .24 the paper's rule alone would keep more than the tails, and from 22 on everything."""
 
 _ROUNDS = 50
 
 
 class _Nearest(torch.autograd.Function):
-    """The nearest centroid, or x itself where it is an outlier; the gradient passes straight through."""
+    """The nearest centroid, or x itself if it is an outlier; the gradient passes straight through."""
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(x: Tensor, centroids: Tensor, bounds: Tensor) -> Tensor:
-        """Return Q(x) in the dtype of ``x``."""
         wide = x.to(wide_dtype(x.dtype))
         values = centroids.to(wide.dtype)[_nearest(wide, centroids)]
         return torch.where((wide <= bounds[0]) | (wide >= bounds[1]), wide, values).to(x.dtype)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing."""
+        pass
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        """Return the gradient."""
         return grad, None, None
 
 
 def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
-    """Return the index of the nearest centroid; of two that are equally near, the lower."""
+    """Return the index of the nearest centroid, the lower of two that are equally near."""
     middles = (centroids[:-1].to(x.dtype) + centroids[1:].to(x.dtype)) / 2
     return torch.bucketize(x.contiguous(), middles)
 
@@ -62,19 +60,19 @@ def _nearest(x: Tensor, centroids: Tensor) -> Tensor:
 class GOBO(Quantizer):
     """Centroids of one weight, and its outliers in full precision. Nothing is learned.
 
-    The levels are no grid: there is no step size, ``grid`` is None, and codes are indices of centroids, which mean
-    something with ``dequantize`` and :meth:`outliers` only.
+    The levels are not a uniform grid: there is no step size, ``grid`` is None, and codes are indices of centroids, to
+    be used with ``dequantize`` and :meth:`outliers` only.
 
     Args:
         setting: As :class:`~qsam.quantizers.base.Quantizer`. Granularity ``"per_tensor"`` with an ``axis``: weights
-            only, and one set of centroids a layer.
+            only, and one set of centroids per layer.
 
     Attributes:
         centroids: Buffer, fp32, shape ``(2^bits,)``, ascending.
         bounds: Buffer, fp32, shape ``(2,)``: outliers lie at or beyond these.
 
     Raises:
-        ValueError: an input (no ``axis``), another granularity, or an argument out of its range.
+        ValueError: ``axis`` is None (an input), the granularity is another one, or an argument is out of its range.
 
     Example:
         >>> q = GOBO(bits=2, axis=0)
@@ -92,7 +90,7 @@ class GOBO(Quantizer):
     def __init__(self, **setting: Any) -> None:
         if setting.get("granularity", "per_tensor") != "per_tensor":
             raise ValueError(
-                f"the quantizer 'gobo' has one set of centroids a layer: granularity must be 'per_tensor', got "
+                f"the quantizer 'gobo' has one set of centroids per layer: granularity must be 'per_tensor', got "
                 f"{setting['granularity']!r}."
             )
         super().__init__(**setting)
@@ -103,11 +101,7 @@ class GOBO(Quantizer):
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
-        """Fit Gaussian and centroids to the weight.
-
-        Raises:
-            ValueError: the weight holds NaN or infinity.
-        """
+        """Fit Gaussian and centroids to the weight; raise ValueError if it holds NaN or infinity."""
         w = x.detach().double().flatten()
         if not bool(w.isfinite().all()):
             raise ValueError("the centroids cannot be set from data that holds NaN or infinity.")
@@ -124,7 +118,7 @@ class GOBO(Quantizer):
 
     @torch.no_grad()
     def outliers(self, x: Tensor) -> Tensor:
-        """Return which entries stay as they are."""
+        """Return which entries stay float."""
         wide = x.to(wide_dtype(x.dtype))
         return (wide <= self.bounds[0]) | (wide >= self.bounds[1])
 
@@ -143,7 +137,6 @@ _ENDS = (-torch.finfo(torch.float32).max, torch.finfo(torch.float32).max)
 
 
 def _bounds(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Return where outliers begin."""
     mean, std = w.mean(), w.std(correction=0)
     if not std > 0:
         return mean - torch.inf, mean + torch.inf
@@ -162,7 +155,7 @@ def _centroids(w: Tensor, count: int) -> Tensor:
         sizes = edges.diff()
         means = (total[edges[1:]] - total[edges[:-1]]) / sizes.clamp_min(1)
         nearest = w[edges[:-1].clamp_max(len(w) - 1)]
-        # A bin's mean lies in the bin; the difference of two sums may not, by a rounding.
+        # A bin's mean lies in the bin, but the difference of two rounded sums may not.
         lowest, highest = nearest, torch.where(sizes > 0, w[(edges[1:] - 1).clamp_min(0)], nearest)
         centroids = torch.maximum(torch.minimum(torch.where(sizes > 0, means, nearest), highest), lowest)
         error = (w - centroids.repeat_interleave(sizes)).abs().sum()

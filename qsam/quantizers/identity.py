@@ -1,4 +1,4 @@
-"""Identity: no quantization, ``Q(x) = x``; the optimizers round it are the bare ones, or plain SAM."""
+"""Identity: no quantization, ``Q(x) = x``, which makes QAT the base optimizer and the other methods plain SAM."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""LIQ: the interval of a tensor is learned, and its levels include both ends. The base quantizer of SAQ's code.
+"""LIQ: the interval of a tensor is learned, and its levels include both ends. SAQ's code uses this quantizer.
 
     Q(x; a) = a * (2 k / n - 1),   k = round(n * (clip(x / a, -1, 1) + 1) / 2),   n = 2^bits - 1     (signed)
     Q(x; a) = a * k / n,           k = round(n * clip(x / a, 0, 1))                                   (unsigned)
-    dQ/dx = 1 inside,   dQ/da = (Q - x) / a inside, -1, 0 or 1 at the ends that x has left
+    dQ/dx = 1 inside, 0 outside;   dQ/da = (Q - x) / a inside, and outside -1, 0 or 1: the level at that end over a
 
 The signed grid has no zero: it is that of ``stretched`` with the step ``2 a / n``, clipped at its outermost level.
 

@@ -2,8 +2,8 @@
 
     Q(x; s) = s * round(clip(x / s, Qn, Qp)),   ds scaled by 1 / sqrt(N * Qp)
 
-There is one s per tensor, channel or group. N counts the entries that share one s; for an
-activation, those of one sample.
+There is one s per tensor, channel or group. N counts the entries that share one s; for an activation, those of one
+sample.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from qsam.functional import (
 from qsam.quantizers.base import QUANTIZERS, Quantizer, register_quantizer
 from qsam.scales import initial_scale
 
-_FOLLOWED = 1.01
-"""A growth per step that the scales' optimizer can follow by itself: its own steps are at most this long."""
+_LARGEST_GROWTH = 1.01
+"""The largest growth per step that the scales' optimizer can follow with its own steps."""
 
-_ROOM = 2.0
-"""Of a weight that grows from zeros, the scale is so many times the one that fits: what is clipped cannot grow."""
+_HEADROOM = 2.0
+"""A weight that grows from zeros gets this multiple of the fitting scale, because clipped weights cannot grow."""
 
 
 @register_quantizer("lsq")
@@ -64,11 +64,7 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def init_(self, x: Tensor) -> None:
-        """Set ``scale`` from the data, by the rule in ``self.init``; 0, no scale yet, for a row of zeros.
-
-        Args:
-            x: The weight, or a batch of the activation.
-        """
+        """Set ``scale`` from a weight or a batch, by the rule in ``self.init``; 0, no scale yet, for a row of zeros."""
         scale = initial_scale(self._rows(x), self.quant_min, self.quant_max, self.init)
         scale = scale.reshape(self._scale_shape(x)).to(x.device)
         if self.scale.shape == scale.shape and self.scale.device == scale.device:
@@ -78,11 +74,11 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def complete_(self, w: Tensor) -> bool:
-        """Set the scales of rows that were zeros and no longer are; return whether nothing is missing.
+        """Set the scales of rows that were zeros and are not now; return whether all are set.
 
-        A weight that was zeros as a whole (a probe, a ControlNet, adaLN-zero) grows by large factors in its first
-        steps, and would be clipped to the size of its very first one. So its scales follow it, with room for twice its
-        size, until no scale grows by more than 1 % in a step, which is what a learned scale can follow.
+        A weight that was all zeros (a probe, a ControlNet, adaLN-zero) grows by large factors in its first steps, and
+        would be clipped to its size after the first one. So its scales follow it, at twice the fitting size, until no
+        scale grows by more than 1 % per step, which a learned scale can follow.
         """
         rows = self._rows(w)
         old = self.scale.flatten()
@@ -94,9 +90,9 @@ class LSQ(Quantizer):
                 self.scale.copy_(new.view_as(self.scale))
         elif bool(rows.any()):
             new = initial_scale(rows, self.quant_min, self.quant_max, self.init).to(old.device)
-            grows = new > _FOLLOWED * old / _ROOM
+            grows = new > _LARGEST_GROWTH * old / _HEADROOM
             if bool(grows.any()):
-                self.scale.copy_(torch.where(grows, _ROOM * new, old).view_as(self.scale))
+                self.scale.copy_(torch.where(grows, _HEADROOM * new, old).view_as(self.scale))
             else:
                 self.scale.copy_(new.view_as(self.scale))
                 self.set_sign_(self.signed is not False)
@@ -113,14 +109,14 @@ class LSQ(Quantizer):
         return self._ungroup(fake_quantize(self._group(x), scale, quant_min, quant_max, grad_scale), x)
 
     def _has_plain_limits(self) -> bool:
-        """Whether sign and scale can be read as Python numbers and used as they are."""
+        """Whether sign and scale can be read as Python numbers and need no correction."""
         limits = self.readable_limits()
         return limits is not None and (not limits[1] > limits[0] or limits[1] - limits[0] == 2**self.bits - 1)
 
     def _by_tensors(self, x: Tensor) -> Tensor:
-        """Return Q(x) by arithmetic on ``limits``, without a branch: a graph sees later calibration.
+        """Return Q(x) by arithmetic on ``limits``, without a branch, so that a graph obeys later calibration.
 
-        Both grids are computed and one is taken. A scale of 0 is none: x passes in float.
+        Both grids are computed and one is taken. With a scale of 0 (not set) x passes in float.
         """
         s = self._scale_in_force()
         if_signed = self._fake_quantize(x, s, *integer_limits(self.bits, True))
@@ -131,7 +127,7 @@ class LSQ(Quantizer):
         return torch.where(self.scale == 0, x, torch.where(is_signed, if_signed, if_unsigned))
 
     def _scale_in_force(self) -> Tensor:
-        """Return s. An average that began before the first batch is part 0, and ``limits`` is that part too."""
+        """Return s, corrected if it is an average with scales of 0, which ``limits`` shows in the same proportion."""
         if self.axis is not None or self._has_plain_limits():
             return self.scale
         low, high = self.limits.unbind()
@@ -141,24 +137,25 @@ class LSQ(Quantizer):
         """Return Q's grid for the fused kernels; None if the step sizes do not belong to contiguous rows of ``x``."""
         if torch.compiler.is_compiling() or (self.axis is None and not self._has_plain_limits()):
             return None
-        if not self._is_lsq or not (are_leading(self.axis) or self.granularity == "per_tensor"):
+        if not self._has_grid or not (are_leading(self.axis) or self.granularity == "per_tensor"):
             return None
         scale, quant_min, quant_max = self.scale, self.quant_min, self.quant_max
         if self.group_size is not None and x.numel() != scale.numel() * self.group_size:
             return None
         if self.granularity == "per_channel" and x.shape[:1] != scale.shape[:1]:
             return None
-        return Grid(scale, quant_min, quant_max, lsq_grad_scale(self._count(x), quant_max), scale.numel())
+        grad_scale = self.gradient_scale(self._count(x))
+        return Grid(scale, quant_min, quant_max, grad_scale, scale.numel(), self.offset)
 
     @property
-    def _is_lsq(self) -> bool:
-        """Whether Q is what is written here, and not what a subclass made of it."""
+    def _has_grid(self) -> bool:
+        """Whether Q is the formula that the fused kernels compute, and no subclass has overridden it."""
         return type(self).forward is LSQ.forward
 
     @property
     def rowwise(self) -> bool:
-        """Whether no entry depends on another row: not where a subclass has another Q."""
-        return self._is_lsq and (self.granularity == "per_tensor" or are_leading(self.axis))
+        """Whether no entry depends on another row; False if a subclass has another Q."""
+        return self._has_grid and (self.granularity == "per_tensor" or are_leading(self.axis))
 
     def gradient_scale(self, count: int) -> float:
         """Return LSQ's ``1 / sqrt(N * Qp)``."""
@@ -166,7 +163,7 @@ class LSQ(Quantizer):
 
     @torch.no_grad()
     def codes(self, x: Tensor) -> Tensor:
-        """Return the integers of ``x``: int8 (uint8 where unsigned), of its shape; ``codes * scale`` is Q(x)."""
+        """Return the integers of ``x``: int8 (uint8 if unsigned), of its shape; ``codes * scale`` is Q(x)."""
         codes = quantize(self._group(x), self._scale_in_force(), self.quant_min, self.quant_max)
         return self._ungroup(codes, x).to(self.code_dtype)
 
@@ -208,7 +205,7 @@ class LSQ(Quantizer):
         return x.numel() // max(self.scale.numel(), 1)
 
     def _sample_count(self, x: Tensor) -> int:
-        """Return how many samples a batch of an activation holds; 1 where it is a single one."""
+        """Return the number of samples in a batch of an activation; 1 if it is a single sample."""
         if self.batch_first is None:
             return x.shape[0] if x.dim() > 1 else 1
         return x.shape[0 if self.batch_first else 1] if x.dim() > 2 else 1

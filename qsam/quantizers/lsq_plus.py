@@ -19,7 +19,7 @@ from qsam.quantizers.base import register_quantizer
 from qsam.scales import initial_scale
 
 _STARTS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-"""Shares of the data's range from which the search for the least squared error begins."""
+"""Shares of the data's range with which the search for the least squared error starts."""
 
 
 @register_quantizer("lsq_plus")
@@ -31,9 +31,9 @@ class LSQPlus(Affine):
 
     Attributes:
         scale: s, a Parameter of the shape of LSQ's.
-        far: ``b + span``, a Parameter of shape ``(1,)``: what is learned of b. Optimizers that move a scale by a share
-            of itself could not move an offset that is near 0; this number is about the width of the grid.
-        span: A buffer: the width of the grid at its start.
+        far: ``b + span``, a Parameter of shape ``(1,)``, which is learned instead of b: an optimizer that moves a scale
+            by a share of itself could not move an offset near 0. It is about the width of the grid.
+        span: A buffer: the initial width of the grid.
 
     Example:
         >>> q = LSQPlus(bits=2, axis=None)
@@ -63,7 +63,7 @@ class LSQPlus(Affine):
 
     @torch.no_grad()
     def set_shift_(self, values: Tensor) -> None:
-        """Write b, of an input."""
+        """Write b."""
         self.far.copy_(values + self.span)
 
     @torch.no_grad()
@@ -83,7 +83,7 @@ class LSQPlus(Affine):
             self._put("far", self._shaped(shift, x) + self.span)
 
     def _least_squares(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Return s and b: of the range, or the best of what "round, then fit a line" finds from several ranges."""
+        """Return s and b of the range, or the best result of "round, then fit a line" from several ranges."""
         x = x.double()
         if not bool(x.isfinite().all()):
             raise ValueError("the scale cannot be set from data that holds NaN or infinity.")
@@ -102,7 +102,7 @@ class LSQPlus(Affine):
         return scale[None].float().clamp_min(torch.finfo(torch.float32).tiny), shift[None].float()
 
     def _refined(self, unit: Tensor, step: float, start: float, rounds: int) -> tuple[float, float, float]:
-        """Return squared error, step and lowest level after some rounds of least squares."""
+        """Return the squared error, the step and the lowest level after some rounds of least squares."""
         count = self.quant_max - self.quant_min
         for _ in range(rounds):
             codes = ((unit - start) / step).clamp(0, count).round()

@@ -1,4 +1,4 @@
-"""LSQ's grid with statistics in place of a learned scale: the scale follows from the weights at every step.
+"""LSQ's grid with statistics instead of a learned scale: the scale is computed from the weights at every step.
 
     Q(x; s) = s * round(clip(x / s, Qn, Qp)),   s = rule(w) after every optimizer step,   dQ/dx = 1[Qn < x/s < Qp]
 
@@ -16,11 +16,11 @@ from qsam.quantizers.fixed_step import FixedStep
 
 @register_quantizer("lsq_statistics")
 class LSQStatistics(FixedStep):
-    """``lsq`` with ``learned=False``: the rule ``init`` of the first scale is applied again at every step.
+    """LSQ's grid, to which the rule ``init`` of the first scale is applied again at every step.
 
     Arguments as :class:`~qsam.quantizers.base.Quantizer`. ``init="lsq"``, twice the mean magnitude over sqrt(Qp), costs
-    next to nothing; ``"mse"`` searches, which takes longer than a step of a small model. An input's scale stays as
-    calibration has set it.
+    almost nothing; ``"mse"`` searches, which takes longer than a step of a small model. Calibration sets an input's
+    scale, which then stays constant.
 
     Example:
         >>> import torch
@@ -38,6 +38,6 @@ class LSQStatistics(FixedStep):
     moves_grid = True
 
     def update(self, w: Tensor) -> None:
-        """Renew a weight's scale."""
+        """Set a weight's scale again."""
         if self.axis is not None:
             self.init_(w)

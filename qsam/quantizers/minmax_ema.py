@@ -1,4 +1,4 @@
-"""Min-max with an average: Q8BERT's ranges. Nothing is learned, and the gradient passes everywhere.
+"""Q8BERT's ranges: min-max with a moving average. Nothing is learned, and the gradient passes everywhere.
 
     Q(x; s) = s * round(clip(x / s, -Qp, Qp)),   dQ/dx = 1
     weights: s = max|w| / Qp of every step;   inputs: s <- .9999 s + .0001 max|x| / Qp, from the first batch
@@ -14,20 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qsam.functional import SCALE_FLOOR, wide_dtype
-from qsam.quantizers.affine import NOWHERE, Affine
+from qsam.functional import SCALE_FLOOR
+from qsam.quantizers.affine import Ranged
 from qsam.quantizers.base import register_quantizer
 
 DECAY = 0.9999
-"""Of the average of an input's largest magnitude: the paper's."""
+"""The decay of the average of an input's largest magnitude, as in the paper."""
 
 
 @register_quantizer("minmax_ema")
-class MinMaxEMA(Affine):
+class MinMaxEMA(Ranged):
     """A symmetric range that holds the largest magnitude. Arguments as :class:`~qsam.quantizers.base.Quantizer`.
 
-    The scale is a buffer. A weight's is renewed at every optimizer step. An input's moves at every optimizer step that
-    followed a forward in training mode, by what the first pass saw; in evaluation it stands still.
+    The scale is a buffer. A weight's scale is set again at every optimizer step. An input's moves at every optimizer
+    step after a forward in training mode, by the data of the first pass; in evaluation it does not move.
 
     Example:
         >>> q = MinMaxEMA(bits=8, axis=0)
@@ -38,17 +38,15 @@ class MinMaxEMA(Affine):
         >>> q.scale
         tensor([2.])
 
-    Differs from the paper: an input without negative entries uses the unsigned grid; under DistributedDataParallel the
-    average is that of process 0.
+    Differs from the paper: an input without negative entries uses the unsigned grid. With several processes max|x| is
+    that of all of them.
     """
 
-    moves_grid = True
     seen: Tensor
 
     def __init__(self, **setting: Any) -> None:
         super().__init__(**setting)
-        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
-        # A buffer, for the optimizers put those back after every pass but the first; the step makes state of it.
+        # A buffer, because the optimizers restore buffers after every pass but the first; the step moves the scale.
         self.register_buffer("seen", torch.zeros(1, dtype=torch.float32), persistent=False)
 
     @property
@@ -56,42 +54,28 @@ class MinMaxEMA(Affine):
         """-Qp, or 0 for unsigned data."""
         return 0 if self.signed is False else -self.quant_max
 
-    @property
-    def stops(self) -> tuple[float, float]:
-        """Nowhere."""
-        return NOWHERE
-
     @torch.no_grad()
-    def init_(self, x: Tensor) -> None:
-        """Set the range from data; a row of zeros takes the mean of the others.
-
-        Raises:
-            ValueError: the data hold NaN or infinity.
-        """
-        rows = self._rows(x).detach().to(wide_dtype(x.dtype))
-        largest = rows.abs().amax(1).double() if rows.numel() else torch.zeros(len(rows), dtype=torch.float64)
-        if not bool(largest.isfinite().all()):
-            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
+    def set_range_(self, low: Tensor, high: Tensor, x: Tensor) -> None:
+        """Put the largest magnitude on the outermost level; a row of zeros takes the mean of the others."""
+        largest = torch.maximum(low.abs(), high.abs())
         filled = largest[largest > 0]
         largest[largest == 0] = filled.mean() if filled.numel() else float(self.quant_max)
         self._put("scale", self._shaped((largest / self.quant_max).clamp_min(SCALE_FLOOR), x))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return Q(x); of an input in training, note the largest magnitude."""
+        """Return Q(x), and note the largest magnitude of an input in training mode."""
         if self.axis is None and self.training and x.numel():
             with torch.no_grad():
                 self.seen.copy_(torch.maximum(self.seen, x.detach().abs().amax().to(torch.float32)))
         return super().forward(x)
 
-    @torch.no_grad()
-    def update(self, w: Tensor) -> None:
-        """Renew a weight's range."""
-        if self.axis is not None:
-            self.init_(w)
+    def observations(self) -> Tensor | None:
+        """Return max|x| since the last step, of an input."""
+        return self.seen if self.axis is None else None
 
     @torch.no_grad()
     def take_observations(self) -> None:
-        """Move an input's range by what was seen since the last step; what is not finite is left out."""
+        """Move an input's range by the largest magnitude since the last step, if it is finite."""
         moved = DECAY * self.scale + (1 - DECAY) * self.seen / self.quant_max
         self.scale.copy_(torch.where(torch.isfinite(self.seen) & (self.seen > 0), moved, self.scale))
         self.seen.zero_()

@@ -1,10 +1,10 @@
-r"""Noise in place of rounding, while an optimizer's pass is running; the exact Q(x) at any other time.
+r"""Noise instead of rounding while an optimizer's pass is running; the exact Q(x) at any other time.
 
     Q~(x; s) = s * c,   c = v + error   where M,   clip(v, Qn, Qp) elsewhere;   v = x / s,   M = 1[Qn < v < Qp]
     dQ~/dx = M,         dQ~/ds = c - v  where M,   c elsewhere
 
-The error is a function of v and of a uniform u in (-.5, .5), one an entry. u is a hash of (seed, step, index of the
-entry): it is the same in every pass of a step and in the pull-back, on every device, and moves no global generator.
+The error is a function of v and of a uniform u in (-.5, .5) per entry. u is a hash of (seed, step, index of the entry):
+it is the same in every pass of a step and in the pull-back, on every device, and uses no global generator.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def uniform(shape: tuple[int, ...], key: Tensor, dtype: torch.dtype) -> Tensor:
     """Return numbers in (-.5, .5), evenly spread: a pure function of ``key`` and the index of each entry.
 
     Args:
-        shape: Of the result; less than 2^31 entries.
+        shape: The shape of the result; less than 2^31 entries.
         key: 0-dimensional int32, on the result's device.
         dtype: fp32 or fp64; there are 2^24 different numbers in either.
     """
@@ -51,14 +51,12 @@ def _indices(count: int, device: torch.device) -> Tensor:
 
 
 class Noise(nn.Module):
-    """A stream of uniform noise: what a quantizer that draws noise holds, whatever its class.
-
-    An optimizer finds it there, and sets :attr:`on` while one of its passes runs.
+    """A stream of uniform noise, held by a quantizer of any class. Optimizers set :attr:`on` during their passes.
 
     Attributes:
-        on: Whether to draw. A plain Python flag: a tensor would break compiled graphs.
-        seed: What tells this stream from the others; set from data. A buffer, as is
-        step: The number of the draw; moved once an optimizer step.
+        on: Whether to draw. It is a Python flag, because a tensor would break compiled graphs.
+        seed (buffer): Distinguishes this stream from others; set from the data.
+        step (buffer): The index of the current draw; it moves once per optimizer step.
     """
 
     on: bool = False
@@ -72,7 +70,7 @@ class Noise(nn.Module):
 
     @torch.no_grad()
     def seed_(self, x: Tensor) -> None:
-        """Set the seed from data, so that layers differ. For another run on the same weights, write ``seed`` itself."""
+        """Set the seed from data, so that layers differ. To draw other noise for the same weights, write ``seed``."""
         words = x.detach().to(torch.float32).flatten().view(torch.int32)
         words = mix_(words ^ mix_(_indices(words.numel(), words.device)))
         self.seed.copy_(words.sum() & 0x7FFFFFFF)
@@ -89,7 +87,7 @@ class Noise(nn.Module):
 
 
 class Noisy(LSQ):
-    """LSQ while ``noise.on`` is False; else the error of :meth:`noisy_codes` in place of rounding. Not registered.
+    """LSQ while ``noise.on`` is False; otherwise :meth:`noisy_codes` instead of rounding. Not registered.
 
     The noise of an activation (no ``axis``) also needs training mode.
     """
@@ -125,7 +123,7 @@ class Noisy(LSQ):
         raise NotImplementedError
 
     def _perturbed(self, x: Tensor, u: Tensor, grad_scale: float) -> Tensor:
-        """Return Q~(x) with its gradient. ``nil`` is 0 in value, so that no value is changed to give a gradient."""
+        """Return Q~(x) with its gradient, by adding terms whose value is exactly 0."""
         wide = wide_dtype(x.dtype)
         s = positive(self._scale_in_force().detach()).to(wide)
         v = x.detach().to(wide) / s

@@ -20,7 +20,7 @@ from qsam.scales import initial_scale
 
 
 class Clipped(Affine):
-    """A grid whose outermost level is learned, and not its step: ``scale = clip / highest level``. Not registered.
+    """A grid whose outermost level is learned instead of its step: ``scale = clip / highest level``. Not registered.
 
     The Parameter ``clip``, a, is fp32, of the shape that LSQ's scale would have; its gradient has no factor.
     """
@@ -33,7 +33,7 @@ class Clipped(Affine):
 
     @property
     def scale(self) -> Tensor:  # type: ignore[override]
-        """s, which follows from the clip."""
+        """s, computed from the clip."""
         return self.clip / (self.quant_max + self.offset)
 
     @torch.no_grad()
@@ -47,15 +47,15 @@ class Clipped(Affine):
 
 @register_quantizer("pact")
 class PACT(Clipped):
-    """Inputs with a learned clipping level a; what lies inside has no part in its gradient.
+    """Inputs with a learned clipping level a; entries that are not clipped do not contribute to its gradient.
 
     Signed data have the levels -a to a, as many below zero as above.
 
     Args:
-        setting: As :class:`~qsam.quantizers.base.Quantizer`. ``axis`` must be None: it is for inputs.
+        setting: As :class:`~qsam.quantizers.base.Quantizer`. ``axis`` must be None, because it is for inputs.
 
     Raises:
-        ValueError: an ``axis``, or an argument out of its range.
+        ValueError: ``axis`` is not None, or an argument is out of its range.
 
     Example:
         >>> q = PACT(bits=2, signed=False)
@@ -67,14 +67,14 @@ class PACT(Clipped):
         ([0.0, 0.0, 2.0, 3.0], [0.0, 1.0, 1.0, 0.0], [1.0])
 
     Differs from the paper: the first level is set from data (the paper starts from a constant); signed inputs are
-    taken too; weights need a quantizer of their own (the paper's is DoReFa's).
+    accepted too; weights need another quantizer (the paper uses DoReFa's).
     """
 
     slope_inside = False
 
     def __init__(self, **setting: Any) -> None:
         if setting.get("axis") is not None:
-            raise ValueError("the quantizer 'pact' is for inputs, of which it clips the range: use 'lsq' for weights.")
+            raise ValueError("the quantizer 'pact' is for inputs, whose range it clips: use 'lsq' for weights.")
         super().__init__(**setting)
 
     @property

@@ -1,4 +1,4 @@
-"""Per token: an input's scale follows from each token by itself, as it comes.
+"""Per token: each token of an input has its own scale, computed in every forward.
 
 Q(x) = s * round(clip(x / s, Qn, Qp)),   s = max|x| / Qp over the last dimension,   dQ/dx = 1[Qn <= x/s <= Qp]
 """
@@ -17,15 +17,15 @@ from qsam.quantizers.base import Quantizer, register_quantizer
 
 @register_quantizer("per_token")
 class PerToken(Quantizer):
-    """Dynamic absmax scales for inputs, one a token: one for each vector along the last dimension.
+    """Dynamic absmax scales for inputs, one per token, that is, per vector along the last dimension.
 
-    No state but the sign, which the first batch decides as for any input. A signed grid is symmetric, -Qp to Qp.
+    The sign, which the first batch decides as for any input, is its only state. A signed grid is symmetric, -Qp to Qp.
 
     Args:
-        setting: As :class:`~qsam.quantizers.base.Quantizer`. ``axis`` must be None: it is for inputs.
+        setting: As :class:`~qsam.quantizers.base.Quantizer`. ``axis`` must be None, because it is for inputs.
 
     Raises:
-        ValueError: an ``axis``, or an argument out of its range.
+        ValueError: ``axis`` is not None, or an argument is out of its range.
 
     Example:
         >>> q = PerToken(bits=4)
@@ -56,7 +56,7 @@ class PerToken(Quantizer):
 
     @property
     def stops(self) -> tuple[float, float]:
-        """Beyond the outermost levels: the entry that sets the scale lies on one, and keeps its gradient."""
+        """Half a step beyond the outermost levels, so that the entry that sets the scale keeps its gradient."""
         return self.quant_min - 0.5, self.quant_max + 0.5
 
     def _rule(self) -> Rule:

@@ -1,4 +1,4 @@
-"""Q-BERT: asymmetric ranges from the smallest to the largest weight, one for each of 128 runs of rows.
+"""Q-BERT: asymmetric ranges from the smallest to the largest weight, one per run of rows, in 128 runs.
 
     Q(x) = s * k + m,   k = round((x - m) / s),   m = min x,   s = (max x - min x) / (2^bits - 1),   dQ/dx = 1
 
@@ -14,28 +14,28 @@ import torch
 from torch import Tensor
 
 from qsam.functional import SCALE_FLOOR
-from qsam.quantizers.affine import NOWHERE, Affine
+from qsam.quantizers.affine import Ranged
 from qsam.quantizers.base import register_quantizer
 
 RUNS = 128
-"""Ranges of one weight: the paper's number."""
+"""Ranges per weight, the paper's number."""
 
 
 @register_quantizer("qbert")
-class QBert(Affine):
+class QBert(Ranged):
     """Ranges over runs of rows, renewed at every optimizer step. Nothing is learned; the gradient passes everywhere.
 
     Args:
         setting: As :class:`~qsam.quantizers.base.Quantizer`. A weight with granularity ``"per_tensor"`` has 128 runs of
-            consecutive rows along ``axis``, of sizes that differ by one row at most, or one a row where it has fewer;
-            with ``"per_channel"`` one range a row. An input has one range.
+            consecutive rows along ``axis``, of sizes that differ by one row at most, or one per row if it has fewer;
+            with ``"per_channel"`` one range per row. An input has one range.
 
     Attributes:
         scale: s, of shape ``(C, 1, ...)``: the rows of a run have one value.
         minimum: m, of the same shape. Codes are unsigned.
 
     Raises:
-        ValueError: granularity ``"per_group"``, or an argument out of its range.
+        ValueError: The granularity is ``"per_group"``, or an argument is out of its range.
 
     Example:
         >>> q = QBert(bits=2, axis=0)
@@ -43,11 +43,10 @@ class QBert(Affine):
         >>> q(torch.tensor([[-1.0, 5.0, 1.0, 0.9]])).tolist()
         [[-1.0, 5.0, 1.0, 1.0]]
 
-    Differs from the paper: runs go over all rows of a matrix; where the number of heads times rows of a head is a
-    multiple of 128, those are the paper's, which cuts each head's matrix.
+    Differs from the paper: it splits each head's matrix, while here the runs go over all rows of a matrix. They agree
+    if 128 is a multiple of the number of heads and divides the number of rows.
     """
 
-    moves_grid = True
     minimum: Tensor
 
     def __init__(self, **setting: Any) -> None:
@@ -57,12 +56,11 @@ class QBert(Affine):
                 "runs of rows) or 'per_channel'."
             )
         super().__init__(**setting)
-        self.register_buffer("scale", torch.ones(1, dtype=torch.float32))
         self.register_buffer("minimum", torch.zeros(1, dtype=torch.float32))
 
     @property
     def granularity(self) -> str:
-        """Per channel for a weight, whose scale has one entry a row; the setting says whether rows come in runs."""
+        """Per channel for a weight, whose scale has one entry per row; ``spec`` holds the given granularity."""
         return self.spec.granularity if self.axis is None else "per_channel"
 
     @property
@@ -77,7 +75,7 @@ class QBert(Affine):
 
     @property
     def quant_min(self) -> int:
-        """0: the range begins at m."""
+        """0, because the range begins at m."""
         return 0
 
     @property
@@ -85,32 +83,13 @@ class QBert(Affine):
         """``2^bits - 1``."""
         return int(2**self.bits - 1)
 
-    @property
-    def stops(self) -> tuple[float, float]:
-        """Nowhere: the range holds all weights."""
-        return NOWHERE
-
     @torch.no_grad()
-    def init_(self, x: Tensor) -> None:
-        """Set the ranges from data.
-
-        Raises:
-            ValueError: the data hold NaN or infinity.
-        """
-        rows = self._rows(x).detach().double()
-        if not bool(rows.isfinite().all()):
-            raise ValueError("the range cannot be set from data that holds NaN or infinity.")
-        low = rows.amin(1) if rows.numel() else rows.new_zeros(len(rows))
-        high = rows.amax(1) if rows.numel() else rows.new_zeros(len(rows))
-        if self.spec.granularity == "per_tensor" and len(rows) > RUNS:
-            run = torch.arange(len(rows), device=rows.device) * RUNS // len(rows)
+    def set_range_(self, low: Tensor, high: Tensor, x: Tensor) -> None:
+        """Set s and m, of runs of rows where those have one range."""
+        if self.spec.granularity == "per_tensor" and len(low) > RUNS:
+            run = torch.arange(len(low), device=low.device) * RUNS // len(low)
             low = torch.full_like(low[:RUNS], torch.inf).scatter_reduce(0, run, low, "amin")[run]
             high = torch.full_like(high[:RUNS], -torch.inf).scatter_reduce(0, run, high, "amax")[run]
         step = ((high - low) / self.quant_max).clamp(SCALE_FLOOR, torch.finfo(torch.float32).max)
         self._put("scale", self._shaped(step, x))
         self._put("minimum", self._shaped(low, x))
-
-    def update(self, w: Tensor) -> None:
-        """Renew a weight's ranges."""
-        if self.axis is not None:
-            self.init_(w)

@@ -18,8 +18,8 @@ from qsam.quantizers.noise import Noisy
 class Stochastic(Noisy):
     """Stochastic rounding while an optimizer's pass runs, LSQ's rounding to the nearest at any other time.
 
-    Arguments as :class:`~qsam.quantizers.base.Quantizer`. The gradient is LSQ's, with the code that was drawn in place
-    of the nearest one. The model that is evaluated, saved and deployed is rounded to the nearest.
+    Arguments as :class:`~qsam.quantizers.base.Quantizer`. The gradient is LSQ's, with the drawn code instead of the
+    nearest one. The model that is evaluated, saved and deployed is rounded to the nearest.
 
     Example:
         >>> q = Stochastic(bits=4, axis=0)

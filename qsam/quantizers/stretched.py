@@ -29,8 +29,8 @@ class Stretched(Affine):
     The codes k are ``bits``-bit integers in [-h, h - 1], which pack as LSQ's do; ``(codes + 1/2) * scale`` is Q(x).
 
     Args:
-        setting: As :class:`~qsam.quantizers.base.Quantizer`. ``signed`` must be True: the grid has no zero, which
-            unsigned data (the output of a ReLU) are full of.
+        setting: As :class:`~qsam.quantizers.base.Quantizer`. ``signed`` must be True, because the grid has no zero, and
+            unsigned data (the output of a ReLU) have many.
 
     Raises:
         ValueError: ``signed`` is not True, or another argument is out of its range.
@@ -61,6 +61,10 @@ class Stretched(Affine):
                 f"signed={setting['signed']}. Use 'lsq' for inputs."
             )
         self.scale = nn.Parameter(torch.ones(1, dtype=torch.float32))
+
+    @property
+    def _has_grid(self) -> bool:
+        return type(self).forward is Affine.forward
 
     @property
     def stops(self) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Ask all laws of one quantizer, over its settings and the battery of inputs."""
+"""Check all laws for one quantizer, over its settings and the battery of inputs."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def check_quantizer(
         laws: Names in ``qsam.testing.LAWS``; None for all.
 
     Returns:
-        How often each law was asked, and held.
+        The number of checks of each law, all of which it passed.
 
     Raises:
-        AssertionError: A law is broken: its name, the setting, the input, what must hold, the first offending values.
-            Or the class refused every setting.
+        AssertionError: A law is broken; the message has its name, the setting, the input, the property and the first
+            offending values. Or the class refused every setting.
         RuntimeError: Python runs with ``-O``, which removes the assertions of the laws.
         TypeError: ``name_or_class`` is neither a name nor a quantizer class.
         ValueError: The quantizer or a law is unknown, or there is no setting to check.
@@ -85,7 +85,7 @@ def _resolve(name_or_class: str | type[Quantizer]) -> type[Quantizer]:
 
 
 def _chosen(cls: type[Quantizer], laws: Iterable[str] | None) -> list[Law]:
-    """Return the laws asked for, without those from which the class exempts itself."""
+    """Return the named laws, without those from which the class exempts itself."""
     exempt: dict[str, str] = getattr(cls, "exempt_laws", {})
     names = list(LAWS if laws is None else laws)
     for name in [*names, *exempt]:

@@ -1,6 +1,6 @@
-"""The inputs of the laws: a quantizer in one setting with one tensor, the same at every run.
+"""The inputs of the laws: a quantizer in one setting, and tensors with ties, bounds, zeros and extremes in four dtypes.
 
-The tensors hold ties, bounds, zeros and extremes, in four dtypes.
+They are the same in every run.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ GROUP_SIZE = 8
 """Divides the channels of WEIGHT_SHAPE along every axis."""
 
 PLAIN = ("normal", "normal_bfloat16")
-"""For laws that no particular value can break."""
+"""The inputs for laws that do not depend on particular values."""
 
 SHORT = ("normal", "heavy", "zero_channel", "edges", "ties")
 """The inputs of ordinary size, in fp32."""
@@ -58,13 +58,13 @@ class Case:
 
     @functools.cached_property
     def quantizer(self) -> Quantizer:
-        """The quantizer as :meth:`build` gives it, one for all laws that leave its state alone."""
+        """The result of :meth:`build`, shared by all laws that do not change its state."""
         return self.build()
 
     def build(self, x: Tensor | None = None, **changes: Any) -> Quantizer:
         """Return a new quantizer, set from ``x`` (default: the case's own input), with ``changes`` to the setting.
 
-        The initial scale is the LSQ paper's: it is cheap, and it clips, which a law about clipping needs.
+        The initial scale is the LSQ paper's, because it is cheap and clips, which laws about clipping need.
         """
         q = self.cls(**{**self.config, **changes})
         q.init = "lsq"
@@ -80,7 +80,7 @@ class Case:
 
 
 def is_uniform(q: Quantizer) -> bool:
-    """Whether ``q`` shows a uniform grid: a tensor ``scale``, or a dynamic one, and codes or a step size."""
+    """Whether ``q`` has a uniform grid: a tensor ``scale``, or a dynamic one, and codes or a step size."""
     own_codes = getattr(type(q), "codes", None) is not getattr(Quantizer, "codes", None)
     own_grid = own_codes or (hasattr(q, "codes") and type(q).step_size is not Quantizer.step_size)
     return (q.dynamic or isinstance(getattr(q, "scale", None), Tensor)) and own_grid and not hasattr(q, "zero_point")
@@ -110,7 +110,7 @@ def set_shift(q: Quantizer, values: Tensor) -> None:
 
 
 def set_grid(q: Quantizer, values: Tensor) -> None:
-    """Write step sizes, and with them the shift by which the lowest level is that of LSQ in the same setting."""
+    """Write step sizes, and the shift that makes the lowest level that of LSQ in the same setting."""
     set_scale(q, values)
     if q.shift is not None:
         set_shift(q, (_limits(q)[0] - q.quant_min) * scale_of(q))
@@ -180,7 +180,7 @@ def battery(q: Quantizer) -> dict[str, tuple[Tensor, Tensor | None]]:
 
 
 def _limits(q: Quantizer) -> tuple[int, int]:
-    """Return the limits of the grid by their definition, whatever the quantizer says of them."""
+    """Return the limits of the grid by their definition, independently of the quantizer."""
     return (0, 2**q.bits - 1) if q.signed is False else (-(2 ** (q.bits - 1)), 2 ** (q.bits - 1) - 1)
 
 
@@ -195,7 +195,7 @@ def _edges(q: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _ties(q: Quantizer, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (k + 1/2) * s for scales that are no powers of two: x * (1/s) rounds many of them to the other side."""
+    """Return (k + 1/2) * s for scales that are not powers of two: x * (1/s) rounds many of them to the other side."""
     low, high = _limits(q)
     units = (low + 7 * torch.arange(like.numel()) % (high - low + 1)).float() + 0.5
     scale = 0.1 + 0.0137 * torch.arange(row_count(q, like))

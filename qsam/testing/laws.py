@@ -1,7 +1,7 @@
 """The laws of a quantizer. Each is a function that asserts one property of a :class:`Case`, in plain formulas.
 
-The uniform grid is written out here once more, with none of ``qsam.functional``: v = x / s, codes = round(clip(v)).
-The docstring of a law says what must hold, and a failure repeats it.
+The uniform grid is computed here independently of ``qsam.functional``: v = x / s, codes = round(clip(v)). The docstring
+of a law states the property, and a failure repeats it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,9 @@ from qsam.testing.inputs import (
 )
 
 _TOLERANCE = 1e-5
-"""Of the sum of magnitudes: fp32 sums of some hundred terms, each of which carries two or three roundings."""
+"""Relative to the sum of magnitudes: fp32 sums of some hundred terms, each with two or three roundings."""
 
 _TINY = torch.finfo(torch.float32).tiny
-"""Below it fp32 keeps few digits."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,8 +44,8 @@ class Law:
 
     Args:
         check: Asserts the property; its name is the law's name.
-        applies: Whether the law is meant for a given quantizer.
-        inputs: Labels of the battery on which :func:`check_quantizer` asks it; None for all. A matter of cost only:
+        applies: Whether the law applies to a given quantizer.
+        inputs: Labels of the inputs on which :func:`check_quantizer` checks it; None for all. This limits the cost:
             a law holds for every finite input.
     """
 
@@ -56,7 +55,7 @@ class Law:
 
     @property
     def name(self) -> str:
-        """The law's name."""
+        """The name of the function."""
         return self.check.__name__
 
     def __call__(self, case: Case) -> None:
@@ -77,7 +76,7 @@ Check = Callable[[Case], None]
 
 
 def law(applies: Callable[[Quantizer], bool], *inputs: str) -> Callable[[Check], Check]:
-    """Return a decorator that enters a function into :data:`LAWS`; without ``inputs`` it is asked on all of them."""
+    """Return a decorator that adds a function to :data:`LAWS`; without ``inputs`` it is checked on all of them."""
 
     def add(check: Check) -> Check:
         LAWS[check.__name__] = Law(check, applies, frozenset(inputs) or None)
@@ -152,7 +151,7 @@ def pure_function(case: Case) -> None:
     for key, value in q.state_dict().items():
         agree(value, before[key])
     agree(q(case.x), out, x=case.x)
-    assert torch.equal(state, torch.get_rng_state()), "The global random state moved: draw from a seed of its own."
+    assert torch.equal(state, torch.get_rng_state()), "The global random state moved: draw from a seed in a buffer."
 
 
 @law(_every, *PLAIN)
@@ -167,7 +166,7 @@ def same_in_train_and_eval(case: Case) -> None:
 
 @law(_every)
 def idempotent(case: Case) -> None:
-    """Q(Q(x)) must be Q(x) at fixed parameters; where the scale follows from the input, but for its rounding."""
+    """Q(Q(x)) must be Q(x) at fixed parameters, up to the rounding of a scale that follows from the input."""
     once = case.quantizer(case.x)
     if case.quantizer.dynamic:
         again = case.quantizer(once)
@@ -178,7 +177,7 @@ def idempotent(case: Case) -> None:
 
 @law(_every)
 def monotone(case: Case) -> None:
-    """A larger entry must not become a smaller one than its neighbour, if both share one set of parameters."""
+    """Of two entries that share their parameters, the larger must not become the smaller."""
     if case.quantizer.dynamic:
         tokens = case.x.sort(-1).values
         hold(case.quantizer(tokens).diff(dim=-1) >= 0, x=tokens[..., 1:])
@@ -190,7 +189,7 @@ def monotone(case: Case) -> None:
 
 @law(_every, *PLAIN)
 def layout_does_not_matter(case: Case) -> None:
-    """A transposed view must give what its contiguous copy gives."""
+    """A transposed view must give the same as its contiguous copy."""
     view = case.x.transpose(0, -1).contiguous().transpose(0, -1)
     agree(case.quantizer(view), case.quantizer(case.x), x=case.x)
 
@@ -215,7 +214,7 @@ def init_sets_finite_parameters(case: Case) -> None:
     again.observe_(x)
     agree(x, case.x)
     for (key, value), other in zip(q.state_dict(keep_vars=True).items(), again.state_dict().values(), strict=True):
-        assert value.is_leaf, f"{key!r} is no leaf: set it under torch.no_grad()."
+        assert value.is_leaf, f"{key!r} is not a leaf: set it under torch.no_grad()."
         assert value.dim() or not isinstance(value, nn.Parameter), f"{key!r} is a scalar, which FSDP2 refuses."
         hold(value.isfinite(), got=value)
         agree(other, value)
@@ -260,7 +259,7 @@ def update_keeps_it_finite(case: Case) -> None:
 
 
 class Grid(NamedTuple):
-    """The grid by its definition, in fp32 (fp64 for fp64): v = (x - shift) / s, s and shift of each entry; limits."""
+    """The grid by its definition, in fp32 (fp64 for fp64): v = (x - shift) / s; s and shift of each entry; limits."""
 
     v: Tensor
     s: Tensor
@@ -296,7 +295,7 @@ def grid_of(q: Quantizer, x: Tensor) -> Grid:
 
 
 def clips(q: Quantizer, grid: Grid) -> Tensor:
-    """Return where no gradient of x passes: at ``stops`` or beyond."""
+    """Return True where no gradient of x passes: at ``stops`` or beyond."""
     low, high = q.stops
     return (grid.v <= low) | (grid.v >= high)
 
@@ -387,14 +386,14 @@ def powers_of_two_factor_out(case: Case) -> None:
     scale, shift, out = scale_of(q), shift_of(q), q(case.x)
     size = torch.cat([case.x[case.x != 0].abs().double(), scale.flatten().double()])
     if case.x.dtype == torch.float16 or bool(((size < 1e-20) | (size > 1e20)).any()):
-        return  # a factor of 2^5 would overflow or leave the normal numbers
+        return  # a factor of 2^5 would overflow, or give subnormal numbers
     for factor in (2.0**-3, 2.0**5):
         set_scale(q, scale * factor)
         if shift is not None:
             set_shift(q, shift * factor)
             kept = shift_of(q)
             if kept is None or not torch.equal(kept, shift * factor):
-                return  # it is not kept as it is, and was rounded
+                return  # the quantizer stores it in another form and rounded it
         agree(q(case.x * factor), out * factor, x=case.x)
 
 
@@ -428,7 +427,7 @@ def one_channel_is_per_tensor(case: Case) -> None:
         set_shift(one, shift)
     agree(one(x), tensor(x), x=x)
     grad = torch.linspace(-1, 1, x.numel(), dtype=x.dtype).reshape(x.shape)
-    slack = 1e-5 * (x.numel() * one.quant_max) ** 0.5  # of the largest sum that a gradient in [-1, 1] can give
+    slack = 1e-5 * (x.numel() * one.quant_max) ** 0.5  # relative to the largest sum of gradients in [-1, 1]
     for got, expected in zip(gradients(one, x, grad), gradients(tensor, x, grad), strict=True):
         hold((got.flatten() - expected.flatten()).abs() <= slack, got=got.flatten(), expected=expected.flatten())
 
@@ -539,7 +538,7 @@ def scale_never_dies(case: Case) -> None:
 
 
 def noisy(case: Case) -> Quantizer:
-    """Return the quantizer as a pass of an optimizer sees it: in training, with its streams on."""
+    """Return the quantizer as in a pass of an optimizer: in training mode, with its noise on."""
     q = case.build().train()
     for module in q.modules():
         if isinstance(module, Noise):

@@ -32,7 +32,7 @@ REFUSED = {
 """What no method takes, and why."""
 
 
-ONLY_QAT = {"LBFGS": "calls its closure by itself"}
+ONLY_QAT = {"LBFGS": "calls its closure itself"}
 """What a method of several passes cannot take, and why."""
 
 

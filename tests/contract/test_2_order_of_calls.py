@@ -319,5 +319,5 @@ def test_a_base_that_calls_its_closure_by_itself_has_no_step_by_hand():
     model = MLP.quantized()
     optimizer = qsam.QAT(model, LBFGS, lr=0.1)
     MLP.loss(model, MLP.batch(0)).backward()
-    with pytest.raises(TypeError, match=r"LBFGS calls its closure by itself: use step\(closure\)"):
+    with pytest.raises(TypeError, match=r"LBFGS calls its closure itself: use step\(closure\)"):
         optimizer.step()

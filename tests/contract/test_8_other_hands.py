@@ -23,7 +23,7 @@ from tests.methods import (
 )
 from tests.models import MLP
 
-ALARM = r"was written by somebody else since the last step.*optimizer\.sync_latents\(\) to take the present weights"
+ALARM = r"was written by other code since the last step.*optimizer\.sync_latents\(\) to take the present weights"
 
 
 def build(method, task=MLP, steps=1):

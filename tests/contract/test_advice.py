@@ -33,12 +33,12 @@ def test_another_optimizer_owns_the_weights():
     train(qat(model), model, MLP, 1)
 
 
-def test_parts_that_were_quantized_apart():
+def test_parts_that_were_quantized_separately():
     model = nn.Sequential(MLP.build(), MLP.build())
     qsam.quantize_(model[0])
     qsam.quantize_(model[1])
     with pytest.raises(
-        RuntimeError, match=r"2 parts of the model were quantized apart: call qsam\.dequantize_ on each"
+        RuntimeError, match=r"2 parts of the model were quantized separately: call qsam\.dequantize_ on each"
     ):
         qsam.quantize_(model)
     qsam.dequantize_(model[0])
@@ -110,7 +110,7 @@ def test_a_sequential_that_owns_a_parameter():
     chain = nn.Sequential(nn.Linear(2, 2))
     chain.matrix = nn.Parameter(torch.randn(2, 2))
     model = nn.ModuleDict({"chain": chain, "fc": nn.Linear(2, 2)})
-    with pytest.raises(ValueError, match="Keep it float in `rules`, or move the parameter to a module of its own"):
+    with pytest.raises(ValueError, match="Keep it float in `rules`, or move the parameter to a separate module"):
         qsam.quantize_(model, rules=[("chain.matrix", {})])
     qsam.quantize_(model, rules=[("chain.matrix", None)])
     qsam.dequantize_(model)

@@ -194,7 +194,7 @@ def test_a_foreign_write_is_seen_before_the_noise_overwrites_it(name):
     optimizer, model = run_of(SAQ, name, MLP, 2)
     model[0].weight.data.mul_(1.5)  # leaves no trace but the values
     written = model[0].weight.detach().clone()
-    with pytest.raises(RuntimeError, match="was written by somebody else"):
+    with pytest.raises(RuntimeError, match="was written by other code"):
         train(optimizer, model, MLP, 1)
     assert torch.equal(model[0].weight, written)
     optimizer.sync_latents()

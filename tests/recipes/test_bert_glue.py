@@ -100,6 +100,26 @@ def test_every_method_trains_and_counts_its_passes(glue: Path, tiny: Path, tmp_p
     assert passes == dict(zip(["fp32", "rtn", *METHODS], [4, 0, 4, 6, 8, 8, 8, 12, 8], strict=True))
 
 
+@pytest.mark.parametrize(
+    ("method", "folder", "passes", "quantizers"),
+    [
+        ("q8bert", "q8bert-w8a8", 2, ("minmax_ema", "minmax_ema")),
+        ("qbert", "qbert-w2a8", 2, ("qbert", "qbert")),
+        ("gobo", "gobo-w2a32", 0, ("gobo", None)),
+    ],
+)
+def test_a_preset_trains_with_the_quantizers_of_its_paper(
+    method: str, folder: str, passes: int, quantizers: tuple[str, str | None], glue: Path, tiny: Path, tmp_path: Path
+) -> None:
+    assert main(words(glue, tiny, tmp_path, "--method", method, steps=2)) == 0
+    found = results(tmp_path, f"cola-{folder}-seed0")
+    assert found["passes"] == passes
+    spec = json.loads((tmp_path / f"cola-{folder}-seed0" / "model" / "qsam.json").read_text())
+    kinds = [{row["quantizer"] for row in spec[part].values()} for part in ("weights", "inputs")]
+    assert kinds == [{name} - {None} for name in quantizers]
+    assert ("bert.embeddings.word_embeddings.weight" in spec["weights"]) is (method != "gobo")
+
+
 def test_a_run_leaves_what_the_docs_say(glue: Path, tiny: Path, tmp_path: Path) -> None:
     more = ["--method", "lsq", "--scale-lr", "0.5", "0.25", "--sharpness", "0.01", "0.05"]
     assert main(words(glue, tiny, tmp_path, *more)) == 0
@@ -149,12 +169,17 @@ def test_the_demonstration_fits_the_machine_and_goes_on(
     assert main([*arguments, "--precision", "fp32"]) == 0
     printed = capsys.readouterr().out
     assert ONE_SEED in printed
-    for method in ("fp32", "rtn W2A8", "lsq2x W2A8", "squat W2A8"):
+    for method in ("fp32", "rtn W2A8", "lsq2x W2A8", "recommended2x W2A8", "squat W2A8"):
         assert re.search(rf"^{method} ", printed, re.MULTILINE)
     assert results(tmp_path, "stsb-lsq2x-w2a8-seed0")["passes"] == results(tmp_path, "stsb-squat-w2a8-seed0")["passes"]
-    assert set(json.loads((tmp_path / "fit.json").read_text())["seconds_per_step"]) == {"fp32", "lsq2x", "squat"}
+    assert set(json.loads((tmp_path / "fit.json").read_text())["seconds_per_step"]) == {
+        "fp32",
+        "lsq2x",
+        "recommended2x",
+        "squat",
+    }
     assert main([*arguments, "--precision", "fp32"]) == 0  # nothing is left but the table: the fit was kept
-    assert capsys.readouterr().out.count("finished before") == 4
+    assert capsys.readouterr().out.count("finished before") == 5
 
 
 def test_a_slow_machine_runs_fewer_epochs(
@@ -248,6 +273,7 @@ def test_a_training_that_diverges_says_so(glue: Path, tiny: Path, tmp_path: Path
         (["--glue-dir", "nowhere"], r"CoLA.train\.tsv does not exist\. --glue-dir must name the folder"),
         (["--model", "./nowhere"], r".*\./nowhere"),
         (["--method", "sqat"], r"`--method sqat`: the methods are fp32, rtn, lsq, "),
+        (["--method", "saq@real"], r"`--method saq@real`: after the @ comes nothing in this recipe, got 'real'\."),
         (["--method", "saq:case=4"], r"`--method saq:case=4`: .*case"),
         (["--nonsense", "1"], r"Some specified arguments are not used"),
     ],

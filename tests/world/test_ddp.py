@@ -31,7 +31,7 @@ from tests.methods import (
     scales_of,
     train,
 )
-from tests.models import CONV, MLP, Batch, Task
+from tests.models import CONV, MLP, PAPERS, Batch, Task
 from tests.processes import Processes, running
 
 
@@ -189,7 +189,7 @@ def a_foreign_write_stops_all(rank: int, method: Method) -> None:
         with torch.no_grad():
             ours._latents.slots[1].parameter.add_(1)
     where = "'2.weight'" if rank == 1 else "of another rank"
-    with pytest.raises(RuntimeError, match=f"the quantized weight {where} was written by somebody else"):
+    with pytest.raises(RuntimeError, match=f"the quantized weight {where} was written by other code"):
         step_on_part(ours, ddp, MLP, 1, rank)
     ours.sync_latents()
 
@@ -223,6 +223,8 @@ def quantizing_inside(rank: int) -> None:
         qsam.quantize_(ddp)
     with pytest.raises(RuntimeError, match="call quantize_ before"):
         qsam.QAT(ddp, AdamW)
+    with pytest.raises(RuntimeError, match="call bit_allocation in one process before that"):
+        qsam.bit_allocation(ddp, [MLP.batch(0)], 4, loss_fn=MLP.loss)
 
 
 def scaler_between_the_passes(rank: int) -> None:
@@ -230,7 +232,7 @@ def scaler_between_the_passes(rank: int) -> None:
     scaler = torch.amp.GradScaler("cpu")
     with ours.first_pass():
         scaler.scale(MLP.loss(ddp, part(MLP.batch(0), rank))).backward()
-    with pytest.raises(RuntimeError, match="a GradScaler would judge each rank's own first pass"):
+    with pytest.raises(RuntimeError, match="each rank's GradScaler would check its own first pass"):
         scaler.step(ours.scales)
 
 
@@ -283,6 +285,22 @@ def test_global_scope_equals_one_process_on_the_whole_batch(method: Method, two:
 @pytest.mark.parametrize("method", [FUSED], ids=str)
 def test_ddps_own_settings_change_nothing(method: Method, wrap: dict[str, Any], two: Processes) -> None:
     two(equals_one_process, method, MLP, wrap, {})
+
+
+def papers_equal_one_process(rank: int, rules: Any) -> None:
+    model, alone = MLP.quantized(rules=rules), MLP.quantized(rules=rules)
+    ddp = DistributedDataParallel(model)
+    ours, theirs = SAQ(ddp, base=SGD, lr=0.05), SAQ(alone, base=SGD, lr=0.05, ddp=False)
+    for i in range(3):
+        step_on_part(ours, ddp, MLP, i, rank)
+        theirs.step(closure_of(theirs, alone, MLP, MLP.batch(i)))
+    assert_equal_everywhere(everything(ours, model))
+    close(everything(ours, model), everything(theirs, alone))  # the buffers too: ranges that follow the data
+
+
+@pytest.mark.parametrize("rules", PAPERS.values(), ids=PAPERS)
+def test_quantizers_of_other_papers_equal_one_process(rules: Any, two: Processes) -> None:
+    two(papers_equal_one_process, rules)
 
 
 @pytest.mark.parametrize("method", [SAM, FUSED], ids=str)

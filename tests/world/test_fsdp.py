@@ -14,9 +14,9 @@ from torch.optim import SGD, AdamW
 import qsam
 from qsam.distributed import is_sharded, local, whole
 from tests.methods import METHODS, QAT, SAM, SAQ, SQUAT, Method, closure_of, long_but, scales_of, train
-from tests.models import MLP
+from tests.models import MLP, PAPERS
 from tests.processes import Processes, running
-from tests.world.test_ddp import part
+from tests.world.test_ddp import assert_equal_everywhere, part
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +117,23 @@ def test_quantizers_that_see_the_whole_weight_get_it(weights: str, two: Processe
     two(equals_one_process, SAQ, "shard", SGD_OPTIONS, {"weights": weights})
 
 
+def papers_equal_one_process(rank: int, rules: Any) -> None:
+    ours, model = build(SAQ, "shard", SGD_OPTIONS, {"rules": rules})
+    alone = SAQ.model(MLP, rules=rules)
+    theirs = SAQ(alone, ddp=False, **SGD_OPTIONS)
+    for i in range(3):
+        step(ours, model, i, rank)
+        theirs.step(closure_of(theirs, alone, MLP, MLP.batch(i)))
+    found = gathered(ours, model) | {name: whole(b) for name, b in model.named_buffers()}
+    assert_equal_everywhere(found)
+    close(found, gathered(theirs, alone) | dict(alone.named_buffers()))
+
+
+@pytest.mark.parametrize("rules", PAPERS.values(), ids=PAPERS)
+def test_quantizers_of_other_papers_equal_one_process(rules: Any, two: Processes) -> None:
+    two(papers_equal_one_process, rules)
+
+
 OPTIONS: list[dict[str, Any]] = [
     *({"direction": name} for name in ("asam", "grid", "friendly", "momentum", "previous", "random")),
     {"case": 1},
@@ -184,7 +201,7 @@ def foreign_writes(rank: int, method: Method) -> None:
     if rank == 0:
         with torch.no_grad():
             local(optimizer._latents.slots[0].parameter).add_(1)
-    with pytest.raises(RuntimeError, match="written by somebody else since the last step"):
+    with pytest.raises(RuntimeError, match="written by other code since the last step"):
         step(optimizer, model, 1, rank)
     optimizer.sync_latents()
     step(optimizer, model, 1, rank)
@@ -279,6 +296,8 @@ def measures(rank: int) -> None:
     optimizer, model = build(SAQ, "shard", {}, {})
     with pytest.raises(RuntimeError, match="sharpness measures a whole model, and this one is sharded: gather"):
         qsam.sharpness(optimizer, closure_of(optimizer, model, MLP, MLP.batch(0)))
+    with pytest.raises(RuntimeError, match="call bit_allocation in one process before that"):
+        qsam.bit_allocation(shard_(MLP.build()), [MLP.batch(0)], 4, loss_fn=MLP.loss)
     with pytest.raises(RuntimeError, match="dequantize_ cannot take the scales out of a sharded model"):
         qsam.dequantize_(model, optimizer)
     step(optimizer, model, 0, rank)

@@ -22,7 +22,7 @@ def random_codes_(model):
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for row in qsam.coverage_of(model).quantized:
-            row.quantizer.settle_(row.parameter)
+            row.quantizer.set_from_weight_(row.parameter)
             low, high = row.quantizer.quant_min, row.quantizer.quant_max
             codes = torch.randint(low, high + 1, row.shape, generator=draw).to(row.quantizer.code_dtype)
             row.parameter.copy_(row.quantizer.dequantize(codes))

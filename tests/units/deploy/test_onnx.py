@@ -19,7 +19,7 @@ def random_codes_(model, seed=0):
     draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for row in qsam.coverage_of(model).quantized:
-            row.quantizer.settle_(row.parameter)
+            row.quantizer.set_from_weight_(row.parameter)
             low, high = row.quantizer.quant_min, row.quantizer.quant_max
             codes = torch.randint(low, high + 1, row.shape, generator=draw).to(row.quantizer.code_dtype)
             row.parameter.copy_(row.quantizer.dequantize(codes))
@@ -108,9 +108,19 @@ class Uncalled(nn.Module):
             ValueError,
             r"'0\.weight': an EmbeddingBag has no form",
         ),
-        (lambda: linear(activations="lsq_plus"), {}, TypeError, r"the input of '0': the quantizer 'lsq_plus' is more"),
-        (lambda: linear(activations="per_token"), {}, TypeError, r"the input of '0'.* has no `scale` to export"),
-        (lambda: written(weights="stretched"), {}, TypeError, r"'0\.weight'.*stretched.*is not codes \* scale"),
+        (
+            lambda: linear(activations="lsq_plus"),
+            {},
+            TypeError,
+            r"the input of '0': the quantizer 'lsq_plus' has levels between",
+        ),
+        (
+            lambda: linear(activations="per_token"),
+            {},
+            TypeError,
+            r"the input of '0': the quantizer 'per_token' follows each batch",
+        ),
+        (lambda: written(weights="stretched", bits=8), {}, TypeError, r"'0\.weight'.*stretched.*is not codes \* scale"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

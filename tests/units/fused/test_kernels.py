@@ -19,8 +19,8 @@ from qsam import functional
 from qsam.functional import Grid, fake_quantize
 from qsam.fused import formulas, kernels, native
 from qsam.fused.kernels import SMALLEST, Weight, using
-from qsam.quantizers import LSQ
-from tests.methods import QUANTIZING, assert_on_grid, latents, train
+from qsam.quantizers import LSQ, build_quantizer
+from tests.methods import QUANTIZING, assert_on_grid, latents, needs_kernels, train
 from tests.models import CONV, MLP
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -33,13 +33,6 @@ def _backend() -> object:
     """Leave the process as it was."""
     with using("auto"):
         yield
-
-
-def needs_kernels() -> None:
-    try:
-        native.library()
-    except OSError as error:
-        pytest.skip(f"no kernels here: {error}")
 
 
 @pytest.fixture
@@ -280,10 +273,10 @@ def test_saved_for_backward_is_one_tensor_of_the_inputs_size_and_dtype(dtype):
 # --- the verbs ----------------------------------------------------------------------------------------------------------
 
 
-def verbs(rows: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Grid, Tensor, Tensor]:
+def verbs(rows: int, dtype: torch.dtype = torch.float32, offset: float = 0.0) -> tuple[Tensor, Grid, Tensor, Tensor]:
     w, grad = values((12, 40), dtype), values((12, 40), dtype, seed=1)
     scale = 0.3 + 0.01 * torch.arange(rows, dtype=torch.float32).reshape(-1, 1)
-    return w, Grid(scale.reshape(1) if rows == 1 else scale, -2, 1, 0.25, rows), grad, torch.empty_like(w)
+    return w, Grid(scale.reshape(1) if rows == 1 else scale, -2, 1, 0.25, rows, offset), grad, torch.empty_like(w)
 
 
 WIDE = [torch.float32, torch.float64]
@@ -292,9 +285,10 @@ WIDE = [torch.float32, torch.float64]
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("rows", [1, 12, 60])
+@pytest.mark.parametrize("offset", [0.0, 0.5])
 @pytest.mark.parametrize("name", [name for name in native.ROWS if name != "codes"])
-def test_a_kernel_is_its_formula(name, rows, dtype):
-    w, grid, grad, p = verbs(rows, dtype)
+def test_a_kernel_is_its_formula(name, offset, rows, dtype):
+    w, grid, grad, p = verbs(rows, dtype, offset)
     p.copy_(w + 0.1 * values((12, 40), dtype, seed=2))
     rows_of = {
         "write": (p,),
@@ -307,7 +301,7 @@ def test_a_kernel_is_its_formula(name, rows, dtype):
     apart = [t.clone() for t in tensors]
     ds, far = kernels.bind(name, grid, tensors, coefficient)()
     shape = (-1,) if rows == 1 else (rows, -1)
-    limits = torch.tensor([float(grid.quant_min), float(grid.quant_max)])
+    limits = torch.tensor([float(grid.quant_min), float(grid.quant_max), offset])
     others = [] if coefficient is None else [coefficient]
     expected, farthest = getattr(formulas, name)(
         *(t.view(shape) for t in apart), *others, grid.scale.view(-1, *[1] * (rows > 1)), limits
@@ -322,11 +316,21 @@ def test_a_kernel_is_its_formula(name, rows, dtype):
 @pytest.mark.usefixtures("compiled")
 @pytest.mark.parametrize("dtype", WIDE, ids=str)
 @pytest.mark.parametrize("rows", [1, 12])
-def test_the_verbs_are_the_gradients_of_fake_quantization(rows, dtype):
-    w, grid, grad, p = verbs(rows, dtype)
-    leaves = [w.clone().requires_grad_(), grid.scale.clone().requires_grad_()]
+@pytest.mark.parametrize("name", ["lsq", "stretched"])
+def test_the_verbs_are_the_gradients_of_fake_quantization(name, rows, dtype):
+    w, _, grad, p = verbs(rows, dtype)
+    quantizer = build_quantizer(
+        name,
+        bits=2,
+        signed=True,
+        axis=None if rows == 1 else 0,
+        granularity="per_tensor" if rows == 1 else "per_channel",
+    )
+    quantizer.observe_(w)
+    grid = quantizer.grid(w)
+    leaves = [w.clone().requires_grad_(), quantizer.scale]
     with using("eager"):
-        q = fake_quantize(*leaves, grid.quant_min, grid.quant_max, grid.grad_scale)
+        q = quantizer(leaves[0])
         dw, ds = torch.autograd.grad(q, leaves, grad)
     given = grad.clone()
     assert kernels.write_([Weight(w, p, grid)]) == [True]

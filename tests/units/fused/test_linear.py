@@ -14,9 +14,9 @@ from torch.utils.checkpoint import checkpoint
 
 import qsam
 from qsam.functional import fake_quantize
-from qsam.fused import linear, native
+from qsam.fused import linear
 from qsam.fused.kernels import using
-from tests.methods import QUANTIZING
+from tests.methods import QUANTIZING, needs_kernels
 
 EPS = torch.finfo(torch.float32).eps
 
@@ -25,10 +25,7 @@ needs_instructions = pytest.mark.skipif(not linear._has_instructions(), reason="
 
 @pytest.fixture(autouse=True)
 def _compiled():
-    try:
-        native.library()
-    except OSError as error:
-        pytest.skip(f"no kernels here: {error}")
+    needs_kernels()
     with using("compiled"):
         yield
 
@@ -53,12 +50,12 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def layer(
     features: int = 40, out: int = 24, *, bits: int = 4, activation_bits: int = 8, bias: bool = True,
-    granularity: str = "per_tensor", signed: bool = True, written: bool = True,
+    granularity: str = "per_tensor", signed: bool = True, written: bool = True, weights: str = "lsq",
 ) -> nn.Linear:  # fmt: skip
     """Return a quantized Linear whose weight is on its grid."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(features, out, bias=bias))
-    settings = {"bits": bits, "activation_bits": activation_bits, "granularity": granularity}
+    settings = {"bits": bits, "activation_bits": activation_bits, "granularity": granularity, "weights": weights}
     qsam.quantize_(model, rules=[("*", settings)])
     x = drawn(300, features, seed=1)
     qsam.calibrate(model, [x if signed else x.relu()])
@@ -90,17 +87,20 @@ def gradients(module: nn.Linear, x: Tensor, run) -> list[Tensor]:
 @needs_instructions
 @settings(max_examples=20)
 @given(
-    bits=st.integers(2, 8), activation_bits=st.integers(2, 8), signed=st.booleans(), bias=st.booleans(),
+    grid=st.sampled_from([*(("lsq", b) for b in range(2, 9)), *(("stretched", b) for b in range(2, 8))]),
+    activation_bits=st.integers(2, 8), signed=st.booleans(), bias=st.booleans(),
     granularity=st.sampled_from(["per_tensor", "per_channel"]), rows=st.integers(128, 200),
     features=st.integers(16, 70), out=st.integers(1, 70),
 )  # fmt: skip
 def test_a_product_of_integers_is_the_exact_one_rounded_four_times(
-    bits, activation_bits, signed, bias, granularity, rows, features, out
+    grid, activation_bits, signed, bias, granularity, rows, features, out
 ):
     """acc -> fp32, times s_x, times s_W, plus b: a product in fp32 sums up `features` roundings."""
+    weights, bits = grid
     module = layer(
-        features, out, bits=bits, activation_bits=activation_bits, bias=bias, granularity=granularity, signed=signed
-    )
+        features, out, bits=bits, activation_bits=activation_bits, bias=bias, granularity=granularity, signed=signed,
+        weights=weights,
+    )  # fmt: skip
     x = drawn(rows, features, seed=3)
     x = x if signed else x.relu()
     found = module(x)
@@ -109,7 +109,8 @@ def test_a_product_of_integers_is_the_exact_one_rounded_four_times(
         rows = torch.empty(rows, out)
         assert linear._of_integers(x, grid, module.weight, module.bias, module.weight_quantizer, rows)
     assert torch.equal(rows, found)
-    codes = module.input_quantizer.codes(x).double() @ module.weight_quantizer.codes(module.weight).double().t()
+    levels = module.weight_quantizer.codes(module.weight).double() + module.weight_quantizer.offset
+    codes = module.input_quantizer.codes(x).double() @ levels.t()
     steps = module.input_quantizer.scale.double() * module.weight_quantizer.scale.double().view(1, -1)
     exact = codes * steps
     expected = exact + module.bias.double() if bias else exact
@@ -362,16 +363,16 @@ def test_transforms_and_compilers_take_the_ordinary_way(products):
     assert not products
 
 
-def test_anything_but_a_linear_quantizes_a_pending_input():
+def test_anything_but_a_linear_quantizes_a_deferred_input():
     module = layer(96, 72)
     x = drawn(130, 96)
-    pending = linear.pending(module, module.input_quantizer, x)
+    deferred = linear.deferred(module, module.input_quantizer, x)
     expected = module.input_quantizer(x)
-    assert isinstance(pending, linear.Pending)
-    assert torch.equal(torch.relu(pending), expected.relu())
-    assert torch.equal(torch.stack([pending, x])[0], expected)
-    assert torch.equal(functional.linear(pending, weight=module.weight), expected @ module.weight.t())
-    assert type(torch.relu(pending)) is Tensor
+    assert isinstance(deferred, linear.DeferredInput)
+    assert torch.equal(torch.relu(deferred), expected.relu())
+    assert torch.equal(torch.stack([deferred, x])[0], expected)
+    assert torch.equal(functional.linear(deferred, weight=module.weight), expected @ module.weight.t())
+    assert type(torch.relu(deferred)) is Tensor
 
 
 def test_second_derivatives_and_batched_gradients():

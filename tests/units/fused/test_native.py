@@ -27,7 +27,7 @@ from qsam.functional import fake_quantize
 x, s = torch.linspace(-3, 3, 70_001), torch.tensor([0.3], requires_grad=True)
 out = fake_quantize(x, s, -4, 3)
 out.sum().backward()
-print(kernels._CHOICE.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor.compile_fx" in sys.modules)
+print(kernels._BACKEND.failure, out.double().sum().item(), s.grad.double().item(), "torch._inductor.compile_fx" in sys.modules)
 """
 OPENMP = (
     PROCESS

@@ -527,5 +527,5 @@ def test_weights_that_somebody_else_wrote_are_not_measured():
     optimizer, model = trained(SOME["qat"], MLP)
     with torch.no_grad():
         model[0].weight.mul_(2)
-    with pytest.raises(RuntimeError, match="was written by somebody else"):
+    with pytest.raises(RuntimeError, match="was written by other code"):
         qsam.sharpness(optimizer, closure_of(optimizer, model, MLP, MLP.batch(0)))

@@ -14,6 +14,7 @@ from qsam import Direction, register_direction
 from qsam.fused.kernels import using
 from qsam.optim import DIRECTIONS
 from qsam.optim.directions import Asam, Friendly
+from tests.methods import needs_kernels
 
 INPUTS = torch.randn(64, 6, generator=torch.Generator().manual_seed(0))
 TARGETS = INPUTS[:, :1] * INPUTS[:, 1:2]
@@ -150,6 +151,8 @@ def test_random_ignores_the_gradient_has_length_rho_and_moves_no_generator() -> 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
 def test_previous_is_the_gradient_of_the_last_step_in_one_pass(backend: str) -> None:
     """Not what the pull-back made of it: at 2 bits the clip mask stops a part."""
+    if backend == "compiled":
+        needs_kernels()
     with using(backend):
         model, optimizer = build(direction="previous", bits=2)
         loss_of(model).backward()
