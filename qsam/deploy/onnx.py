@@ -8,7 +8,7 @@ A copy of the model gets layers that speak ONNX, and torch.onnx.export writes it
 * ``weights="int8"``: a weight is DequantizeLinear of its integers. 7 bits and fewer are int8; 8 bits are uint8 with the
   zero point 128, because processors without VNNI add two products in 16 bits, where 2 * 255 * 127 does not fit;
 * ``weights="nbits"``: the matrix of a Linear or Conv1D is the operator ``com.microsoft::MatMulNBits``, 2, 4 or 8 bits
-  packed (3 are stored as 4, 5 to 7 as 8), and everything else as above;
+  packed (3 are stored as 4, 5 to 7 as 8), and everything else as above. A layer with a float input is stored so too;
 * an embedding is ``codes[ids] * scale[ids]``.
 """
 
@@ -116,7 +116,9 @@ def export_onnx(
     for record, layer, attr in uses:
         module = twin.get_submodule(layer)
         called = id(module) not in off and attr == "weight"
-        held[path_of(layer, attr)] = _lower_(module, attr, record, called, weights, accuracy_level, block_size)
+        # ONNX Runtime would make MatMulNBits of a float input and DequantizeLinear by itself, of the level 4
+        form = weights if layer in grids else "nbits"
+        held[path_of(layer, attr)] = _lower_(module, attr, record, called, form, accuracy_level, block_size)
     args, kwargs = _arguments(_on_cpu(example_inputs))
     if dynamic_shapes is None:
         dynamic_shapes = _dynamic(kwargs) if kwargs else tuple(_dynamic(list(args)))
@@ -338,7 +340,8 @@ class _NBits(nn.Module):
         if block is None or columns % block:
             raise ValueError(
                 f"{where!r} has {columns} inputs, of which MatMulNBits takes blocks of {block or 16}: give a "
-                "`block_size` that divides them, call export_onnx(..., weights='int8'), or keep the layer float."
+                "`block_size` that divides them, quantize the layer's input and call export_onnx(..., weights='int8'), or "
+                "keep the layer float."
             )
         self.attrs = {"K": columns, "N": out, "bits": bits, "block_size": block, "accuracy_level": level}
         each = 8 // bits

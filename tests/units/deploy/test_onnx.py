@@ -80,7 +80,7 @@ class Uncalled(nn.Module):
             lambda: ready(nn.Sequential(nn.Linear(40, 8)), X[:, :40]),
             {"weights": "nbits"},
             ValueError,
-            r"'0\.weight' has 40 inputs, of which MatMulNBits takes blocks of 16.*weights='int8'",
+            r"'0\.weight' has 40 inputs, of which MatMulNBits takes blocks of 16.*quantize the layer's input.*weights='int8'",
         ),
         (
             lambda: linear(rules=[("*", {"granularity": "per_channel", "axis": 1})]),
