@@ -100,17 +100,17 @@ def export_onnx(
     root, path = unwrap_model(model), Path(path)
     coverage, exported = require_coverage(root, "export_onnx"), export(root)
     grids = {row.name: row.quantizer for row in coverage.inputs if row.quantizer is not None}
-    for record in exported.inputs:
-        _refuse_other_grid(record, grids[record.name])
+    for given in exported.inputs:
+        _refuse_other_grid(given, grids[given.name])
     uses = list(_uses(root, exported.weights))
     twin = copy.deepcopy(root).cpu()
     dequantize_(twin)
     if getattr(getattr(twin, "config", None), "use_cache", False):
         twin.config.use_cache = False  # type: ignore[union-attr]
     by_grid: dict[int, _Input] = {}
-    for record in exported.inputs:
-        grid = by_grid.setdefault(id(grids[record.name]), _Input(record))
-        attach_input_(twin.get_submodule(record.name), grid, Place(record.name, set()))
+    for given in exported.inputs:
+        grid = by_grid.setdefault(id(grids[given.name]), _Input(given))
+        attach_input_(twin.get_submodule(given.name), grid, Place(given.name, set()))
     off = never_called(twin)
     held = {}
     for record, layer, attr in uses:
@@ -226,7 +226,7 @@ def _lower_(  # noqa: PLR0917
         parametrize.register_parametrization(module, attr, new, unsafe=True)
         return new.codes
     module.add_module("onnx", new)
-    module.forward = new.forward  # type: ignore[method-assign]
+    module.forward = new.forward
     return new.codes
 
 
@@ -251,6 +251,8 @@ class _Input(Quantizer):
 
     scale: Tensor
     zero: Tensor
+    low: Tensor
+    high: Tensor
 
     def __init__(self, record: QuantizedInput) -> None:
         super().__init__(bits=record.bits, signed=record.signed)
@@ -291,8 +293,8 @@ class _Kernel(nn.Module):
         super().__init__()
         codes, wide = record.codes.cpu(), record.bits == 8 and record.signed
         codes = (codes.to(torch.int16) + 128).to(torch.uint8) if wide else codes
-        axis = record.axis
-        self.attrs = {} if axis is None else {"axis": 1 - axis if transposed else axis}  # type: ignore[operator]
+        axis: Any = record.axis
+        self.attrs: dict[str, Any] = {} if axis is None else {"axis": 1 - axis if transposed else axis}
         scale = record.scale.cpu().reshape(() if axis is None else -1)
         self.register_buffer("codes", (codes.t() if transposed else codes).contiguous())
         self.register_buffer("scale", scale)
@@ -340,10 +342,16 @@ class _NBits(nn.Module):
         if block is None or columns % block:
             raise ValueError(
                 f"{where!r} has {columns} inputs, of which MatMulNBits takes blocks of {block or 16}: give a "
-                "`block_size` that divides them, quantize the layer's input and call export_onnx(..., weights='int8'), or "
+                "`block_size` that divides them, quantize the layer's input and use weights='int8', or "
                 "keep the layer float."
             )
-        self.attrs = {"K": columns, "N": out, "bits": bits, "block_size": block, "accuracy_level": level}
+        self.attrs: dict[str, Any] = {
+            "K": columns,
+            "N": out,
+            "bits": bits,
+            "block_size": block,
+            "accuracy_level": level,
+        }
         each = 8 // bits
         parts = (codes.to(torch.int32) + 2 ** (bits - 1)).reshape(out, columns // block, block // each, each)
         packed = sum(parts[..., i] << (bits * i) for i in range(each))
@@ -375,11 +383,13 @@ class _Rows(nn.Module):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows of the table, in fp32."""
-        rows, scale = self.codes[ids].to(torch.float32), self.scale
+        rows: Tensor = self.codes[ids].to(torch.float32)
+        scale = self.scale
         scale = scale[ids] if len(scale) == len(self.codes) else scale[0] if scale.dim() > 1 else scale
         if self.groups is None:
             return rows * scale
-        return (rows.unflatten(-1, (self.groups[0], -1)) * scale).flatten(-2)
+        grouped: Tensor = rows.reshape(*rows.shape[:-1], self.groups[0], -1) * scale
+        return grouped.flatten(-2)
 
 
 # --- the graph ----------------------------------------------------------------------------------------------------
