@@ -107,7 +107,7 @@ MUTATIONS = [
     Mutation("qsam/attach.py", "        owner._release()\n", "        pass\n"),
     # the exported record
     Mutation("qsam/export.py", 'axis=None if quantizer.granularity == "per_tensor" else quantizer.axis', "axis=quantizer.axis"),
-    Mutation("qsam/export.py", "if torch.equal(record.dequantized(), p):", "if record.codes.shape == p.shape:"),
+    Mutation("qsam/export.py", "if torch.equal(record.dequantized(), p) and", "if record.codes.shape == p.shape and"),
     # kernels
     Mutation("qsam/fused/sweeps.c", "const int outside = v <= low || v >= end_of_grid;", "const int outside = v < low || v > end_of_grid;"),
     Mutation("qsam/fused/sweeps.c", "(A)(scale[row] < 0 ? -total : total)", "(A)total"),
