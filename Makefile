@@ -121,7 +121,7 @@ $(STAMP_TEST): pyproject.toml constraints.txt | $(ENV)/bin/pip
 $(STAMP_OLDEST): pyproject.toml constraints.txt
 	"$(PYTHON)" -m venv "$(OLDEST)"
 	"$(OLDEST)/bin/python" -m pip install --disable-pip-version-check -c constraints.txt $(TORCH_GLUE)
-	"$(OLDEST)/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[glue,integrations]' \
+	"$(OLDEST)/bin/python" -m pip install --disable-pip-version-check -c constraints.txt -e '.[glue,integrations,deploy]' \
 		hatchling hypothesis pytest pytest-xdist pytorch-optimizer torch-optimizer
 	@touch "$@"
 

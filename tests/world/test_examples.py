@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = sorted((Path(__file__).parents[2] / "examples").glob("*.py"))
+EXAMPLES = [path for path in sorted((Path(__file__).parents[2] / "examples").glob("*.py")) if path.stem != "serve_onnx"]
+"""Those that train; tests/recipes/test_deploy.py runs the other."""
 
 
 QUICK = "by_hand"
