@@ -133,7 +133,7 @@ def test_a_run_leaves_what_the_docs_say(glue: Path, tiny: Path, tmp_path: Path) 
     assert {"epoch", "step", "passes", "seconds", "mean_loss", "dev"} == set(found["epochs"][0])
     assert found["epochs"][-1]["dev"] == found["dev"]
     assert [entry["rho"] for entry in found["sharpness"]] == [0.01, 0.05]
-    assert found["versions"]["torch"] == torch.__version__.split("+")[0]
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
 
 @pytest.mark.parametrize("method", ["fp32", "lsq"])

@@ -100,7 +100,7 @@ def test_a_result_that_cannot_be_written_leaves_the_old_one(tmp_path):
 def test_the_machine_is_described_and_survives_json():
     facts = machine(quick=True)
     assert json.loads(json.dumps(facts)) == facts
-    assert facts["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert facts["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert facts["copy_gigabytes_per_second"] > 0
     assert facts["threads"] == torch.get_num_threads()
     assert facts["processor"]
